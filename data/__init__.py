@@ -81,11 +81,11 @@ def _json(text: str, where: str):
 def _problem(row: object, where: str) -> Problem:
     if not isinstance(row, dict):
         raise UserError(f"{where} is a JSON {type(row).__name__}; each row must be an object with problem and answer")
-    question = _text(row["problem" if "problem" in row else "question"], "the problem", where) if (
-        "problem" in row or "question" in row) else None
-    if question is None or "answer" not in row:
-        missing = "answer" if question else "problem (or question)"
+    field = next((name for name in ("problem", "question") if name in row), None)
+    if field is None or "answer" not in row:
+        missing = "answer" if field else "problem (or question)"
         raise UserError(f"{where} has no field {missing}; its fields are {', '.join(map(repr, row)) or 'none'}")
+    question = _text(row[field], f"the {field}", where)
     answers, solution = row["answer"], _solution(row.get("solution"), where)
     if solution is None and isinstance(answers, str) and "#### " in answers:     # GSM8K keeps both in one field
         solution, _, answers = answers.rpartition("#### ")
