@@ -1,0 +1,778 @@
+"""EDGE-GRPO: group-relative policy optimisation with Guided Error Correction (GEC) and Entropy-Driven Advantages (EDA).
+
+The method of arXiv 2507.21848 in plain PyTorch, in one file, in the order of the paper: the flags, what a response is,
+group advantages, EDA, GEC, the loss, the training loop. The pieces live beside it: rollout.py samples, reward.py
+grades, entropy.py scores tokens, engine.py holds weights, optimizer and checkpoints, eval.py measures.
+
+    python edge_grpo.py                                    # the tiny model on CPU, about two minutes
+    python edge_grpo.py --model Qwen2.5-Math-7B            # the paper's run
+    python edge_grpo.py --method grpo --seed 1             # a baseline; --help lists every flag
+
+Departures from the released code (where it departs from the paper, or hides a constant) are listed in README.md.
+
+Letters: B responses in a step = Q questions x G, T response length. Tensors named x_B or (Q, G) say their axes.
+"""
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import engine
+import eval as evaluation
+import reward
+from data import Problem, UserError
+
+# --- Flags -----------------------------------------------------------------------------------------------------------
+
+METHODS = {                      # the rows of the paper's table, each a set of flags
+    "edge-grpo":   dict(correction="guided", eda=True, sft=False),
+    "force-r-eda": dict(correction="reflect", eda=True, sft=False),
+    "force-r":     dict(correction="reflect", eda=False, sft=False),
+    "grpo":        dict(correction="none", eda=False, sft=False),
+    "sft":         dict(correction="none", eda=False, sft=True),
+}
+TINY = dict(                     # what `--model tiny` overrides of the paper's settings below
+    data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], temperature=1.0, max_new_tokens=128,
+    correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50,
+    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160,
+)
+
+
+def flag(default, help: str, low=None, high=None, choices=None):
+    """A dataclass field with its one line of help and the closed range of its values."""
+    factory = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
+    return field(**factory, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclass
+class Flags:
+    """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
+    model: str = flag("tiny", "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name")
+    data: str = flag("deepscaler-hard-1k", "training problems: a set's name, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file")
+    method: str = flag("edge-grpo", "a row of flags: sets --correction, --eda and --sft", choices=list(METHODS))
+    correction: str = flag("guided", "GEC on wrong responses: none, reflect (Force-R) or guided", choices=["none", "reflect", "guided"])
+    eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
+    sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
+    eda_grad: bool = flag(False, "let the gradient flow through the entropies of EDA, as the released code does")
+    eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA (default: only a tiny floor)")
+    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "GEC: probabilities of reflect, answer, reference", 0, 1)
+    injected_weight: float = flag(1.0, "loss weight of injected tokens: 1 trains them as if sampled (paper), 0 masks them", 0)
+    loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token, or constant (Dr. GRPO)", choices=["sequence", "token", "constant"])
+    eps_low: float = flag(0.2, "clip range of the ratio below 1", 0, 1)
+    eps_high: float = flag(0.2, "clip range of the ratio above 1", 0)
+    kl: float = flag(0.0, "weight of the KL penalty to the initial model, which is kept in memory only if > 0", 0)
+    updates_per_rollout: int = flag(1, "optimizer updates on each rollout; above 1 the ratios differ from 1", 1)
+    format_weight: float = flag(0.0, "weight of the format reward (a closed, non-empty box); the release's is constant", 0)
+    questions_per_step: int = flag(1, "questions in a step", 1)
+    group_size: int = flag(8, "responses per question, G", 1)
+    steps: int = flag(1000, "training steps (rollouts)", 1)
+    lr: float = flag(1e-6, "peak learning rate; it falls linearly to 0, without warm-up", 0)
+    betas: list[float] = flag([0.9, 0.999], "AdamW's betas", 0, 1)
+    weight_decay: float = flag(0.0, "AdamW's weight decay", 0)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm; 0: no clipping", 0)
+    temperature: float = flag(0.6, "sampling temperature, also of every log-probability and entropy", 1e-3)
+    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
+    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out, and counted", 1)
+    max_new_tokens: int = flag(1024, "tokens sampled per response", 1)
+    correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", 0)
+    max_corrected_tokens: int = flag(0, "cut corrected responses to this length; 0: never (longer ones are counted)", 0)
+    micro_batch_tokens: int = flag(8192, "tokens, padding included, in one forward and backward pass", 1)
+    max_rows: int = flag(0, "rows sampled at a time; 0: as many as fit the memory", 0)
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
+    seed: int = flag(42, "seed of everything", 0)
+    out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-seedN)")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
+    overwrite: bool = flag(False, "delete an existing run in --out first")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    save_every: int = flag(100, "steps between checkpoints; 0: only at the end", 0)
+    keep: int = flag(1, "newest checkpoints kept", 1)
+    max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite gradient", 1)
+    eval_every: int = flag(0, "steps between evaluations; 0: before the first step and after the last", 0)
+    eval_tasks: list[str] = flag([], "held-out problems evaluated during training (see eval.py --tasks)")
+    eval_limit: int = flag(0, "problems of each of these tasks; 0: all", 0)
+    eval_n: int = flag(1, "responses per problem in these evaluations", 1)
+    eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
+    eval_max_new_tokens: int = flag(3000, "tokens per response in these evaluations", 1)
+    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
+    mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
+    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+
+
+LISTS = {"eda_clamp": (2, float), "guided_probs": (3, float), "betas": (2, float), "eval_tasks": ("*", str)}
+MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "max_rows", "mirror"}
+
+
+def make_parser(defaults: dict) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in fields(Flags):
+        value = defaults.get(f.name, f.default if f.name not in LISTS else f.default_factory())
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        options = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
+        if f.name in LISTS:
+            options.update(nargs=LISTS[f.name][0], type=LISTS[f.name][1])
+        elif f.type is bool:
+            options.update(action=argparse.BooleanOptionalAction)
+        else:
+            options.update(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    """Defaults, then the tiny profile (for `--model tiny`), then the method's row, then the flags as given."""
+    first, _ = make_parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    defaults = {**(TINY if first.model == "tiny" else {}), **METHODS[first.method]}
+    flags = Flags(**vars(make_parser(defaults).parse_args(argv)))
+    if not flags.out:
+        flags.out = f"runs/{Path(flags.model).name}-{flags.method}-seed{flags.seed}"
+    check_flags(flags)
+    return flags
+
+
+def check_flags(flags: Flags) -> None:
+    """UserError for a value out of range or flags in conflict."""
+    for f in fields(Flags):
+        value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], "--" + f.name.replace("_", "-")
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, float) and not abs(v) < float("inf"):
+                raise UserError(f"{name} {v}: must be a finite number")
+            if low is not None and v < low or high is not None and v > high:
+                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise UserError(f"{name} {v}: must be {bounds}")
+    lo_hi, probs = flags.eda_clamp, flags.guided_probs
+    if lo_hi and not 0 < lo_hi[0] < lo_hi[1]:
+        raise UserError(f"--eda-clamp {lo_hi[0]} {lo_hi[1]}: needs 0 < LO < HI")
+    if lo_hi and not flags.eda:
+        raise UserError("--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp")
+    if abs(sum(probs) - 1) > 1e-6:
+        raise UserError(f"--guided-probs {' '.join(map(str, probs))}: must sum to 1, not {sum(probs):g}")
+    if max(flags.betas) >= 1:
+        raise UserError(f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1")
+    if flags.eda_grad and not flags.eda:
+        raise UserError("--eda-grad needs EDA: add --eda, or drop --eda-grad")
+    if flags.eda_grad and flags.updates_per_rollout > 1:
+        raise UserError("--eda-grad is defined for one update per rollout: set --updates-per-rollout 1")
+    if flags.sft and (flags.correction != "none" or flags.eda):
+        raise UserError("--sft samples nothing, so there is nothing to correct or weigh: use --correction none --no-eda")
+    if flags.sft and flags.kl:
+        raise UserError("--sft has no KL penalty: set --kl 0")
+    if flags.resume and flags.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
+
+
+# --- Responses -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Response:
+    """One response to one problem, in token ids. Text is made from ids, never ids from text that came from ids."""
+    problem: Problem
+    prompt: list[int]
+    ids: list[int]                          # the end token included, once finished
+    injected: list[bool]                    # origin of each token: False sampled by the policy, True put there by GEC
+    logprobs: list[float]                   # the sampler's log-probability of each token; NaN where injected
+    finished: bool = False                  # ended by an end token, not cut by a limit
+    correction: str = ""                    # "", "reflect", "answer" or "reference"
+    accuracy: float | None = None           # 0.0 or 1.0 once graded
+    format: float | None = None
+    logp: Tensor | None = None              # (T,) the trainer's log-probabilities before the update
+    entropy: Tensor | None = None           # (T,) the trainer's token entropies before the update
+
+
+def stream(*key) -> int:
+    """A 63-bit number that depends on `key` alone: every random choice of a run is a function of (seed, step, what, row),
+    so nothing random needs to be saved, and the number of processes changes nothing."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def batch_of_problems(problems: list[Problem], flags: Flags, step: int) -> list[Problem]:
+    """The problems of a step: consecutive items of an endless sequence of shuffled epochs."""
+    batch = []
+    for k in range(step * flags.questions_per_step, (step + 1) * flags.questions_per_step):
+        epoch, i = divmod(k, len(problems))
+        order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch)))
+        batch.append(problems[order[i]])
+    return batch
+
+
+def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: int) -> list[Response]:
+    """G responses to each of Q problems, question-major: Q x G."""
+    responses = []
+    for problem in problems:
+        prompt = policy.prompt_ids(problem.question)
+        responses += [Response(problem, prompt, [], [], []) for _ in range(flags.group_size)]
+    extend(policy, responses, [flags.max_new_tokens] * len(responses), flags, (step, "sample"))
+    return responses
+
+
+def extend(policy: engine.Policy, responses: list[Response], limits: list[int], flags: Flags, key: tuple) -> None:
+    """Let the policy continue each response in place, by at most `limits` tokens; rows are spread over the processes."""
+    context = getattr(policy.model.config, "max_position_embeddings", None) or 10**9
+    requests = []
+    for row, (r, limit) in enumerate(zip(responses, limits)):
+        ids = r.prompt + r.ids
+        requests.append((ids, max(0, min(limit, context - len(ids))), stream(flags.seed, *key, row)))
+
+    def run(mine):
+        if not mine:
+            return []
+        prompts, most, seeds = map(list, zip(*mine))
+        samples = policy.sampler.sample(prompts, 1, most, flags.temperature, seeds, flags.top_p)
+        return [s[0] for s in samples]
+
+    for r, s in zip(responses, engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))):
+        r.ids, r.logprobs = r.ids + s.ids, r.logprobs + s.logprobs
+        r.injected, r.finished = r.injected + [False] * len(s.ids), s.finished
+
+
+def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]:
+    """SFT: the reference solution of each problem, as a response whose every token is injected."""
+    return [replaced(Response(p, policy.prompt_ids(p.question), [], [], []), "reference", policy) for p in problems]
+
+
+def grade(policy: engine.Policy, responses: list[Response]) -> None:
+    """Format and accuracy of the responses that have none yet."""
+    new = [r for r in responses if r.accuracy is None]
+    texts = [(policy.decode(r.ids), list(r.problem.answers)) for r in new]
+    scores = engine.spread(texts, lambda mine: reward.score_all([t for t, _ in mine], [g for _, g in mine]))
+    for r, (r.format, r.accuracy) in zip(new, scores):
+        pass
+
+
+def rewards(responses: list[Response], flags: Flags) -> Tensor:
+    """(Q, G): accuracy + w x format."""
+    values = [r.accuracy + flags.format_weight * r.format for r in responses]
+    return torch.tensor(values, dtype=torch.float64).view(-1, 1 if flags.sft else flags.group_size)
+
+
+# --- Group advantages (GRPO) -----------------------------------------------------------------------------------------
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """A_i = (r_i - mean_j r_j) / (std_j r_j + eps), j over the group; (Q, G) -> (Q, G).
+
+    std is unbiased (n - 1); a group of one has no spread, so its advantage is 0.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if rewards.shape[1] == 1:
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+# --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------------------------------
+
+TINY_FLOOR = 1e-4        # of the relative entropy, so that a response of one repeated token cannot blow up the step
+
+
+def score(model, policy: engine.Policy, responses: list[Response], flags: Flags) -> list[tuple[Tensor, Tensor]]:
+    """(logp (T,), entropy (T,)) of each response under `model`, at the temperature it was sampled with; no gradient."""
+    return engine.response_logprobs(model, [r.prompt for r in responses], [r.ids for r in responses],
+                                    1.0 if flags.sft else flags.temperature, policy.vocab_size, flags.micro_batch_tokens)
+
+
+def score_tokens(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
+    """The scoring pass: log-probability and entropy of every token under the policy before the update."""
+    new = list({id(r): r for r in responses if r.logp is None}.values())
+    for r, (r.logp, r.entropy) in zip(new, engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))):
+        pass
+
+
+def response_entropy(responses: list[Response], group_size: int) -> Tensor:
+    """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (Q, G); an empty response has P = 0."""
+    P = [r.entropy.double().mean() if len(r.ids) else torch.zeros((), dtype=torch.float64) for r in responses]
+    return torch.stack(P).view(-1, group_size)
+
+
+def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor, clamp=None) -> Tensor:
+    """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
+
+    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` = (lo, hi) bounds P^; without it there
+    is only a tiny floor. A group without any entropy keeps its advantages.
+    """
+    mean = response_entropy.mean(dim=1, keepdim=True)
+    relative = torch.where(mean > 0, response_entropy / mean.clamp(min=1e-30), torch.ones_like(response_entropy))
+    lo, hi = clamp if clamp else (TINY_FLOOR, None)
+    return advantages / relative.clamp(lo, hi)
+
+
+# --- Guided Error Correction (GEC) -----------------------------------------------------------------------------------
+
+REFLECT = " Wait! Something is wrong here."
+ANSWER = "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{{{}}}."
+BRANCHES = ("reflect", "answer", "reference")
+
+
+def branch_probabilities(flags: Flags) -> list[float]:
+    """Of reflect, answer, reference, for a wrong response. Force-R is the first branch with p = 1."""
+    return {"none": [0, 0, 0], "reflect": [1, 0, 0], "guided": flags.guided_probs}[flags.correction]
+
+
+def draw_branch(probabilities: list[float], u: float) -> str:
+    """The branch that u in [0, 1) falls into; "" if it falls into none."""
+    for branch, p in zip(BRANCHES, probabilities):
+        if u < p:
+            return branch
+        u -= p
+    return BRANCHES[-1] if sum(probabilities) > 0.5 else ""         # only rounding can leave u here if they sum to 1
+
+
+def replaced(response: Response, branch: str, policy: engine.Policy) -> Response:
+    """The edited copy of a response. Its own tokens stay as they were sampled; what is added is marked injected.
+
+    reflect: + REFLECT, left open for the policy to go on. answer: + ANSWER with the gold + end token.
+    reference: the reference solution + end token instead of the response.
+    """
+    kept = len(response.ids) - response.finished                   # without the end token
+    if branch == "reference":
+        kept, text = 0, response.problem.solution
+    else:
+        text = REFLECT if branch == "reflect" else ANSWER.format(data.gold_text(response.problem))
+    added = policy.encode(text) + ([] if branch == "reflect" else [policy.end_id])
+    return Response(response.problem, response.prompt, response.ids[:kept] + added,
+                    response.injected[:kept] + [True] * len(added), response.logprobs[:kept] + [float("nan")] * len(added),
+                    finished=branch != "reflect", correction=branch)
+
+
+def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flags, step: int) -> list[Response]:
+    """One independent draw for each wrong response, one pass, no re-check; right responses are passed on untouched."""
+    probabilities = branch_probabilities(flags)
+    corrected = list(responses)
+    for row, r in enumerate(responses):
+        branch = draw_branch(probabilities, stream(flags.seed, step, "branch", row) / 2**63)
+        if r.accuracy == 0 and branch:
+            corrected[row] = replaced(r, branch, policy)
+    reflected = [r for r in corrected if r.correction == "reflect"]
+    extend(policy, reflected, [flags.correction_tokens] * len(reflected), flags, (step, "reflect"))
+    if flags.max_corrected_tokens:
+        for r in corrected:
+            cut(r, flags.max_corrected_tokens)
+    return corrected
+
+
+def cut(response: Response, limit: int) -> None:
+    """Cut a corrected response to `limit` tokens, in place."""
+    if response.correction and len(response.ids) > limit:
+        response.ids, response.injected = response.ids[:limit], response.injected[:limit]
+        response.logprobs, response.finished = response.logprobs[:limit], False
+
+
+# --- The loss and the update -----------------------------------------------------------------------------------------
+
+def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token, rho = exp(logp - old_logp); shapes broadcast."""
+    ratio = torch.exp(logp - old_logp)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+
+
+def token_weights(lengths: list[int], reduction: str, longest: int) -> list[float]:
+    """Weight of each token of row i in the step's loss: sequence 1/(B |o_i|), token 1/sum_j |o_j|, constant 1/(B longest).
+    """
+    B, total = len(lengths), max(sum(lengths), 1)
+    return [{"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[reduction] for n in lengths]
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low: float = 0.2,
+                eps_high: float = 0.2, reduction: str = "sequence") -> Tensor:
+    """The clipped loss of padded rows: (B, T), (B, T), (B,), (B, T) -> scalar.
+
+    reduction: "sequence" 1/B sum_i 1/|o_i| sum_t, "token" sum / sum mask, "constant" sum / (B T) (Dr. GRPO).
+    """
+    surrogate = clipped_surrogate(logp, old_logp, advantages[:, None], eps_low, eps_high)           # (B, T)
+    lengths = mask.sum(dim=1).long().tolist()
+    weights = torch.tensor(token_weights(lengths, reduction, mask.shape[1]), dtype=logp.dtype, device=logp.device)
+    return (surrogate.masked_fill(mask == 0, 0.0) * weights[:, None]).sum()
+
+
+def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1, d = reference_logp - logp."""
+    d = reference_logp - logp
+    return torch.exp(d) - d - 1
+
+
+def entropy_gradient(A: Tensor, P: Tensor, row_weights: Tensor, flags: Flags) -> Tensor:
+    """--eda-grad: dL/dP_i, (Q, G), of L = -sum_i w_i A^_i(P): the loss where every ratio is 1, w_i a row's weight in it."""
+    P = P.clone().requires_grad_()
+    loss = -(row_weights * entropy_driven_advantages(A, P, flags.eda_clamp or None)).sum()
+    return torch.autograd.grad(loss, P)[0]
+
+
+def update(trainer: engine.Trainer, reference, responses: list[Response], A: Tensor, A_hat: Tensor, P: Tensor,
+           flags: Flags, lr: float) -> dict:
+    """The step's optimizer updates on all B responses; the gradient does not depend on how they fall into micro-batches.
+
+    Each row gets its weight in the whole step's loss first; micro-batches and processes then only add up.
+    Returns loss and gradient norm (means over the updates) and how many updates were skipped as not finite.
+    """
+    lengths = [len(r.ids) for r in responses]
+    row_weights = token_weights(lengths, flags.loss, flags.max_new_tokens)
+    weights = [[w * (flags.injected_weight if x and not flags.sft else 1.0) for x in r.injected]
+               for w, r in zip(row_weights, responses)]
+    columns = dict(weight=weights, old_logp=[r.logp for r in responses],
+                   advantage=[[a] * n for a, n in zip(A_hat.flatten().tolist(), lengths)])
+    if flags.eda_grad:
+        slope = entropy_gradient(A, P, torch.tensor([sum(w) for w in weights]).view_as(A), flags)
+        columns["entropy_weight"] = [[g / max(n, 1)] * n for g, n in zip(slope.flatten().tolist(), lengths)]
+    share = slice(engine.rank(), None, engine.world_size())                # this process's rows
+    mine, columns = responses[share], {name: values[share] for name, values in columns.items()}
+    if flags.kl:
+        columns["reference_logp"] = [logp for logp, _ in score(reference, trainer.policy, mine, flags)]
+    losses, norms, bad = [], [], 0
+    for _ in range(flags.updates_per_rollout):
+        loss = engine.halve_batch_on_oom(trainer, lambda: gradients(trainer, mine, columns, flags))
+        norm = trainer.step(lr, flags.grad_clip) if loss == loss and abs(loss) < float("inf") else trainer.skip()
+        losses, norms, bad = losses + [loss], norms + [norm], bad + (not abs(norm) < float("inf"))
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped_updates": bad}
+
+
+def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict, flags: Flags) -> float:
+    """Accumulate the gradient of the step's loss over the micro-batches; returns the loss."""
+    policy, total = trainer.policy, 0.0
+    batches = engine.micro_batches([r.prompt for r in responses], [r.ids for r in responses],
+                                   trainer.micro_batch_tokens, policy.device)
+    for batch, last in trainer.in_step(batches):
+        temperature = 1.0 if flags.sft else flags.temperature
+        logp, entropy = trainer.scorer(batch.ids, batch.rows, batch.columns, temperature, policy.vocab_size, flags.eda_grad)
+        column = {name: batch.flat(values) for name, values in columns.items()}         # each (N,)
+        if flags.sft:
+            token_loss = -logp
+        else:       # with one update per rollout the ratio is 1 by definition, and only its gradient matters
+            old = column["old_logp"] if flags.updates_per_rollout > 1 else logp.detach()
+            token_loss = clipped_surrogate(logp, old, column["advantage"], flags.eps_low, flags.eps_high)
+        if flags.kl:
+            token_loss = token_loss + flags.kl * kl_penalty(logp, column["reference_logp"])
+        loss = (column["weight"] * token_loss).sum()
+        if flags.eda_grad:                                                  # adds a gradient, no value
+            loss = loss + (column["entropy_weight"] * (entropy - entropy.detach())).sum()
+        trainer.backward(loss, last)
+        total += loss.item()
+    return sum(engine.gather(total))
+
+
+# --- Metrics ---------------------------------------------------------------------------------------------------------
+
+def mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def share_mixed(r_QG: Tensor) -> float:
+    """Share of groups whose rewards are not all equal (1 - the advantage collapse rate)."""
+    return (r_QG != r_QG[:, :1]).any(dim=1).double().mean().item()
+
+
+def mean_variance(values_QG: Tensor) -> float:
+    """Mean over groups of the unbiased variance inside the group; 0 for groups of one."""
+    return values_QG.var(dim=1).mean().item() if values_QG.shape[1] > 1 else 0.0
+
+
+def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, P: Tensor, flags: Flags) -> dict:
+    """What a step did, as one flat dict (the keys of metrics.jsonl). `responses` as sampled, `corrected` as trained on."""
+    r_QG = rewards(corrected, flags)
+    count = {b: sum(r.correction == b for r in corrected) for b in BRANCHES}
+    m = dict(reward=r_QG.mean().item(), accuracy=mean(r.accuracy for r in responses),
+             accuracy_corrected=mean(r.accuracy for r in corrected), format=mean(r.format for r in responses),
+             mixed_groups=share_mixed(rewards(responses, flags)), mixed_groups_corrected=share_mixed(r_QG),
+             advantage_variance=mean_variance(A), advantage_variance_eda=mean_variance(A_hat),
+             entropy=P.mean().item(), entropy_sampled=response_entropy(responses, P.shape[1]).mean().item(),
+             response_tokens=mean(len(r.ids) for r in responses), truncated=mean(not r.finished for r in responses),
+             reflected=count["reflect"], answered=count["answer"], referenced=count["reference"],
+             reflect_fixed=sum(r.accuracy for r in corrected if r.correction == "reflect"),
+             over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
+             logprob_gap=logprob_gap(responses) if flags.top_p == 1 else None)
+    if flags.sft:                                            # nothing was sampled: what describes samples is undefined
+        m.update(dict.fromkeys(("accuracy", "format", "mixed_groups", "entropy_sampled", "response_tokens", "truncated",
+                                "logprob_gap")))
+    return m
+
+
+def logprob_gap(responses: list[Response]) -> float | None:
+    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens; 0 but for rounding."""
+    sampled = [(torch.tensor(r.logprobs), r.logp) for r in responses if r.ids]
+    return torch.cat([(a - b).abs() for a, b in sampled]).nanmean().item() if sampled else None
+
+
+def readable(policy: engine.Policy, step: int, responses, corrected, A: Tensor, A_hat: Tensor, P: Tensor) -> list[dict]:
+    """The rows of samples.jsonl: each rollout as text, before and after correction."""
+    rows = []
+    for r, c, a, a_hat, p in zip(responses, corrected, A.flatten().tolist(), A_hat.flatten().tolist(), P.flatten().tolist()):
+        row = dict(step=step, source=r.problem.source, response=policy.decode(r.ids), accuracy=r.accuracy, tokens=len(r.ids))
+        if c is not r:
+            row.update(correction=c.correction, corrected=policy.decode(c.ids), accuracy_corrected=c.accuracy)
+        rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=p))
+    return rows
+
+
+# --- The run's folder ------------------------------------------------------------------------------------------------
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
+
+
+def open_run(flags: Flags) -> tuple[Path, dict] | None:
+    """Make, clear or reopen the run's folder; returns the checkpoint to go on from. Only the main process writes."""
+    out, found = Path(flags.out), None
+    if engine.is_main():
+        started = [name for name in (*LOGS, "config.json", "checkpoints", "final") if (out / name).exists()]
+        if started and not (flags.resume or flags.overwrite):
+            raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete it, "
+                            "or another --out")
+        if flags.overwrite:
+            clear_run(out)
+        if flags.resume and (out / "config.json").exists():
+            check_same_run(flags, out)
+        out.mkdir(parents=True, exist_ok=True)
+        found = engine.newest_checkpoint(out / "checkpoints")
+        logs = found[1]["logs"] if found else {}
+        for name in LOGS:                       # what was logged after the checkpoint will be logged again
+            with open(out / name, "ab") as f:
+                f.truncate(logs.get(name, 0))
+    return engine.gather(found)[0]
+
+
+def clear_run(out: Path) -> None:
+    """Delete what a run writes, and nothing else that may stand in the folder."""
+    for name in (*LOGS, "config.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "final"):
+        engine.delete_folder(out / name)
+
+
+def check_same_run(flags: Flags, out: Path) -> None:
+    """UserError if --resume is given with flags that would make it another run."""
+    try:
+        before = json.loads((out / "config.json").read_text())["flags"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{out / 'config.json'}: cannot be read; start again with --overwrite") from error
+    now = json.loads(json.dumps(asdict(flags)))
+    changed = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in now
+               if k not in MAY_CHANGE_ON_RESUME and before.get(k) != now[k]]
+    if changed:
+        raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, or another --out")
+
+
+def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
+    """config.json: every flag, versions, commit, device: what is needed to run it again."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.processor() or platform.machine()
+    config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit.stdout.strip() or "unknown",
+                  versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
+                  device=f"{policy.device.type}: {device}", processes=engine.world_size(), threads=torch.get_num_threads(),
+                  parameters=sum(p.numel() for p in policy.model.parameters()), problems=len(problems),
+                  problems_left_out=left_out)
+    (Path(flags.out) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Append rows to a JSONL file, on the disk's side of any crash of this process."""
+    if engine.is_main():
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], list[str]]:
+    """The training problems that fit, and the sources of those whose prompt is too long."""
+    problems = data.load(flags.data, flags.mirror or None)
+    needs_solution = flags.sft or branch_probabilities(flags)[2] > 0
+    for p in problems if needs_solution else []:
+        if not p.solution or not p.solution.strip():
+            raise UserError(f"{p.source}: has no reference solution, which {'--sft' if flags.sft else 'the third of --guided-probs'} "
+                            "needs; use data with solutions, or --correction reflect or none, or --guided-probs .67 .33 0")
+    too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > flags.max_prompt_tokens}
+    kept = [p for p in problems if p.source not in too_long]
+    if not kept:
+        raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens {flags.max_prompt_tokens}")
+    return kept, sorted(too_long)
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+class Stop:
+    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+        print("\nfinishing the step, then saving; once more to stop at once", file=sys.stderr)
+
+
+class Clock:
+    """Seconds by phase: `lap(name)` adds the time since the last lap to `name`."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
+
+
+def evaluate(policy: engine.Policy, flags: Flags, step: int) -> None:
+    """Held-out accuracy after `step` steps, printed and appended to evals.jsonl."""
+    for task in flags.eval_tasks:
+        problems = data.load(task, flags.mirror or None)[:flags.eval_limit or None]
+        records = evaluation.evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
+                                      max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed)
+        s = evaluation.summarize(records)
+        append(Path(flags.out) / "evals.jsonl", [dict(
+            step=step, task=task, accuracy=s["accuracy"], stderr=s["stderr"], problems=s["problems"], n=flags.eval_n,
+            temperature=flags.eval_temperature, mean_length=s["mean_length"], format=s["format"], truncated=s["truncated"])])
+        say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} ({s['problems']} problems)")
+
+
+def say(line: str) -> None:
+    if engine.is_main():
+        tqdm.write(line)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left."""
+
+    def __init__(self, steps: int, done: int):
+        self.steps, self.first, self.started = steps, done, time.perf_counter()
+        self.bar = tqdm(total=steps, initial=done, disable=not (engine.is_main() and sys.stderr.isatty()), unit="step")
+
+    def show(self, line: dict) -> None:
+        names = {"accuracy": "acc", "accuracy_corrected": "corrected", "mixed_groups": "mixed",
+                 "mixed_groups_corrected": "mixed corrected", "entropy": "entropy", "loss": "loss"}
+        text = ", ".join(f"{short} {line[k]:.2f}" for k, short in names.items() if line[k] is not None)
+        text += f", {line['tokens_per_second']:.0f} tok/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (line["step"] % max(1, self.steps // 20) == 0 or line["step"] in (self.first + 1, self.steps)):
+            pace = (time.perf_counter() - self.started) / (line["step"] - self.first)
+            say(f"step {line['step']}/{self.steps}: {text}, {pace * (self.steps - line['step']) / 60:.1f} min left")
+
+
+def train(flags: Flags) -> int:
+    """The whole run; returns the exit code."""
+    policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None, flags.trust_remote_code)
+    problems, left_out = load_problems(flags, policy)
+    checkpoint = open_run(flags)
+    reference = engine.frozen_copy(policy.model) if flags.kl else None
+    trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), weight_decay=flags.weight_decay,
+                             offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)
+    out, stop, first_step, bad_steps = Path(flags.out), Stop(), 0, 0
+    if checkpoint:
+        engine.load_checkpoint(trainer, *checkpoint)
+        first_step, bad_steps = checkpoint[1]["step"], checkpoint[1]["bad_steps"]
+        say(f"going on from {checkpoint[0]}")
+    introduce(flags, policy, problems, left_out)
+    if first_step == 0:
+        evaluate(policy, flags, 0)
+
+    progress = Progress(flags.steps, first_step)
+    for step in range(first_step, flags.steps):
+        clock = Clock()
+        batch = batch_of_problems(problems, flags, step)                                       # Q problems
+        responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)     # Q x G
+        clock.lap("sample")
+        grade(policy, responses)
+        clock.lap("grade")
+        corrected = correct_errors(policy, responses, flags, step)          # GEC: wrong ones edited, some continued
+        clock.lap("correct")
+        grade(policy, corrected)
+        clock.lap("grade")
+        score_tokens(policy, responses + corrected, flags)
+        A = group_advantages(rewards(corrected, flags))                                        # (Q, G)
+        P = response_entropy(corrected, A.shape[1])                                            # (Q, G), Eq. 3
+        A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None) if flags.eda else A   # (Q, G), Eq. 6-7
+        lr = flags.lr * (1 - step / flags.steps)
+        stats = update(trainer, reference, corrected, A, A_hat, P, flags, lr)
+        clock.lap("update")
+
+        bad_steps = bad_steps + 1 if stats["skipped_updates"] else 0
+        line = dict(step=step + 1, **stats, lr=lr, **measure(responses, corrected, A, A_hat, P, flags),
+                    **timings(clock, corrected, policy))
+        append(out / "metrics.jsonl", [line])
+        append(out / "samples.jsonl", readable(policy, step + 1, responses, corrected, A, A_hat, P))
+        progress.show(line)
+        if flags.eval_every and (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
+            evaluate(policy, flags, step + 1)
+        stopping = max(engine.gather(stop.signal))
+        too_bad, last = bad_steps >= flags.max_bad_steps, step + 1 == flags.steps
+        if stopping or too_bad or last or flags.save_every and (step + 1) % flags.save_every == 0:
+            saved = save(trainer, flags, step + 1, bad_steps)
+        if too_bad:
+            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the weights of the last good "
+                            f"update are in {saved}; look at --lr, --eda-clamp and the last rows of {out / 'samples.jsonl'}")
+        if stopping:
+            return 128 + stopping
+    progress.bar.close()
+    engine.save_final(policy, out / "final")
+    conclude(flags)
+    return 0
+
+
+def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
+    """Print what is in force, and write config.json."""
+    if not engine.is_main():
+        return
+    write_config(flags, policy, problems, left_out)
+    say(f"{flags.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f}M parameters) on {policy.device}, "
+        f"{flags.data}: {len(problems)} problems" + (f", {len(left_out)} left out (prompt too long)" if left_out else ""))
+    say("flags: " + " ".join(f"{k}={v}" for k, v in asdict(flags).items()))
+    say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
+
+
+def timings(clock: Clock, corrected: list[Response], policy: engine.Policy) -> dict:
+    """Seconds by phase, sampled tokens per second of sampling and correcting, and peak memory so far."""
+    seconds = {f"seconds_{k}": clock.seconds[k] for k in ("sample", "grade", "correct", "update")}
+    sampled = sum(len(r.injected) - sum(r.injected) for r in corrected)
+    return dict(tokens_per_second=sampled / (clock.seconds["sample"] + clock.seconds["correct"]), **seconds,
+                peak_memory_gib=engine.peak_memory(policy.device))
+
+
+def save(trainer: engine.Trainer, flags: Flags, step: int, bad_steps: int) -> Path:
+    """A checkpoint that knows how long each log was when it was written."""
+    out = Path(flags.out)
+    logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
+    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), flags.keep)
+
+
+def conclude(flags: Flags) -> None:
+    """Print the held-out accuracy before and after, mixed groups before and after correction, and where everything is."""
+    out = Path(flags.out)
+    evals = [json.loads(row) for row in (out / "evals.jsonl").read_text().splitlines()]
+    lines = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    for task in flags.eval_tasks:
+        before, after = [e["accuracy"] for e in evals if e["task"] == task and e["step"] in (0, flags.steps)]
+        say(f"held-out {task}: accuracy {before:.3f} before, {after:.3f} after training")
+    if not flags.sft:
+        for name, part in (("first", lines[:10]), ("last", lines[-10:])):
+            say(f"{name} {len(part)} steps: mixed groups {mean(m['mixed_groups'] for m in part):.2f} as sampled, "
+                f"{mean(m['mixed_groups_corrected'] for m in part):.2f} after correction; sampled accuracy "
+                f"{mean(m['accuracy'] for m in part):.3f}")
+    say(f"the model is in {out / 'final'}, the curves in {out / 'metrics.jsonl'}; draw them: python eval.py plot {out} --out {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return train(parse_flags(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        engine.stop_processes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,697 @@
+"""What training needs and no paper describes: processes, models, the training forward, AdamW, checkpoints, memory.
+
+This file knows nothing of groups, advantages or rewards; edge_grpo.py is the method, and calls these pieces.
+Read it in five parts: processes, models and prompts, the training forward, the optimizer, checkpoints.
+"""
+import copy
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data import UserError
+from entropy import logprob_entropy
+from rollout import Sampler
+
+transformers.utils.logging.disable_progress_bar()          # the run prints its own
+
+GIB = 2**30
+TINY_MODEL = Path(__file__).parent / "data" / "tiny_model"
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+# One process, no launcher, is the plain path: then `spread` is a plain call. Under torchrun every process runs the same
+# program on the same list of rows; `spread` lets each work on its share and gives all of them everything.
+
+def start_processes(device: str) -> torch.device:
+    """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
+                        "take --device cpu, or install a CUDA build of torch")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind == "cuda":
+        if (torch.device(device).index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs; start as many "
+                            "processes (--nproc-per-node) as there are GPUs")
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return torch.device(device)
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def gather(value) -> list:
+    """Every process's `value`, by rank. (A collective: every process must call it.)"""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def spread(items: list, work) -> list:
+    """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order.
+
+    `work` takes a list and returns a list of the same length; it must cope with an empty one.
+    """
+    if world_size() == 1:
+        return work(items)
+    results = [None] * len(items)
+    for r, part in enumerate(gather(work(items[rank()::world_size()]))):
+        results[r::world_size()] = part
+    return results
+
+
+# --- Models and prompts ----------------------------------------------------------------------------------------------
+
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+QWEN_TEMPLATE = (f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n"
+                 "<|im_start|>assistant\n")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")        # what ends an assistant's turn in the two families of the paper
+
+
+@dataclass
+class Policy:
+    """A causal language model, its tokenizer and its sampler: ids in, ids out, and the two ways across to text."""
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    sampler: Sampler
+    end_ids: set[int]           # any of them ends a response
+    end_id: int                 # the one that ends injected text
+    vocab_size: int             # ids from here on are padding of the embedding
+    device: torch.device
+    template: str               # "qwen" or "llama"
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The question in the model's chat template, the assistant's turn opened."""
+        text = prompt_text(self.tokenizer, question, self.template)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that stands inside a response."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode_raw(self, ids: list[int]) -> str:
+        """Text of ids, special tokens shown."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens dropped."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def prompt_text(tokenizer, question: str, template: str) -> str:
+    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (both as in the paper)."""
+    if template == "llama":
+        messages = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
+    else:
+        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
+    if tokenizer.chat_template is None:
+        return QWEN_TEMPLATE.format(question)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def find_model(name: str) -> str:
+    """`tiny`, a local folder, a hub id, or a bare Qwen or Llama name -> what from_pretrained takes."""
+    if name == "tiny":
+        return str(TINY_MODEL)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder has no config.json; give a Hugging Face model folder")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: there is no such folder")
+    for start, owner in (("Qwen", "Qwen"), ("Llama", "meta-llama")):
+        if name.startswith(start):
+            return f"{owner}/{name}"
+    if "/" not in name:
+        raise UserError(f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`")
+    return name
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The model's configuration, with one clear sentence for whatever is wrong with it."""
+    try:
+        return AutoConfig.from_pretrained(find_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub id "
+                        "while the hub can be reached") from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    path = find_model(name)
+    if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"--model {name}: its tokenizer cannot be read ({first_line(error)})") from error
+    except Exception as error:                      # the Rust tokenizer raises the bare class on a broken tokenizer.json
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"--model {name}: its tokenizer.json is broken ({first_line(error)})") from error
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The weights (safetensors only), whole and finite-shaped, on `device`."""
+    path = find_model(name)
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
+            attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {name}: its weights cannot be loaded ({first_line(error)})") from error
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        names = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
+        raise UserError(f"--model {name}: weights missing or of the wrong shape: {', '.join(names[:3])}"
+                        f"{' …' if len(names) > 3 else ''}; the folder is incomplete or of another architecture")
+    for module in model.modules():                  # the sampler and the trainer must be the same function
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.to(device).eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: enough to say what was wrong inside one sentence."""
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+
+
+def find_end_ids(config, generation_config, tokenizer) -> set[int]:
+    """Every id that ends a sample: of the generation config, the config, the tokenizer, and the chat template's turn end."""
+    ids = set()
+    for source in (generation_config, config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        ids.update(found if isinstance(found, (list, tuple)) else [found])
+    vocabulary = tokenizer.get_vocab()
+    ids.update(vocabulary.get(token) for token in END_TOKENS)
+    return ids - {None}
+
+
+def load_policy(name: str, device: str = "auto", template: str = "auto", max_rows: int | None = None,
+                trust_remote_code: bool = False) -> Policy:
+    """Model, tokenizer and sampler of `name`: bfloat16 on a GPU, float32 on a CPU. UserError says what is wrong."""
+    device = start_processes(device)
+    config = load_config(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    vocabulary = tokenizer.get_vocab()
+    vocab_size = max(vocabulary.values()) + 1
+    if vocab_size > config.get_text_config().vocab_size:
+        raise UserError(f"--model {name}: the tokenizer has ids up to {vocab_size - 1}, but the model's embedding only "
+                        f"{config.get_text_config().vocab_size} rows; the tokenizer belongs to another model")
+    model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code)
+    end_ids = find_end_ids(config, model.generation_config, tokenizer)
+    if not end_ids:
+        raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
+    turn_end = next((vocabulary[token] for token in TURN_ENDS if token in vocabulary), None)
+    end_id = turn_end if turn_end is not None else tokenizer.eos_token_id if tokenizer.eos_token_id in end_ids else min(end_ids)
+    if template == "auto":
+        template = "llama" if config.model_type == "llama" else "qwen"
+    sampler = Sampler(model, end_ids, vocab_size=vocab_size, max_rows=max_rows)
+    return Policy(model, tokenizer, sampler, end_ids, end_id, vocab_size, device, template)
+
+
+# --- The training forward --------------------------------------------------------------------------------------------
+
+class Scorer(nn.Module):
+    """Log-probability and entropy of given tokens: the trunk, then the output layer on response positions only.
+
+    It is a module so that a sharded model (FSDP2) gathers its weights around the whole of it, output layer included.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, temperature: float, vocab_size: int,
+                entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """ids (b, S) right-padded; token (rows[k], columns[k]) for k < N is to be scored -> logp (N,), entropy (N,).
+
+        No mask is needed: with padding on the right, causal attention never looks at it from a real position.
+        """
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state       # (b, S, H)
+        hidden = hidden[rows, columns - 1]                                                      # (N, H)
+        weight = self.model.get_output_embeddings().weight                                      # (V, H)
+        return logprob_entropy(hidden, weight, ids[rows, columns], temperature, vocab_size, entropy_grad)
+
+
+@dataclass
+class Batch:
+    """A micro-batch: some rows of a step, right-padded, and where their response tokens are."""
+    index: list[int]            # which rows of the step
+    ids: Tensor                 # (b, S)
+    rows: Tensor                # (N,) row of each response token, in order of row, then position
+    columns: Tensor             # (N,) its column
+
+    def flat(self, values: list) -> Tensor:
+        """Per-row lists or (T_i,) tensors of the whole step -> one value per response token of this batch, (N,)."""
+        parts = [torch.as_tensor(values[i], dtype=torch.float32) for i in self.index]
+        return torch.cat(parts or [torch.zeros(0)]).to(self.ids.device)
+
+
+def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device) -> list[Batch]:
+    """Rows sorted by length and cut so that a batch, padding included, holds at most `budget` tokens (a longer row is
+    alone). Sorting keeps padding to a few percent; rows with an empty response are left out."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    order = sorted((i for i, r in enumerate(responses) if r), key=lambda i: (-lengths[i], i))
+    groups = []
+    for i in order:
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return [make_batch(group, prompts, responses, device) for group in groups]
+
+
+def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[int]], device) -> Batch:
+    width = max(len(prompts[i]) + len(responses[i]) for i in index)
+    ids = torch.zeros(len(index), width, dtype=torch.long)
+    rows, columns = [], []
+    for b, i in enumerate(index):
+        start, end = len(prompts[i]), len(prompts[i]) + len(responses[i])
+        ids[b, :end] = torch.tensor(prompts[i] + responses[i])
+        rows.append(torch.full((end - start,), b))
+        columns.append(torch.arange(start, end))
+    return Batch(index, ids.to(device), torch.cat(rows).to(device), torch.cat(columns).to(device))
+
+
+@torch.no_grad()
+def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: list[list[int]], temperature: float,
+                      vocab_size: int, budget: int) -> list[tuple[Tensor, Tensor]]:
+    """Scoring pass: per row (logp (T_i,), entropy (T_i,)), float32 on the CPU; an empty response has empty tensors."""
+    scored = [(torch.zeros(0), torch.zeros(0)) for _ in responses]
+    scorer = Scorer(model)
+    for batch in micro_batches(prompts, responses, budget, next(model.parameters()).device):
+        logp, entropy = scorer(batch.ids, batch.rows, batch.columns, temperature, vocab_size)
+        lengths = [len(responses[i]) for i in batch.index]
+        for i, row_logp, row_entropy in zip(batch.index, logp.cpu().split(lengths), entropy.cpu().split(lengths)):
+            scored[i] = (row_logp, row_entropy)
+    return scored
+
+
+# --- The optimizer ---------------------------------------------------------------------------------------------------
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor is its own shard."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+
+
+class Trainer:
+    """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
+
+    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on the
+    GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master shards,
+    compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
+    """
+
+    def __init__(self, policy: Policy, micro_batch_tokens: int, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                 offload=False, checkpointing=False):
+        self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
+        model = shard(policy.model) if self.sharded else policy.model
+        model.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.scorer = Scorer(model)
+        if self.sharded:
+            fully_shard(self.scorer, mp_policy=mixed_precision(policy.model))
+        self.params = dict(model.named_parameters())                       # tied weights once
+        self.offload = offload and policy.device.type == "cuda" or offload == "force"
+        self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
+        # One optimizer per parameter: only one fp32 gradient exists at a time (7B: 2 GB instead of 30).
+        self.adam = {name: torch.optim.AdamW([m], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+                     for name, m in self.masters.items()}
+        self.host_grads, self.last_backward = {}, False
+        if self.offload:
+            self._copy_gradients_during_backward()
+
+    def _master(self, weight: Tensor) -> Tensor:
+        """fp32 master of a weight: the weight itself where it is fp32 already and stays where it is."""
+        if weight.dtype == torch.float32 and not self.offload:
+            return weight.detach()
+        master = weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
+        return master.pin_memory() if self.offload and weight.is_cuda else master
+
+    def _copy_gradients_during_backward(self) -> None:
+        """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on a stream of its own."""
+        cuda = self.policy.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if cuda else None
+        for name, p in self.params.items():
+            self.host_grads[name] = torch.empty_like(local(p), device="cpu", pin_memory=cuda)
+
+            def copy_out(p, name=name):
+                if self.last_backward:
+                    if self.stream is not None:
+                        self.stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(self.stream):
+                        self.host_grads[name].copy_(local(p.grad), non_blocking=True)
+            p.register_post_accumulate_grad_hook(copy_out)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; `last` says that the step's gradients are complete after this call."""
+        self.last_backward = last
+        (loss * world_size()).backward()            # FSDP2 averages over processes, the step's loss is a sum
+
+    def in_step(self, batches: list[Batch]):
+        """Yields (batch, is it the last): as many on every process, since a sharded forward is a collective; a process with
+        fewer gets empty batches (one token, no rows), whose loss is 0."""
+        count = max(gather(max(len(batches), 1)))
+        empty = make_batch([0], [[0]], [[0]], self.policy.device)
+        empty.index = []
+        for k in range(count):
+            yield (batches[k] if k < len(batches) else empty), k == count - 1
+
+    def skip(self) -> float:
+        """Drop the gradients of a step; returns NaN for its norm."""
+        for p in self.params.values():
+            p.grad = None
+        return float("nan")
+
+    def step(self, lr: float, clip: float) -> float:
+        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped); returns the norm before clipping.
+
+        A non-finite norm leaves the weights as they are. Gradients are freed.
+        """
+        norm = self.gradient_norm()
+        if norm == norm and norm != float("inf"):
+            scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+            self._apply(lr, scale)
+            if self.sharded:
+                self.refresh()
+        self.skip()
+        return norm
+
+    def gradient_norm(self) -> float:
+        grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.policy.device)
+        if self.sharded:
+            dist.all_reduce(square)
+        return square.sqrt().item()
+
+    @torch.no_grad()
+    def _apply(self, lr: float, scale: float) -> None:
+        if self.offload and self.stream is not None:
+            self.stream.synchronize()
+        for name, p in self.params.items():
+            if p.grad is None:
+                continue
+            weight, master, adam = local(p), self.masters[name], self.adam[name]
+            gradient = self.host_grads[name] if self.offload else local(p.grad)
+            master.grad = gradient.to(master.dtype).mul_(scale) if master.dtype != gradient.dtype else gradient * scale
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+            master.grad = None
+            if master.data_ptr() != weight.data_ptr():
+                weight.copy_(master, non_blocking=True)
+        if self.offload and self.stream is not None:
+            torch.cuda.current_stream().synchronize()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Several processes: copy the sharded weights into the full replica that samples."""
+        for name, weight in self.policy.model.named_parameters():
+            weight.copy_(self.params[name].full_tensor())
+
+    def state(self):
+        """Yields (name, tensor on CPU) of masters and moments, whole; every process must iterate, rank 0 gets them."""
+        for name, p in self.params.items():
+            moments = self.adam[name].state.get(self.masters[name], {})
+            parts = {"exp_avg": moments.get("exp_avg"), "exp_avg_sq": moments.get("exp_avg_sq")}
+            if self.sharded or self.masters[name].data_ptr() != local(p).data_ptr():
+                parts["master"] = self.masters[name]
+            for part, tensor in parts.items():
+                if tensor is not None:
+                    yield f"{part}.{name}", self._whole(p, tensor)
+
+    def _whole(self, p: Tensor, shard_: Tensor) -> Tensor:
+        if not self.sharded:
+            return shard_.detach().cpu()
+        whole = dist.tensor.DTensor.from_local(shard_.detach(), p.device_mesh, p.placements, shape=p.shape,
+                                               stride=p.stride()).full_tensor()
+        return whole.cpu()
+
+    @torch.no_grad()
+    def load_state(self, read, adam_steps: int) -> None:
+        """Inverse of `state`: `read(name)` gives a whole tensor, or None if there is none of that name."""
+        for name, p in self.params.items():
+            master, adam = self.masters[name], self.adam[name]
+            saved = read(f"master.{name}")
+            if saved is None:
+                saved = read(name)
+            master.copy_(self._share(p, saved))
+            if adam_steps:
+                adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)}
+                for part in ("exp_avg", "exp_avg_sq"):
+                    moment = torch.zeros_like(master)
+                    moment.copy_(self._share(p, read(f"{part}.{name}")))
+                    adam.state[master][part] = moment.pin_memory() if master.is_pinned() else moment
+            local(p).copy_(master)
+        if self.sharded:
+            self.refresh()
+
+    def _share(self, p: Tensor, whole: Tensor) -> Tensor:
+        """This process's part of a whole tensor."""
+        if not self.sharded:
+            return whole
+        return dist.tensor.distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)._local_tensor
+
+
+def mixed_precision(model: nn.Module) -> MixedPrecisionPolicy:
+    dtype = next(model.parameters()).dtype
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """An fp32 copy of the model whose decoder layers are sharded over all processes (FSDP2)."""
+    sharded = copy.deepcopy(model).float()
+    layer_classes = set(model._no_split_modules or [])
+    for module in sharded.modules():
+        if type(module).__name__ in layer_classes:
+            fully_shard(module, mp_policy=mixed_precision(model))
+    return sharded
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+# checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters and moments) and
+# checkpoint.json (step, log positions, and size and sha256 of every file). It is written beside and renamed: a folder
+# named step-N is whole or damaged, never half-written. Nothing in it is unpickled.
+
+SHARD_BYTES = 4 * GIB
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """Model and tokenizer in Hugging Face format."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_final(policy: Policy, folder: Path) -> None:
+    """The final model, written beside and renamed."""
+    if not is_main():
+        return
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(policy, unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(unfinished, folder)
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, keep: int) -> Path:
+    """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
+    target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
+    if is_main():
+        check_space(folder, trainer)
+        for old in folder.glob(".step-*.unfinished"):
+            shutil.rmtree(old)
+        unfinished.mkdir(parents=True)
+        save_model(trainer.policy, unfinished)
+    save_state(trainer, unfinished)
+    if is_main():
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(unfinished.iterdir())}
+        manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
+        (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        publish(unfinished, target)
+        for old in checkpoint_folders(folder)[keep:]:
+            shutil.rmtree(old)
+    return target
+
+
+def save_state(trainer: Trainer, folder: Path) -> None:
+    """Masters and moments, in files of about 4 GiB, so that no more than that is gathered at a time."""
+    held, held_bytes, part = {}, 0, 0
+    for name, tensor in trainer.state():
+        if is_main():
+            held[name], held_bytes = tensor.contiguous(), held_bytes + tensor.nbytes
+            if held_bytes > SHARD_BYTES:
+                save_file(held, folder / f"optimizer-{part}.safetensors")
+                held, held_bytes, part = {}, 0, part + 1
+    if held:
+        save_file(held, folder / f"optimizer-{part}.safetensors")
+
+
+def adam_steps(trainer: Trainer) -> int:
+    states = [adam.state.get(trainer.masters[name]) for name, adam in trainer.adam.items()]
+    return int(max((state["step"].item() for state in states if state), default=0))
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Flush every file to the disk, then give the folder its name in one move."""
+    for path in [*unfinished.iterdir(), unfinished]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    unfinished.rename(target)
+
+
+def check_space(folder: Path, trainer: Trainer) -> None:
+    """UserError if the disk cannot hold one more checkpoint."""
+    count = sum(p.numel() for p in trainer.policy.model.parameters())
+    weight_bytes = next(trainer.policy.model.parameters()).element_size()
+    need = count * (weight_bytes + 8 + (4 if trainer.sharded or weight_bytes < 4 else 0)) + 32 * 2**20
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"{folder}: a checkpoint needs {need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free "
+                        "some space, lower --keep, or put --out on another disk, then go on with --resume")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
+    return sorted(found, key=lambda f: -int(f.name[5:]))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its manifest; damaged ones are named on stderr and passed over."""
+    for path in checkpoint_folders(folder):
+        problem, manifest = damage(path)
+        if not problem:
+            return path, manifest
+        if is_main():
+            print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
+    return None
+
+
+def damage(path: Path) -> tuple[str, dict]:
+    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    try:
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"checkpoint.json cannot be read ({first_line(error)})", {}
+    for name, expected in files:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", {}
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}", {}
+        if sha256(file) != expected["sha256"]:
+            return f"{name} was altered (sha256 differs)", {}
+    return "", manifest
+
+
+def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
+    """Weights, masters, moments and step count of a checkpoint, into a trainer on any number of processes."""
+    where, files = {}, []
+    for file in sorted(path.glob("*.safetensors")):
+        files.append(safe_open(file, "pt"))
+        where.update({name: files[-1] for name in files[-1].keys()})
+    trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])
+
+
+def delete_folder(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, never trained (the reference of the KL penalty)."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+def halve_rows_on_oom(policy: Policy, work, items: list) -> list:
+    """`work(items)`; if the GPU runs out of memory, once more with half the sampler's rows."""
+    try:
+        return work(items)
+    except torch.cuda.OutOfMemoryError:
+        rows = max(1, min(policy.sampler.max_rows or len(items), len(items)) // 2)
+    torch.cuda.empty_cache()
+    print(f"out of GPU memory while sampling: going on with --max-rows {rows}", file=sys.stderr)
+    policy.sampler.max_rows = rows
+    try:
+        return work(items)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory while sampling {rows} rows: set a lower --max-rows or --max-new-tokens") from error
+
+
+def halve_batch_on_oom(trainer: Trainer, work):
+    """`work()`; if the GPU runs out of memory, once more with half the --micro-batch-tokens (one process only)."""
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as error:
+        trainer.skip()
+        if trainer.sharded:
+            raise UserError(f"out of GPU memory in the update: set --micro-batch-tokens below {trainer.micro_batch_tokens}") from error
+    torch.cuda.empty_cache()
+    trainer.micro_batch_tokens = max(1, trainer.micro_batch_tokens // 2)
+    print(f"out of GPU memory in the update: going on with --micro-batch-tokens {trainer.micro_batch_tokens}", file=sys.stderr)
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("out of GPU memory in the update: set --micro-batch-tokens, --max-new-tokens or --group-size lower, or "
+                        "add --offload-optimizer") from error
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: allocated at most on the GPU, or resident at most in this process on the CPU, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (GIB if sys.platform == "darwin" else 2**20)

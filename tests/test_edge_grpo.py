@@ -1,0 +1,400 @@
+"""The method against its equations: group advantages, EDA, the loss, GEC, and one whole update."""
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import edge_grpo as eg
+import engine
+from data import Problem
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return engine.load_policy("tiny", "cpu")
+
+
+def flags_of(*argv):
+    return eg.parse_flags(list(argv))
+
+
+# --- group advantages, EDA -------------------------------------------------------------------------------------------
+
+def test_group_advantages_on_worked_numbers():
+    r = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    A = eg.group_advantages(r)
+    # mean 1/4, unbiased variance (9/16 + 3/16)/3 = 1/4, std 1/2
+    assert A[0].tolist() == pytest.approx([0.75 / 0.5001] + [-0.25 / 0.5001] * 3, abs=1e-12)
+    assert A[1:].abs().max() == 0
+
+
+def test_a_group_of_one_has_no_advantage():
+    assert eg.group_advantages(torch.ones(3, 1)).tolist() == [[0.0]] * 3
+
+
+def test_format_reward_that_is_constant_changes_no_advantage():
+    accuracy = torch.tensor([[1.0, 0, 0, 1]], dtype=torch.float64)
+    assert torch.allclose(eg.group_advantages(accuracy), eg.group_advantages(accuracy + 1.0), atol=1e-12)
+
+
+def test_eda_on_worked_numbers():
+    A = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    P = torch.tensor([[0.2, 0.6]], dtype=torch.float64)              # mean .4, relative .5 and 1.5
+    assert eg.entropy_driven_advantages(A, P)[0].tolist() == pytest.approx([2.0, -2 / 3])
+    assert eg.entropy_driven_advantages(A, P, (0.8, 1.2))[0].tolist() == pytest.approx([1 / 0.8, -1 / 1.2])
+
+
+def test_eda_uses_each_groups_own_mean():
+    A = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    P = torch.tensor([[0.2, 0.6], [2.0, 6.0]])
+    A_hat = eg.entropy_driven_advantages(A, P)
+    assert torch.allclose(A_hat[0], A_hat[1])
+
+
+def test_eda_cannot_revive_a_collapsed_group_and_survives_zero_entropy():
+    P = torch.tensor([[0.5, 0.1, 0.9]])
+    assert eg.entropy_driven_advantages(torch.zeros(1, 3), P).abs().max() == 0
+    A = torch.tensor([[1.0, -0.5, -0.5]])
+    assert torch.equal(eg.entropy_driven_advantages(A, torch.zeros(1, 3)), A)
+    assert torch.isfinite(eg.entropy_driven_advantages(A, torch.tensor([[0.0, 1.0, 1.0]]))).all()
+
+
+def test_eda_gradient_flows_through_the_entropies_only_if_they_have_one():
+    A, P = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.2, 0.6]], requires_grad=True)
+    eg.entropy_driven_advantages(A, P).sum().backward()
+    # A^_1 = mean / P_1 = (P1 + P2)/(2 P1): d/dP2 = 1/(2 P1); A^_2 = -(P1 + P2)/(2 P2): d/dP2 = P1/(2 P2^2)
+    assert P.grad[0, 1].item() == pytest.approx(1 / 0.4 + 0.2 / (2 * 0.36))
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+def padded(seed=0, B=5, T=9):
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(B, T, generator=g, dtype=torch.float64)
+    old = logp + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([9, 1, 4, 7, 3])[:B]
+    mask = (torch.arange(T)[None] < lengths[:, None]).double()
+    return logp.requires_grad_(), old, torch.randn(B, generator=g, dtype=torch.float64), mask
+
+
+def trl_loss(logp, old, advantages, mask, low, high, loss_type):
+    """GRPOTrainer's loss, written from its formulas (grpo, bnpo and dr_grpo with max_completion_length = T)."""
+    coef_1 = torch.exp(logp - old)
+    coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
+    per_token = -torch.min(coef_1 * advantages.unsqueeze(1), coef_2 * advantages.unsqueeze(1))
+    if loss_type == "grpo":
+        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    if loss_type == "bnpo":
+        return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
+    return (per_token * mask).sum() / (per_token.size(0) * per_token.size(1))
+
+
+@pytest.mark.parametrize("ours, theirs", [("sequence", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")])
+def test_policy_loss_equals_trls_formula_in_value_and_gradient(ours, theirs):
+    logp, old, advantages, mask = padded()
+    expected = trl_loss(logp, old, advantages, mask, 0.2, 0.3, theirs)
+    g_expected, = torch.autograd.grad(expected, logp)
+    loss = eg.policy_loss(logp, old, advantages, mask, 0.2, 0.3, ours)
+    gradient, = torch.autograd.grad(loss, logp)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.allclose(gradient, g_expected, atol=1e-12) and g_expected.abs().max() > 0
+
+
+def test_clipping_on_worked_numbers():
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss = eg.clipped_surrogate(ratio, torch.zeros(4), A, 0.2, 0.2)
+    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
+
+
+def test_padding_with_infinite_values_never_enters_the_loss():
+    logp, old, advantages, mask = padded()
+    dirty = logp.detach().masked_fill(mask == 0, -math.inf)
+    assert eg.policy_loss(dirty, old, advantages, mask) == pytest.approx(eg.policy_loss(logp, old, advantages, mask).item())
+
+
+def test_kl_penalty_is_zero_at_equality_and_positive_elsewhere():
+    assert eg.kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])).tolist() == pytest.approx([0.0, math.e - 2])
+
+
+# --- GEC -------------------------------------------------------------------------------------------------------------
+
+def wrong_and_right(policy, n=40):
+    """n responses, every fourth of them right, half of them cut by the limit (no end token)."""
+    problems, rows = data.load("tiny:1-3"), []
+    for k in range(n):
+        p = problems[k]
+        right = k % 4 == 0
+        ids = policy.encode("(1)1+1=2\nThe answer is \\boxed{%s}" % (data.gold_text(p) if right else "1000"))
+        finished = k % 2 == 0
+        ids = ids + [policy.end_id] * finished
+        rows.append(eg.Response(p, policy.prompt_ids(p.question), ids, [False] * len(ids), [-0.5] * len(ids), finished))
+    eg.grade(policy, rows)
+    assert [r.accuracy for r in rows] == [float(k % 4 == 0) for k in range(n)]
+    return rows
+
+
+def test_branch_frequencies():
+    probabilities = [0.5, 0.25, 0.25]
+    drawn = [eg.draw_branch(probabilities, eg.stream(0, "test", k) / 2**63) for k in range(20000)]
+    for branch, p in zip(eg.BRANCHES, probabilities):
+        assert drawn.count(branch) / 20000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 20000))
+
+
+def test_draw_branch_at_its_edges():
+    assert eg.draw_branch([0.5, 0.25, 0.25], 0.0) == "reflect"
+    assert eg.draw_branch([0.5, 0.25, 0.25], 0.5) == "answer"
+    assert eg.draw_branch([0.5, 0.25, 0.25], 1 - 2**-53) == "reference"
+    assert eg.draw_branch([1 / 3, 1 / 3, 1 / 3 - 1e-9], 1 - 1e-12) == "reference"
+    assert eg.draw_branch([0, 0, 0], 0.0) == ""
+    assert {eg.draw_branch([1, 0, 0], u) for u in (0.0, 0.5, 1 - 2**-53)} == {"reflect"}
+
+
+def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
+    rows = wrong_and_right(policy)
+    before = copy.deepcopy(rows)
+    corrected = eg.correct_errors(policy, rows, flags_of(), step=3)
+    for r, b, c in zip(rows, before, corrected):
+        assert (r.ids, r.injected, r.logprobs, r.finished) == (b.ids, b.injected, b.logprobs, b.finished)
+        if r.accuracy:
+            assert c is r
+            continue
+        kept = len(r.ids) - r.finished
+        assert c.correction in eg.BRANCHES and c.accuracy is None
+        assert len(c.ids) == len(c.injected) == len(c.logprobs)
+        assert all(math.isnan(p) == x for p, x in zip(c.logprobs, c.injected))
+        if c.correction == "reference":
+            assert c.ids == policy.encode(r.problem.solution) + [policy.end_id] and all(c.injected) and c.finished
+            continue
+        assert c.ids[:kept] == r.ids[:kept] and not any(c.injected[:kept])
+        text = eg.REFLECT if c.correction == "reflect" else eg.ANSWER.format(data.gold_text(r.problem))
+        added = policy.encode(text)
+        assert c.ids[kept:kept + len(added)] == added and all(c.injected[kept:kept + len(added)])
+        if c.correction == "answer":
+            assert c.ids[kept + len(added):] == [policy.end_id] and c.finished
+        else:
+            assert not any(c.injected[kept + len(added):])
+            assert c.finished == (c.ids[-1] in policy.end_ids)
+    assert {c.correction for c in corrected} == {"", *eg.BRANCHES}
+
+
+def test_end_tokens_inside_a_response_are_only_at_its_end(policy):
+    for c in eg.correct_errors(policy, wrong_and_right(policy), flags_of(), step=1):
+        assert not set(c.ids[:-1]) & policy.end_ids
+
+
+def test_injected_answers_and_references_grade_right(policy):
+    corrected = eg.correct_errors(policy, wrong_and_right(policy), flags_of(), step=2)
+    eg.grade(policy, corrected)
+    fixed = [c.accuracy for c in corrected if c.correction in ("answer", "reference")]
+    assert fixed and all(fixed)
+
+
+def test_force_r_reflects_on_every_wrong_response_and_none_on_nothing(policy):
+    rows = wrong_and_right(policy)
+    forced = eg.correct_errors(policy, rows, flags_of("--method", "force-r"), step=0)
+    assert all(c.correction == ("" if r.accuracy else "reflect") for r, c in zip(rows, forced))
+    untouched = eg.correct_errors(policy, rows, flags_of("--method", "grpo"), step=0)
+    assert all(c is r for r, c in zip(rows, untouched))
+
+
+def test_a_corrected_row_does_not_depend_on_the_others(policy):
+    """Same row of the same step, continued among others or with another number of sampler rows: the same tokens."""
+    flags, rows = flags_of("--method", "force-r"), wrong_and_right(policy)
+    together = eg.correct_errors(policy, rows, flags, step=5)
+    policy.sampler.max_rows = 3
+    try:
+        again = eg.correct_errors(policy, rows, flags, step=5)
+    finally:
+        policy.sampler.max_rows = None
+    assert [c.ids for c in together] == [c.ids for c in again]
+
+
+def test_caps_of_reflection_and_of_corrected_length(policy):
+    rows = wrong_and_right(policy)
+    reflected = eg.correct_errors(policy, rows, flags_of("--method", "force-r", "--correction-tokens", "2"), step=0)
+    for r, c in zip(rows, reflected):
+        if c.correction:
+            added = len(c.ids) - (len(r.ids) - r.finished) - len(policy.encode(eg.REFLECT))
+            assert added <= 2
+    capped = eg.correct_errors(policy, rows, flags_of("--max-corrected-tokens", "9"), step=0)
+    for r, c in zip(rows, capped):
+        assert (len(c.ids) <= 9 and len(c.injected) == len(c.ids)) if c.correction else c is r
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
+
+def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None):
+    """The gradient of one step as {name: tensor}, without an optimizer step."""
+    model = copy.deepcopy(policy.model)
+    own = replace(policy, model=model)
+    trainer = engine.Trainer(own, micro_batch_tokens or flags.micro_batch_tokens)
+    grads = {}
+
+    def catch(lr, clip):
+        grads.update({name: p.grad.clone() for name, p in trainer.params.items()})
+        trainer.skip()
+        return 1.0
+    trainer.step = catch
+    eg.score_tokens(own, responses, flags)
+    if A is None:
+        A = eg.group_advantages(eg.rewards(responses, flags))
+    P = eg.response_entropy(responses, A.shape[1])
+    A_hat = eg.entropy_driven_advantages(A, P) if flags.eda else A
+    stats = eg.update(trainer, reference, responses, A, A_hat, P, flags, lr=1e-3)
+    return grads, stats, (A, A_hat, P)
+
+
+def graded_groups(policy, groups=2):
+    rows = wrong_and_right(policy, 8 * groups)
+    corrected = eg.correct_errors(policy, rows, flags_of(), step=4)
+    eg.grade(policy, corrected)
+    return corrected
+
+
+def naive_loss(model, responses, A_hat, flags, entropy=False):
+    """One row at a time, float64, whole logits, no padding: sum_i 1/B 1/|o_i| sum_t -A^_i exp(logp - sg(logp))."""
+    total, P = 0.0, []
+    for r, a in zip(responses, A_hat.flatten()):
+        logits = model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1:-1] / flags.temperature
+        logits = logits[:, :flags.vocab_size] if hasattr(flags, "vocab_size") else logits
+        logp_all = torch.log_softmax(logits, -1)
+        logp = logp_all.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        P.append(-(logp_all.exp() * logp_all).sum(-1).mean())
+        total = total - (torch.exp(logp - logp.detach()) * a).mean() / len(responses)
+    return total, torch.stack(P)
+
+
+def test_the_steps_gradient_equals_a_naive_float64_one_and_not_the_micro_batching(policy):
+    flags, responses = flags_of("--temperature", "0.7"), graded_groups(policy)
+    by_budget = [step_gradient(policy, flags, responses, budget) for budget in (1, 300, 100_000)]
+    model = copy.deepcopy(policy.model).double()
+    loss, P = naive_loss(model, responses, by_budget[0][2][1], flags)
+    loss.backward()
+    assert torch.allclose(P, by_budget[0][2][2].flatten(), atol=1e-5)
+    assert by_budget[0][1]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    for grads, stats, _ in by_budget:
+        for name, p in model.named_parameters():
+            assert torch.allclose(grads[name].double(), p.grad, atol=2e-6, rtol=1e-4), name
+    assert max(p.grad.abs().max() for p in model.parameters()) > 1e-3
+
+
+def test_eda_grad_equals_autograd_through_the_whole_expression(policy):
+    flags, responses = flags_of("--eda-grad"), graded_groups(policy)
+    grads, _, (A, _, _) = step_gradient(policy, flags, responses, 300)
+    plain, _, _ = step_gradient(policy, flags_of(), responses, 300)
+    model = copy.deepcopy(policy.model).double()
+    _, P = naive_loss(model, responses, A, flags)
+    A_hat = eg.entropy_driven_advantages(A, P.view_as(A))
+    naive_loss(model, responses, A_hat, flags)[0].backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(grads[name].double(), p.grad, atol=2e-6, rtol=1e-3), name
+    assert any(not torch.allclose(grads[n], plain[n], atol=1e-5) for n in grads)
+
+
+def test_injected_weight_zero_leaves_only_sampled_tokens(policy):
+    responses = graded_groups(policy)
+    flags = flags_of("--injected-weight", "0", "--no-eda")
+    grads, _, (A, _, _) = step_gradient(policy, flags, responses)
+    model, total = copy.deepcopy(policy.model), 0.0
+    for r, a in zip(responses, A.flatten()):
+        logits = model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1:-1] / flags.temperature
+        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        total = total - a * (logp * ~torch.tensor(r.injected)).sum() / len(r.ids) / len(responses)
+    total.backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(grads[name], p.grad, atol=2e-6, rtol=1e-3), name
+
+
+def test_ratios_differ_from_one_only_after_the_first_of_several_updates(policy, monkeypatch):
+    seen, plain = [], eg.clipped_surrogate
+    monkeypatch.setattr(eg, "clipped_surrogate", lambda logp, old, *rest: seen.append((logp - old).abs().max().item())
+                        or plain(logp, old, *rest))
+    flags, responses = flags_of("--updates-per-rollout", "3", "--micro-batch-tokens", "100000"), graded_groups(policy)
+    own = replace(policy, model=copy.deepcopy(policy.model))
+    eg.score_tokens(own, responses, flags)
+    A = eg.group_advantages(eg.rewards(responses, flags))
+    eg.update(engine.Trainer(own, flags.micro_batch_tokens), None, responses, A, A, None, flags, lr=1e-3)
+    assert len(seen) == 3 and seen[0] < 1e-5 and seen[1] > 1e-3 and seen[2] > seen[1]
+
+
+def test_kl_pulls_towards_the_reference(policy):
+    responses = graded_groups(policy)
+    flags = flags_of("--kl", "0.5", "--no-eda")
+    zero = torch.zeros(2, 8, dtype=torch.float64)
+    grads, stats, _ = step_gradient(policy, flags, responses, reference=policy.model, A=zero)
+    assert stats["loss"] == pytest.approx(0, abs=1e-7) and max(g.abs().max() for g in grads.values()) < 1e-6
+    other = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    grads, stats, _ = step_gradient(policy, flags, responses, reference=other, A=zero)
+    assert stats["loss"] > 0.01 and max(g.abs().max() for g in grads.values()) > 1e-3
+
+
+def test_sft_is_the_mean_log_likelihood_of_the_references(policy):
+    flags = flags_of("--method", "sft")
+    responses = eg.references(policy, data.load("tiny:5-8")[:4])
+    eg.grade(policy, responses)
+    grads, stats, _ = step_gradient(policy, flags, responses)
+    model, total = copy.deepcopy(policy.model), 0.0
+    for r in responses:
+        labels = torch.tensor([[-100] * len(r.prompt) + r.ids])
+        total = total + model(torch.tensor([r.prompt + r.ids]), labels=labels).loss / len(responses)
+    total.backward()
+    assert stats["loss"] == pytest.approx(total.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(grads[name], p.grad, atol=2e-6, rtol=1e-3), name
+
+
+# --- data order, metrics ---------------------------------------------------------------------------------------------
+
+def test_every_epoch_is_a_permutation_and_epochs_differ():
+    problems = [Problem(str(k), ("1",), None, str(k)) for k in range(10)]
+    flags = flags_of("--questions-per-step", "4")
+    order = [p.question for step in range(5) for p in eg.batch_of_problems(problems, flags, step)]
+    assert sorted(order[:10]) == sorted(order[10:]) == sorted(str(k) for k in range(10)) and order[:10] != order[10:]
+
+
+def test_a_dataset_shorter_than_a_step_goes_round():
+    problems = [Problem(str(k), ("1",), None, str(k)) for k in range(3)]
+    batch = eg.batch_of_problems(problems, flags_of("--questions-per-step", "8"), 0)
+    assert len(batch) == 8 and {p.question for p in batch} == {"0", "1", "2"}
+
+
+def test_mixed_groups_and_variances():
+    r = torch.tensor([[1.0, 0], [1, 1], [0, 0], [0, 1]])
+    assert eg.share_mixed(r) == 0.5
+    assert eg.mean_variance(r) == pytest.approx(0.25)
+    assert eg.mean_variance(torch.ones(3, 1)) == 0
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+def test_method_rows_and_overrides():
+    assert (flags_of("--method", "force-r-eda").correction, flags_of("--method", "force-r-eda").eda) == ("reflect", True)
+    gec_only = flags_of("--method", "edge-grpo", "--no-eda")
+    assert gec_only.correction == "guided" and not gec_only.eda
+    eda_only = flags_of("--method", "grpo", "--eda")
+    assert eda_only.correction == "none" and eda_only.eda
+
+
+def test_the_papers_settings_are_the_defaults_of_a_real_model():
+    f = flags_of("--model", "Qwen2.5-Math-7B")
+    assert (f.questions_per_step, f.group_size, f.steps, f.lr, f.temperature) == (1, 8, 1000, 1e-6, 0.6)
+    assert (f.max_new_tokens, f.correction_tokens, f.max_prompt_tokens, f.grad_clip) == (1024, 256, 512, 1.0)
+    assert (f.betas, f.weight_decay, f.seed, f.kl, f.eps_low) == ([0.9, 0.999], 0, 42, 0, 0.2)
+    assert f.data == "deepscaler-hard-1k" and f.guided_probs == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--step", "3"], ["--loss", "mean"], ["--steps", "many"]])
+def test_unknown_flags_and_values_fail(argv):
+    with pytest.raises(SystemExit) as stop:
+        flags_of(*argv)
+    assert stop.value.code == 2
