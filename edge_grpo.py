@@ -664,6 +664,7 @@ class Progress:
 
 def train(flags: Flags) -> int:
     """The whole run; returns the exit code."""
+    say(preflight(flags))
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
     checkpoint = open_run(flags)
@@ -720,6 +721,18 @@ def train(flags: Flags) -> int:
     engine.save_final(policy, out / "final")
     conclude(flags)
     return 0
+
+
+def preflight(flags: Flags) -> str:
+    """What the run will need, before any weight is loaded."""
+    device = engine.start_processes(flags.device)
+    B = 0 if flags.sft else flags.questions_per_step * flags.group_size
+    rows = -(-min(B, flags.max_rows or B) // engine.world_size())
+    plan = engine.memory_plan(engine.load_config(flags.model, flags.trust_remote_code), rows,
+                              flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
+                              flags.micro_batch_tokens, 2 if device.type == "cuda" else 4,
+                              flags.offload_optimizer and device.type == "cuda", flags.gradient_checkpointing, engine.world_size())
+    return engine.preflight(plan, device)
 
 
 def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:

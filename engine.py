@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import UserError
-from entropy import logprob_entropy
+from entropy import check_output_layer, logprob_entropy
 from rollout import Sampler
 
 transformers.utils.logging.disable_progress_bar()          # the run prints its own
@@ -101,9 +102,9 @@ def spread(items: list, work) -> list:
 # --- Models and prompts ----------------------------------------------------------------------------------------------
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-QWEN_TEMPLATE = (f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n"
+QWEN_TEMPLATE = (f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
                  "<|im_start|>assistant\n")
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")        # what ends an assistant's turn in the two families of the paper
 
 
@@ -144,7 +145,7 @@ def prompt_text(tokenizer, question: str, template: str) -> str:
     else:
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
     if tokenizer.chat_template is None:
-        return QWEN_TEMPLATE.format(question)
+        return QWEN_TEMPLATE.replace("{question}", question)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -240,6 +241,10 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
         raise UserError(f"--model {name}: the tokenizer has ids up to {vocab_size - 1}, but the model's embedding only "
                         f"{config.get_text_config().vocab_size} rows; the tokenizer belongs to another model")
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code)
+    try:
+        check_output_layer(model)
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from error
     end_ids = find_end_ids(config, model.generation_config, tokenizer)
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
@@ -348,13 +353,16 @@ class Trainer:
         self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
         model = shard(policy.model) if self.sharded else policy.model
         model.requires_grad_(True)
+        self.checkpointing = checkpointing
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():             # renamed in late 5.x; the new name is not in early 5.x
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         self.scorer = Scorer(model)
         if self.sharded:
             fully_shard(self.scorer, mp_policy=mixed_precision(policy.model))
         self.params = dict(model.named_parameters())                       # tied weights once
-        self.offload = offload and policy.device.type == "cuda" or offload == "force"
+        self.offload = offload
         self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
         # One optimizer per parameter: only one fp32 gradient exists at a time (7B: 2 GB instead of 30).
         self.adam = {name: torch.optim.AdamW([m], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
@@ -396,8 +404,10 @@ class Trainer:
         count = max(gather(max(len(batches), 1)))
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
         empty.index = []
+        self.scorer.train(self.checkpointing)           # transformers recomputes only in training mode (dropout is off)
         for k in range(count):
             yield (batches[k] if k < len(batches) else empty), k == count - 1
+        self.scorer.eval()
 
     def skip(self) -> float:
         """Drop the gradients of a step; returns NaN for its norm."""
@@ -687,6 +697,52 @@ def halve_batch_on_oom(trainer: Trainer, work):
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("out of GPU memory in the update: set --micro-batch-tokens, --max-new-tokens or --group-size lower, or "
                         "add --offload-optimizer") from error
+
+
+def memory_plan(config, rows: int, row_tokens: int, micro_batch_tokens: int, weight_bytes: int, offload: bool,
+                checkpointing: bool, processes: int = 1) -> dict[str, float]:
+    """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
+
+    rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
+    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers.
+    """
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    c = config.get_text_config()
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = (12 * c.hidden_size + 4 * inner) * weight_bytes                       # of one token in one layer
+    layers = c.num_hidden_layers * c.hidden_size * weight_bytes + layer if checkpointing else c.num_hidden_layers * layer
+    plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
+    moments = count * (8 if weight_bytes == 4 and not offload else 12)            # and fp32 masters, unless they are the weights
+    plan["host optimizer" if offload else "optimizer"] = moments
+    if processes > 1:           # a full replica that samples; shards of masters, moments and gradients; two layers gathered
+        plan.update({"gradients": 4 * count / processes, "optimizer": 12 * count / processes})
+        plan["gathered layers"] = 2 * count / c.num_hidden_layers * weight_bytes + 2 * c.vocab_size * c.hidden_size * weight_bytes
+    plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
+    plan["activations"] = max(micro_batch_tokens, row_tokens) * layers
+    plan["output layer"] = 3 * 4 * 2**26 + c.vocab_size * c.hidden_size * weight_bytes
+    return plan
+
+
+def preflight(plan: dict[str, float], device: torch.device) -> str:
+    """One line: what the run will need where, what is there, and which flag to change if it does not fit."""
+    host = sum(v for k, v in plan.items() if k.startswith("host")) if device.type == "cuda" else 0
+    need = sum(plan.values()) - host
+    text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.items())
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}" + (f", {host / GIB:.1f} in CPU memory" if host else "")
+    if need <= free:
+        return line
+    largest = max((k for k in plan if not k.startswith("host")), key=plan.get)
+    advice = {"optimizer": "add --offload-optimizer or more processes (torchrun)", "cache": "set --max-rows lower",
+              "activations": "set --micro-batch-tokens lower or keep --gradient-checkpointing",
+              "output layer": "set --micro-batch-tokens lower"}.get(largest, "use a smaller model or more processes (torchrun)")
+    return f"{line}. It will probably not fit: {advice}"
 
 
 def peak_memory(device: torch.device) -> float:
