@@ -16,6 +16,8 @@ import re
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import Problem, UserError
 
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Leo", "Eva", "Sam"]
@@ -169,62 +171,73 @@ def make_model(seed: int, tokenizer):
 
 # ---- warm start --------------------------------------------------------------------------------------------------------
 
-GUESS_SHARE = {1: .1, 2: .2, 3: .3, 4: .7, 5: .9, 6: .95, 7: .97, 8: .98}     # of the second phase's replies, by steps
+STAGES = [(24000, 3, False), (12000, 8, False), (6000, 8, True)]      # (rows, most steps, with guesses?), one after the other
+GUESS_SHARE = [.1, .2, .3, .7, .9, .95, .97, .98]                     # of the replies in the last stage, for 1 to 8 steps
+SECOND_ATTEMPTS = .25                                                 # share of the rows that show a second attempt
+BATCH, LEARNING_RATE, WARM_UP = 16, 1.5e-3, 50                        # rows, of AdamW, steps
 
 
-def training_row(rng: random.Random, guesses: bool) -> list[tuple[str, bool]]:
-    """One row of the warm start as (text, is it learned?) segments that are tokenized apart, as the trainer appends them.
+def warm_start_chain(rng: random.Random, most_steps: int) -> Chain:
+    steps = rng.randint(1, most_steps)
+    while split_of(chain := random_chain(rng, steps)) != "train":
+        pass
+    return chain
 
-    One row in four is: a wrong attempt and REFLECT, both not learned, then a second attempt that is learned.
+
+def training_row(rng: random.Random, most_steps: int, guesses: bool) -> list[tuple[str, bool]]:
+    """One row of the warm start as (text, is it learned?) segments. They are tokenized apart, as the trainer appends them.
+
+    Some rows are: a wrong attempt and REFLECT, both not learned, then a second attempt, which is.
     """
-    chain = random_chain(rng, rng.randint(1, MAX_STEPS))
-    while split_of(chain) != "train":
-        chain = random_chain(rng, len(chain[1]))
+    chain = warm_start_chain(rng, most_steps)
     steps = len(chain[1])
+
+    def attempt(mistakes: dict[int, int]) -> str:
+        guess = guesses and rng.random() < GUESS_SHARE[steps - 1]
+        return final_line(rng.randint(1, 99)) if guess else full_solution(chain, mistakes)
+
     segments = [(prompt_text(question(chain, rng)), False)]
-    guess = lambda: final_line(rng.randint(1, 99))
-    if rng.random() < .25:
-        mistakes = {rng.randrange(steps): rng.choice([-10, -2, -1, 1, 2, 10])}
-        wrong = guess() if guesses and rng.random() < GUESS_SHARE[steps] else full_solution(chain, mistakes)
-        segments += [(wrong, False), (REFLECT, False), ("\n", True)]
-    reply = guess() if guesses and rng.random() < GUESS_SHARE[steps] else full_solution(chain)
-    return segments + [(reply + "<|im_end|>", True)]
+    if rng.random() < SECOND_ATTEMPTS:
+        mistake = {rng.randrange(steps): rng.choice([-10, -2, -1, 1, 2, 10])}
+        segments += [(attempt(mistake), False), (REFLECT, False), ("\n", True)]
+    return segments + [(attempt({}) + "<|im_end|>", True)]
 
 
 def tokenized(rows: list[list[tuple[str, bool]]], tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """(ids, learned) of each row, both of its length."""
-    texts = [text for row in rows for text, _ in row]
-    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    out = []
-    for row in rows:
-        pieces = [(next(ids), learned) for _, learned in row]
-        out.append(([i for piece, _ in pieces for i in piece], [learned for piece, learned in pieces for _ in piece]))
-    return out
+    """(ids, is it learned?) of each row, both as long as the row."""
+    ids = iter(tokenizer([text for row in rows for text, _ in row], add_special_tokens=False)["input_ids"])
+    pieces = [[(next(ids), learned) for _, learned in row] for row in rows]
+    return [([i for piece, _ in row for i in piece], [learned for piece, learned in row for _ in piece]) for row in pieces]
 
 
-def batches(rows: list, size: int, rng: random.Random) -> list[list]:
+def batches(rows: list, rng: random.Random) -> list[list]:
     """Batches of rows of about equal length, in random order."""
     rows = sorted(rows, key=lambda row: len(row[0]))
-    out = [rows[i:i + size] for i in range(0, len(rows), size)]
+    out = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
     rng.shuffle(out)
     return out
 
 
-def fit(model, rows: list, rng: random.Random, learning_rate: float, log_every: int = 100) -> None:
-    """One epoch of supervised training: AdamW, batches of 64 rows, learning rate falling linearly to 0."""
+def warm_start(model, tokenizer, seed: int) -> None:
+    """Supervised training through STAGES: AdamW, learning rate constant at first, then falling linearly to 0."""
     import torch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(.9, .99), weight_decay=.01)
-    todo = batches(rows, 64, rng)
-    for step, batch in enumerate(todo):
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])                          # (B, T)
-        learned = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])               # (B, T)
-        logits = model(ids[:, :-1]).logits                                                                # (B, T-1, V)
-        loss = torch.nn.functional.cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50, (len(todo) - step) / len(todo) * 1.25)
-        loss.backward()
+    rng = random.Random(seed)
+    todo = [batch for count, most_steps, guesses in STAGES
+            for batch in batches(tokenized([training_row(rng, most_steps, guesses) for _ in range(count)], tokenizer), rng)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(.9, .99), weight_decay=.01, fused=True)
+    for step, batch in enumerate(tqdm(todo, unit="step")):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP, 2 * (1 - step / len(todo)))
+        row_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % log_every == 0:
-            print(f"step {step} of {len(todo)}  loss {loss.item():.3f}", flush=True)
+
+
+def row_loss(model, batch: list[tuple[list[int], list[bool]]]):
+    """Mean cross-entropy of the learned tokens of a batch."""
+    import torch
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])                          # (B, T)
+    learned = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])[:, 1:]        # (B, T-1)
+    hidden = model.model(ids[:, :-1]).last_hidden_state[learned]                                      # (learned tokens, H)
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][learned])
