@@ -14,18 +14,21 @@ Letters: B responses in a step = Q questions x G, T response length. Tensors nam
 """
 import argparse
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -119,6 +122,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "k
 def make_parser(defaults: dict) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
+    parser.error = wrong_flag
     for f in fields(Flags):
         value = defaults.get(f.name, f.default if f.name not in LISTS else f.default_factory())
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -131,6 +135,11 @@ def make_parser(defaults: dict) -> argparse.ArgumentParser:
             options.update(type=f.type, choices=f.metadata["choices"])
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
+
+
+def wrong_flag(message: str):
+    """argparse's complaint as one sentence, without the page of usage before it."""
+    raise UserError(f"{message} (--help lists every flag)")
 
 
 def parse_flags(argv: list[str]) -> Flags:
@@ -187,6 +196,7 @@ class Response:
     logprobs: list[float]                   # the sampler's log-probability of each token; NaN where injected
     finished: bool = False                  # ended by an end token, not cut by a limit
     correction: str = ""                    # "", "reflect", "answer" or "reference"
+    text: str = ""                          # of ids, once graded
     accuracy: float | None = None           # 0.0 or 1.0 once graded
     format: float | None = None
     logp: Tensor | None = None              # (T,) the trainer's log-probabilities before the update
@@ -234,7 +244,9 @@ def extend(policy: engine.Policy, responses: list[Response], limits: list[int], 
         samples = policy.sampler.sample(prompts, 1, most, flags.temperature, seeds, flags.top_p)
         return [s[0] for s in samples]
 
-    for r, s in zip(responses, engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))):
+    with sampling(flags):
+        samples = engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))
+    for r, s in zip(responses, samples):
         r.ids, r.logprobs = r.ids + s.ids, r.logprobs + s.logprobs
         r.injected, r.finished = r.injected + [False] * len(s.ids), s.finished
 
@@ -247,7 +259,9 @@ def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]
 def grade(policy: engine.Policy, responses: list[Response]) -> None:
     """Format and accuracy of the responses that have none yet."""
     new = [r for r in responses if r.accuracy is None]
-    texts = [(policy.decode(r.ids), list(r.problem.answers)) for r in new]
+    for r in new:
+        r.text = policy.decode(r.ids)
+    texts = [(r.text, list(r.problem.answers)) for r in new]
     scores = engine.spread(texts, lambda mine: reward.score_all([t for t, _ in mine], [g for _, g in mine]))
     for r, (r.format, r.accuracy) in zip(new, scores):
         pass
@@ -490,11 +504,12 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
              response_tokens=mean(len(r.ids) for r in responses), truncated=mean(not r.finished for r in responses),
              reflected=count["reflect"], answered=count["answer"], referenced=count["reference"],
              reflect_fixed=sum(r.accuracy for r in corrected if r.correction == "reflect"),
+             self_reflection=mean(REFLECT.strip() in r.text for r in responses),
              over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
              logprob_gap=logprob_gap(responses) if flags.top_p == 1 else None)
     if flags.sft:                                            # nothing was sampled: what describes samples is undefined
         m.update(dict.fromkeys(("accuracy", "format", "mixed_groups", "entropy_sampled", "response_tokens", "truncated",
-                                "logprob_gap")))
+                                "self_reflection", "logprob_gap")))
     return m
 
 
@@ -504,13 +519,13 @@ def logprob_gap(responses: list[Response]) -> float | None:
     return torch.cat([(a - b).abs() for a, b in sampled]).nanmean().item() if sampled else None
 
 
-def readable(policy: engine.Policy, step: int, responses, corrected, A: Tensor, A_hat: Tensor, P: Tensor) -> list[dict]:
+def readable(step: int, responses, corrected, A: Tensor, A_hat: Tensor, P: Tensor) -> list[dict]:
     """The rows of samples.jsonl: each rollout as text, before and after correction."""
     rows = []
     for r, c, a, a_hat, p in zip(responses, corrected, A.flatten().tolist(), A_hat.flatten().tolist(), P.flatten().tolist()):
-        row = dict(step=step, source=r.problem.source, response=policy.decode(r.ids), accuracy=r.accuracy, tokens=len(r.ids))
+        row = dict(step=step, source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
         if c is not r:
-            row.update(correction=c.correction, corrected=policy.decode(c.ids), accuracy_corrected=c.accuracy)
+            row.update(correction=c.correction, corrected=c.text, accuracy_corrected=c.accuracy)
         rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=p))
     return rows
 
@@ -518,45 +533,58 @@ def readable(policy: engine.Policy, step: int, responses, corrected, A: Tensor, 
 # --- The run's folder ------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
+RUN = ("checkpoints", "final", *LOGS, "config.json")            # all that a run writes
 
 
 def open_run(flags: Flags) -> tuple[Path, dict] | None:
     """Make, clear or reopen the run's folder; returns the checkpoint to go on from. Only the main process writes."""
     out, found = Path(flags.out), None
     if engine.is_main():
-        started = [name for name in (*LOGS, "config.json", "checkpoints", "final") if (out / name).exists()]
+        started = [name for name in RUN if (out / name).exists()]
         if started and not (flags.resume or flags.overwrite):
             raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete it, "
                             "or another --out")
         if flags.overwrite:
             clear_run(out)
-        if flags.resume and (out / "config.json").exists():
-            check_same_run(flags, out)
+        found = find_checkpoint(flags, out) if flags.resume else None
         out.mkdir(parents=True, exist_ok=True)
-        found = engine.newest_checkpoint(out / "checkpoints")
-        logs = found[1]["logs"] if found else {}
         for name in LOGS:                       # what was logged after the checkpoint will be logged again
             with open(out / name, "ab") as f:
-                f.truncate(logs.get(name, 0))
+                f.truncate(found[1]["logs"].get(name, 0) if found else 0)
     return engine.gather(found)[0]
 
 
+def find_checkpoint(flags: Flags, out: Path) -> tuple[Path, dict] | None:
+    """--resume: the newest whole checkpoint of the same run, None if it was ended before its first."""
+    saved = engine.checkpoint_folders(out / "checkpoints")
+    if saved or (out / "config.json").exists():
+        check_same_run(flags, out)
+    found = engine.newest_checkpoint(out / "checkpoints")
+    if not found and (saved or (out / "final").exists()):
+        raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with --overwrite")
+    for name, size in found[1]["logs"].items() if found else []:
+        if not (out / name).exists() or (out / name).stat().st_size < size:
+            raise UserError(f"--resume {out}: {name} is shorter than when {found[0].name} was saved; put it back, or start again "
+                            "with --overwrite")
+    return found
+
+
 def clear_run(out: Path) -> None:
-    """Delete what a run writes, and nothing else that may stand in the folder."""
-    for name in (*LOGS, "config.json"):
+    """Delete what a run writes, and nothing else that may stand in the folder; config.json, which names the run, last."""
+    for name in RUN:
+        if (out / name).is_dir():
+            engine.delete_folder(out / name)
         (out / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "final"):
-        engine.delete_folder(out / name)
 
 
 def check_same_run(flags: Flags, out: Path) -> None:
     """UserError if --resume is given with flags that would make it another run."""
     try:
-        before = json.loads((out / "config.json").read_text())["flags"]
-    except (ValueError, KeyError) as error:
+        before = dict(json.loads((out / "config.json").read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / 'config.json'}: cannot be read; start again with --overwrite") from error
     now = json.loads(json.dumps(asdict(flags)))
-    changed = [f"--{k.replace('_', '-')} was {before[k]}, is {now[k]}" for k in now
+    changed = [f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in now
                if k not in MAY_CHANGE_ON_RESUME and before.get(k) != now[k]]
     if changed:
         raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, or another --out")
@@ -572,14 +600,21 @@ def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], l
                   device=f"{policy.device.type}: {device}", processes=engine.world_size(), threads=torch.get_num_threads(),
                   parameters=sum(p.numel() for p in policy.model.parameters()), problems=len(problems),
                   problems_left_out=left_out)
-    (Path(flags.out) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    path = Path(flags.out) / "config.json"
+    path.with_name(".config.json.unfinished").write_text(json.dumps(config, indent=1) + "\n")
+    path.with_name(".config.json.unfinished").replace(path)
 
 
 def append(path: Path, rows: list[dict]) -> None:
     """Append rows to a JSONL file, on the disk's side of any crash of this process."""
     if engine.is_main():
         with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+            f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
+
+
+def finite(value):
+    """None for NaN and infinities, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], list[str]]:
@@ -611,7 +646,7 @@ class Stop:
         self.signal = number
         for n in (signal.SIGINT, signal.SIGTERM):
             signal.signal(n, signal.SIG_DFL)
-        print("\nfinishing the step, then saving; once more to stop at once", file=sys.stderr)
+        os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")     # print may be interrupted in a print
 
 
 class Clock:
@@ -625,12 +660,17 @@ class Clock:
         self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
 
 
-def evaluate(policy: engine.Policy, flags: Flags, step: int) -> None:
+def load_tasks(flags: Flags) -> dict[str, list[Problem]]:
+    """The held-out problems, before anything is written or trained."""
+    return {task: data.load(task, flags.mirror or None)[:flags.eval_limit or None] for task in flags.eval_tasks}
+
+
+def evaluate(policy: engine.Policy, tasks: dict[str, list[Problem]], flags: Flags, step: int) -> None:
     """Held-out accuracy after `step` steps, printed and appended to evals.jsonl."""
-    for task in flags.eval_tasks:
-        problems = data.load(task, flags.mirror or None)[:flags.eval_limit or None]
-        records = evaluation.evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
-                                      max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed)
+    for task, problems in tasks.items():
+        with sampling(flags):
+            records = evaluation.evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
+                                          max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed)
         s = evaluation.summarize(records)
         append(Path(flags.out) / "evals.jsonl", [dict(
             step=step, task=task, accuracy=s["accuracy"], stderr=s["stderr"], problems=s["problems"], n=flags.eval_n,
@@ -667,6 +707,7 @@ def train(flags: Flags) -> int:
     say(preflight(flags))
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
+    tasks = load_tasks(flags)
     checkpoint = open_run(flags)
     reference = engine.frozen_copy(policy.model) if flags.kl else None
     trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), weight_decay=flags.weight_decay,
@@ -676,9 +717,11 @@ def train(flags: Flags) -> int:
         engine.load_checkpoint(trainer, *checkpoint)
         first_step, bad_steps = checkpoint[1]["step"], checkpoint[1]["bad_steps"]
         say(f"going on from {checkpoint[0]}")
+    elif flags.resume:
+        say(f"no checkpoint in {out} yet: starting at the first step")
     introduce(flags, policy, problems, left_out)
     if first_step == 0:
-        evaluate(policy, flags, 0)
+        evaluate(policy, tasks, flags, 0)
 
     progress = Progress(flags.steps, first_step)
     for step in range(first_step, flags.steps):
@@ -701,20 +744,22 @@ def train(flags: Flags) -> int:
         clock.lap("update")
 
         bad_steps = bad_steps + 1 if stats["skipped_updates"] else 0
+        if bad_steps:
+            say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are ({bad_steps} in a row)")
         line = dict(step=step + 1, **stats, lr=lr, **measure(responses, corrected, A, A_hat, P, flags),
                     **timings(clock, corrected, policy))
         append(out / "metrics.jsonl", [line])
-        append(out / "samples.jsonl", readable(policy, step + 1, responses, corrected, A, A_hat, P))
+        append(out / "samples.jsonl", readable(step + 1, responses, corrected, A, A_hat, P))
         progress.show(line)
         if flags.eval_every and (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            evaluate(policy, flags, step + 1)
+            evaluate(policy, tasks, flags, step + 1)
         stopping = max(engine.gather(stop.signal))
-        too_bad, last = bad_steps >= flags.max_bad_steps, step + 1 == flags.steps
-        if stopping or too_bad or last or flags.save_every and (step + 1) % flags.save_every == 0:
-            saved = save(trainer, flags, step + 1, bad_steps)
-        if too_bad:
-            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the weights of the last good "
-                            f"update are in {saved}; look at --lr, --eda-clamp and the last rows of {out / 'samples.jsonl'}")
+        if bad_steps >= flags.max_bad_steps:
+            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; {last_good(flags)}; look at --lr, "
+                            f"--eda-clamp and the last rows of {out / 'samples.jsonl'}")
+        due = flags.save_every and (step + 1) % flags.save_every == 0 and not bad_steps      # a bad step is no place to go back to
+        if stopping or due or step + 1 == flags.steps:
+            save(trainer, flags, step + 1, bad_steps)
         if stopping:
             return 128 + stopping
     progress.bar.close()
@@ -758,7 +803,23 @@ def save(trainer: engine.Trainer, flags: Flags, step: int, bad_steps: int) -> Pa
     """A checkpoint that knows how long each log was when it was written."""
     out = Path(flags.out)
     logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), flags.keep)
+    keep = flags.keep + (bad_steps > 0)                          # among bad steps the last good checkpoint stays too
+    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), keep)
+
+
+def last_good(flags: Flags) -> str:
+    """The newest checkpoint that no bad step preceded, for the message of a run that stops."""
+    found = engine.newest_checkpoint(Path(flags.out) / "checkpoints", lambda manifest: not manifest["bad_steps"])
+    return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
+
+
+@contextmanager
+def sampling(flags: Flags):
+    """Around sampling, which refuses logits that are not finite: the run stops with the last good checkpoint named."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{error}; {last_good(flags)}") from error
 
 
 def conclude(flags: Flags) -> None:
@@ -767,8 +828,8 @@ def conclude(flags: Flags) -> None:
     evals = [json.loads(row) for row in (out / "evals.jsonl").read_text().splitlines()]
     lines = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
     for task in flags.eval_tasks:
-        before, after = [e["accuracy"] for e in evals if e["task"] == task and e["step"] in (0, flags.steps)]
-        say(f"held-out {task}: accuracy {before:.3f} before, {after:.3f} after training")
+        accuracy = {e["step"]: e["accuracy"] for e in evals if e["task"] == task}
+        say(f"held-out {task}: accuracy {accuracy[0]:.3f} before, {accuracy[flags.steps]:.3f} after training")
     if not flags.sft:
         for name, part in (("first", lines[:10]), ("last", lines[-10:])):
             say(f"{name} {len(part)} steps: mixed groups {mean(m['mixed_groups'] for m in part):.2f} as sampled, "
@@ -783,6 +844,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
+        print(f"error: {engine.first_line(error)}; make room or give another --out, then go on with --resume", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {engine.first_line(error)} Set --micro-batch-tokens or --max-rows lower, or add --offload-optimizer",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:                                       # before the first step, when there is nothing to save
+        return 130
     finally:
         engine.stop_processes()
 
