@@ -4,12 +4,16 @@ This file knows nothing of groups, advantages or rewards; edge_grpo.py is the me
 Read it in five parts: processes, models and prompts, the training forward, the optimizer, checkpoints.
 """
 import copy
+import functools
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import sys
+import urllib.error
+import urllib.request
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -42,7 +47,7 @@ def start_processes(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
@@ -167,10 +172,28 @@ def find_model(name: str) -> str:
     return name
 
 
+@functools.cache
+def hub_is_away() -> bool:
+    """Asked once: then files come from the cache at once, or not at all, instead of after 20 s of retries each."""
+    try:
+        urllib.request.urlopen(ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:              # an answer, whatever it says
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def where(name: str) -> dict:
+    """What every from_pretrained is given to find `name`."""
+    path = find_model(name)
+    return dict(pretrained_model_name_or_path=path, local_files_only=Path(path).is_dir() or hub_is_away())
+
+
 def load_config(name: str, trust_remote_code: bool = False):
     """The model's configuration, with one clear sentence for whatever is wrong with it."""
     try:
-        return AutoConfig.from_pretrained(find_model(name), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub id "
                         "while the hub can be reached") from error
@@ -181,7 +204,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"--model {name}: its tokenizer cannot be read ({first_line(error)})") from error
     except Exception as error:                      # the Rust tokenizer raises the bare class on a broken tokenizer.json
@@ -197,7 +220,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
         raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
+            **where(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
             attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name}: its weights cannot be loaded ({first_line(error)})") from error
@@ -549,21 +572,29 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
     """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
     target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
     if is_main():
-        check_space(folder, trainer)
         for old in folder.glob(".step-*.unfinished"):
             shutil.rmtree(old)
+        check_space(folder, trainer)
         unfinished.mkdir(parents=True)
         save_model(trainer.policy, unfinished)
     save_state(trainer, unfinished)
     if is_main():
         files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(unfinished.iterdir())}
         manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
+        manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         publish(unfinished, target)
-        for old in checkpoint_folders(folder)[keep:]:
+        past = [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step]      # any later one was found damaged
+        for old in set(checkpoint_folders(folder)) - set(past[:keep]):
             shutil.rmtree(old)
     return target
+
+
+def digest(manifest: dict) -> str:
+    """sha256 of a checkpoint.json but for the digest in it."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:
@@ -616,13 +647,13 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: -int(f.name[5:]))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its manifest; damaged ones are named on stderr and passed over."""
+def newest_checkpoint(folder: Path, wanted=lambda manifest: True) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint that is wanted, and its manifest; damaged ones are named on stderr and passed over."""
     for path in checkpoint_folders(folder):
         problem, manifest = damage(path)
-        if not problem:
+        if not problem and wanted(manifest):
             return path, manifest
-        if is_main():
+        if problem and is_main():
             print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
     return None
 
@@ -632,6 +663,8 @@ def damage(path: Path) -> tuple[str, dict]:
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
         files = manifest["files"].items()
+        if manifest["sha256"] != digest(manifest):
+            return "checkpoint.json was altered (sha256 differs)", {}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"checkpoint.json cannot be read ({first_line(error)})", {}
     for name, expected in files:
@@ -648,8 +681,10 @@ def damage(path: Path) -> tuple[str, dict]:
 def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
     """Weights, masters, moments and step count of a checkpoint, into a trainer on any number of processes."""
     where, files = {}, []
-    for file in sorted(path.glob("*.safetensors")):
-        files.append(safe_open(file, "pt"))
+    for name in manifest["files"]:
+        if not name.endswith(".safetensors"):
+            continue
+        files.append(safe_open(path / name, "pt"))
         where.update({name: files[-1] for name in files[-1].keys()})
     trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])
 
