@@ -110,7 +110,7 @@ _SYMBOLS = {  # command -> token
     "rvert": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil", "rceil": "rceil", "langle": "(", "rangle": ")",
     "lbrace": "{{", "rbrace": "}}", "lbrack": "[", "rbrack": "]", "equiv": "equiv", "to": "to", "rightarrow": "to",
     "ldots": "dots", "dots": "dots", "cdots": "dots", "bmod": "mod", "mod": "mod", "pmod": "pmod", "lor": "or", "vee": "or",
-    "land": "and", "wedge": "and", "degree": "deg", "lparen": "(", "rparen": ")", "choose": "choose", "colon": ":",
+    "land": "and", "wedge": "and", "degree": "deg", "lparen": "(", "rparen": ")", "choose": "choose", "over": "over", "colon": ":",
     "emptyset": "empty", "varnothing": "empty", "infty": "oo", "pi": "pi", "cr": "row", "percent": "%", "quad": "gap",
     "qquad": "gap", "iff": "bad", "implies": "bad", "to\\": "bad"}
 _DROPPED = set("""left right middle displaystyle textstyle scriptstyle limits nolimits big Big bigl bigr Bigl Bigr bigg Bigg
@@ -122,7 +122,7 @@ _STRUCTURE = {"frac": "frac", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac",
               "end": "end", "angle": "angle", "measuredangle": "angle"}
 _ACCENTS = set("dot ddot hat bar vec tilde overline overrightarrow widehat widetilde underline".split())
 _WORDS = {"or": "or", "and": "and", "percent": "%", "pct": "%", "percentage": "%", "degree": "deg", "degrees": "deg",
-          "deg": "deg", "mod": "mod"}
+          "deg": "deg", "mod": "mod", "per": "/"}
 _PLAIN = {"pi": "pi", "infinity": "oo", "inf": "oo", "oo": "oo", "infty": "oo", "union": "cup", "sqrt": "sqrt"}
 
 _UNITS = {}  # name -> (dimension, factor)
@@ -207,7 +207,7 @@ class _Lexer:
             if kind == "space":
                 glued = False
                 continue
-            if kind == "comma" and (self.as_list or self.parens or self._after_comma()):
+            if kind == "comma" and ",0" not in value and (self.as_list or self.parens or self._after_comma()):
                 at = start + value.index(",")
                 kind, value = "number", value[:value.index(",")]
             if kind == "thousands" and value[0] == "0":
@@ -271,6 +271,9 @@ class _Lexer:
             if value == "}" and at > self.text_end[-1]:
                 self.text_end.pop()
             return at
+        if value == "!=" and glued:                        # 5!=120
+            self._add("op", "!", glued)
+            value = "="
         self.parens = max(0, self.parens + {"(": 1, "[": 1, ")": -1, "]": -1}.get(value, 0))
         self._add("op", {"**": "^", "==": "=", "!=": "!="}.get(value, value), glued)
         return at
@@ -443,6 +446,7 @@ class _Parser:
         return ("list", "or" if "or" in joiners else ",", tuple(items))
 
     def relation(self) -> Node:
+        self.accept("~")
         parts = [self.definition() or self.sets()]
         while self.peek()[0] == "op" and self.peek()[1] in _RELATIONS or self.is_op("|") and not self.bars and self.depth == 0:
             parts.append({"|": "mid"}.get(self.peek()[1], self.peek()[1]))
@@ -465,8 +469,8 @@ class _Parser:
 
     def sets(self) -> Node:
         node = self.sum()
-        if self.accept("choose"):
-            node = ("fn", "binom", node, self.sum())
+        if infix := self.accept("choose", "over"):
+            node = ("fn", "binom", node, self.sum()) if infix == "choose" else ("div", node, self.sum())
         while op := self.accept("cup", "cap", "minus"):
             node = (op, node, self.sum())
         return node
@@ -789,8 +793,9 @@ class _Parser:
     def braces(self) -> Node:
         if self.accept("}}"):
             return ("set", ())
-        if self.peek()[0] == "id" and self.is_op("|", "mid", ":", ahead=1):          # {x | condition}
-            self.take(), self.take()
+        end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
+        if self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end):  # {x | condition}, {x in R : condition}
+            self.at += end + 1
             node = self.sequence()
             self.expect("}}")
             return node
@@ -1138,8 +1143,7 @@ class _Evaluator:
         """Raises _Undefined (no value, or out of reach) and _NeedsSympy."""
         self.env, self.unreal, self.rounded, self.scale = env, False, False, _ZERO
         try:
-            with localcontext(_CONTEXT):
-                return self.eval(node)
+            return self.eval(node)
         except (DecimalException, ArithmeticError, OverflowError, RecursionError) as error:
             raise _Undefined(type(error).__name__) from None
 
@@ -1508,6 +1512,8 @@ def _settle(node: Node) -> Node:
     if node[0] == "set":
         items = _settle_list(",", node[1]) if node[1] else ("list", ",", ())
         return ("set", items[2] if items[0] == "list" else (items,))
+    if node[0] == "cong":
+        return node
     variants = _variants(node)
     if len(variants) > 1:
         return _settle_list("or", variants)
@@ -1525,16 +1531,22 @@ def _settle_list(joiner: str, nodes) -> Node:
     named = [item for item in items if item[0] == "assign"]
     names = {item[1] for item in named}
     if len(named) == len(items) > 1 and len(names) == len(items):
-        return ("record", tuple((item[1], item[2]) for item in items))
+        return ("record", tuple(item[1:] for item in items))
     if len(names) == 1 and (len(named) == len(items) or items[0] == named[0] and len(named) == 1):
         items = [item[2] if item[0] == "assign" else item for item in items]
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
 
 def _is_name(node: Node) -> bool:
+    if node[0] == "div":                                 # dy/dx
+        return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
     if node[0] == "mul":                                 # a segment: AB
         return all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
     return node[0] == "sym" and not node[1].startswith("text") or node[0] == "tuple" and all(map(_is_name, node[2]))
+
+
+def _is_distance(node: Node) -> bool:
+    return node[:2] == ("fn", "abs") and len(_names(node)) == 1
 
 
 def _settle_relation(parts: tuple) -> Node:
@@ -1550,12 +1562,10 @@ def _settle_relation(parts: tuple) -> Node:
         return ("less", tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2)))
     if len(operands) > 2 and operators == {":"}:
         return ("tuple", ":", tuple(operands), ":")
-    if len(operands) > 2 and "in" in operators and operators <= {"=", "in"}:
-        return _settle(operands[-1])
-    if len(operands) > 2:
+    if len(operands) > 2 or "in" in operators and not _is_name(operands[0]):
         raise _Unreadable("mixed relations")
     left, right = operands
-    return {":": ("div", left, right), "in": _settle(right), "!=": ("noteq", left, right), "mid": ("mid", left, right),
+    return {":": ("div", left, right), "in": _settle(right), "!=": ("noteq", left, right), "mid": ("cong", ("rel", (right, "equiv", _num(0))), left),
             "equiv": ("equiv", left, right)}[operators.pop()]
 
 
@@ -1566,9 +1576,11 @@ def _less(left: Node, operator: str, right: Node) -> Node:
 def _settle_equation(operands: tuple) -> Node:
     first, last = operands[0], operands[-1]
     if _is_name(first):
-        return _settle_named(first, last)
+        return _settle_named(first, last if len(operands) == 2 else ("chain", operands[1:]))
     if len(operands) == 2 and _is_name(last):
         return _settle_named(last, first)
+    if all(operand[0] == "num" for operand in operands):
+        raise _Unreadable("a tautology or a contradiction")
     if not _names(*operands):
         return ("chain", operands)
     if len(operands) == 2:
@@ -1577,11 +1589,9 @@ def _settle_equation(operands: tuple) -> Node:
 
 
 def _settle_named(name: Node, value: Node) -> Node:
-    if name[0] == "tuple" and value[0] == "tuple" and len(name[2]) == len(value[2]) and all(part[0] == "sym" for part in name[2]):
-        return ("record", tuple((part[1], item) for part, item in zip(name[2], value[2])))
-    label = name[1] if name[0] == "sym" else repr(name)
-    return ("assign", label, value) if name[0] == "sym" and name not in _walk(value) else ("eq", name, value) \
-        if name[0] == "sym" else ("assign", label, value)
+    if name[0] == "tuple" and value[0] == "tuple" and len(name[2]) == len(value[2]):
+        return ("record", tuple(zip(name[2], value[2])))
+    return ("eq", name, value) if name in _walk(value) else ("assign", name, value)
 
 
 # ------------------------------------------------------------------------------------------------------------ the verdict
@@ -1606,17 +1616,13 @@ class _Judge:
         """The verdict if the kind of a decides how it is to be compared, else None."""
         compare = {"cong": self.congruence, "chain": self.chain, "assign": self.assigned, "record": self.record,
                    "eq": self.equation, "less": self.region, "noteq": self.region, "cup": self.region, "cap": self.region,
-                   "minus": self.region, "list": self.listed, "set": self.listed, "tuple": self.tuple, "mid": self.both,
-                   "equiv": self.both, "dots": self.never, "unit": self.unit}.get(a[0])
+                   "minus": self.region, "list": self.listed, "set": self.listed, "tuple": self.tuple, "dots": self.never, "unit": self.unit}.get(a[0])
         if compare is None and _as_matrix(a):
             compare = self.matrix
         return compare(a, b) if compare else None
 
     def never(self, a, b):
         return False
-
-    def both(self, a, b):
-        return a[0] == b[0] and self.same(a[1], b[1]) and self.same(a[2], b[2])
 
     def chain(self, a, b):
         """sqrt(4) = 2: the last value counts, if the others do not contradict it."""
@@ -1627,12 +1633,15 @@ class _Judge:
 
     def same_or_unknown(self, a, b):
         try:
-            return bool(_names(a)) or _has(a, "lim", "int", "big") or self.same(a, b)
+            return bool(_names(a)) != bool(_names(b)) or _has(a, "lim", "int", "big", "dots") or self.same(a, b)
         except _Undefined:
             return False
 
     def congruence(self, a, b):
-        return b[0] == "cong" and self.residues(a) == self.residues(b)
+        if b[0] != "cong":
+            return False
+        (modulus, left, residues), (modulus2, left2, residues2) = self.residues(a), self.residues(b)
+        return (modulus, residues) == (modulus2, residues2) and (None in (left, left2) or self.same(left, left2))
 
     def residues(self, node):
         modulus = self.evaluator.value(node[2], {})
@@ -1640,15 +1649,17 @@ class _Judge:
             raise _Undefined("modulus")
         listed = _settle(node[1])
         items = [item[2] if item[0] in ("equiv", "assign") else item for item in (listed[2] if listed[0] == "list" else (listed,))]
-        return modulus, {self.evaluator.value(item, {}) % modulus for item in items}
+        left = next((item[1] for item in (listed[2] if listed[0] == "list" else (listed,)) if item[0] == "equiv"), None)
+        return modulus, left, {self.evaluator.value(item, {}) % modulus for item in items}
 
     def assigned(self, a, b):
         if b[0] == "assign":
-            if a[1] == b[1] or "y" in (a[1], b[1]) and ("(" in a[1] or "(" in b[1]):
+            names = {a[1][1], b[1][1]}
+            if len(names) == 1 or "y" in names and any("(" in name for name in names if isinstance(name, str)):
                 return self.same(_settle(a[2]), _settle(b[2]))
-            return self.proportional(("sym", a[1]), a[2], ("sym", b[1]), b[2])
+            return self.proportional(*a[1:], *b[1:])
         if b[0] == "eq":
-            return self.proportional(("sym", a[1]), a[2], *b[1:])
+            return self.proportional(*a[1:], *b[1:])
         if b[0] in ("record", "less", "noteq"):
             return False
         return self.same(_settle(a[2]), b)
@@ -1662,9 +1673,7 @@ class _Judge:
         return len(a[1]) == len(b[2]) and all(self.same(_settle(value), _settle(item)) for (_, value), item in zip(a[1], b[2]))
 
     def equation(self, a, b):
-        if b[0] == "assign":
-            return self.proportional(*a[1:], ("sym", b[1]), b[2])
-        return b[0] == "eq" and self.proportional(*a[1:], *b[1:])
+        return b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:])
 
     def proportional(self, left, right, left2, right2, positive: bool = False) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
@@ -1674,10 +1683,9 @@ class _Judge:
             small = Decimal("1e-35")
             if _size(f) < small or _size(g) < small or positive and (f[0] > 0) != (g[0] > 0):
                 return False
-            with localcontext(_CONTEXT):
-                pairs.append(_over(f, g))
-                if not self.close(pairs[0], pairs[-1]):
-                    return False
+            pairs.append(_over(f, g))
+            if not self.close(pairs[0], pairs[-1]):
+                return False
         return bool(pairs)
 
     # -- collections
@@ -1748,12 +1756,32 @@ class _Judge:
         elif node[0] == "less":
             if len(_names(node)) != 1:
                 raise _Undefined("not one variable")
-            parts = [part for pair in node[1] for part in (pair[0], pair[2]) if not _is_name(part)]
+            parts = [part for pair in node[1] for part in (pair[0], pair[2]) if not _is_name(part) and not _is_distance(part)]
+            if any(_is_distance(part) for pair in node[1] for part in (pair[0], pair[2])):
+                return [end for part in parts for end in self.reached(node, part)]
         elif node[0] == "noteq" and _is_name(node[1]):
             parts = node[2:]
         else:
             raise _Undefined("no set of reals")
         return [end for end in map(self.number, parts) if end.is_finite()]
+
+    def reached(self, node, part) -> list[Decimal]:
+        """Where |mx + c| equals a constant."""
+        inside = next(part[2] for pair in node[1] for part in (pair[0], pair[2]) if _is_distance(part))
+        name, distance = _names(inside)[0], self.number(part)
+        at = [_lift(self.evaluator.value(inside, {name: Fraction(x)}))[0] for x in (0, 1, 2)]
+        if at[2] - at[1] != at[1] - at[0] or at[1] == at[0]:
+            raise _Undefined("not linear")
+        return [Context(prec=40).plus((side - at[0]) / (at[1] - at[0])) for side in (distance, -distance)]
+
+    def side(self, node, x: Decimal) -> Decimal:
+        """A side of an inequality in one variable, at x."""
+        if _is_name(node):
+            return x
+        if not _is_distance(node):
+            return self.number(node)
+        value = self.evaluator.value(node, {_names(node)[0]: (x, _ZERO)})
+        return Context(prec=40).plus(_lift(value)[0])
 
     def contains(self, node, x: Decimal) -> bool:
         kind = node[0]
@@ -1765,8 +1793,7 @@ class _Judge:
         if kind == "noteq":
             return self.number(node[2]) != x
         if kind == "less":
-            pairs = [(x if _is_name(left) else self.number(left), strict, x if _is_name(right) else self.number(right))
-                     for left, strict, right in node[1]]
+            pairs = [(self.side(left, x), strict, self.side(right, x)) for left, strict, right in node[1]]
             return all(left < right or not strict and left == right for left, strict, right in pairs)
         if kind == "list":
             inside = [self.contains(item, x) for item in node[2]]
@@ -1832,12 +1859,11 @@ class _Judge:
     def close(x, y, scale=_ZERO) -> bool:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
-        with localcontext(_CONTEXT):
-            x, y = _lift(x), _lift(y)
-            if not (x[0].is_finite() and y[0].is_finite()):
-                return x == y
-            difference = _size((x[0] - y[0], x[1] - y[1]))
-            return difference <= _TOLERANCE * max(_size(x), _size(y)) or difference <= scale * Decimal("1e-45") < Decimal("1e-30")
+        x, y = _lift(x), _lift(y)
+        if not (x[0].is_finite() and y[0].is_finite()):
+            return x == y
+        difference = _size((x[0] - y[0], x[1] - y[1]))
+        return difference <= _TOLERANCE * max(_size(x), _size(y)) or difference <= scale * Decimal("1e-45") < Decimal("1e-30")
 
     def samples(self, a, b, scaled: bool = False):
         """Values of both at random points where both have one: at points where nothing leaves the reals, if there are any."""
@@ -1896,14 +1922,13 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
     if not found or found[1] < 10 or _literal(other) or other[0] == "num" and other[1].denominator == 1:
         return False
     written, digits = found
-    with localcontext(_CONTEXT):
-        exact = _lift(value)
-        if exact[1] or not exact[0].is_finite() or not written:
-            return False
-        place = Decimal(10) ** (_decimal(abs(written)).adjusted() - digits + 1)
-        shorter = Context(prec=digits).plus(exact[0]) == exact[0]
-        allowed = max(place, abs(exact[0]) * Decimal("4e-16") if digits > 14 else _ZERO)
-        return not shorter and abs(_decimal(written) - exact[0]) <= allowed
+    exact = _lift(value)
+    if exact[1] or not exact[0].is_finite() or not written:
+        return False
+    place = Decimal(10) ** (_decimal(abs(written)).adjusted() - digits + 1)
+    shorter = Context(prec=digits).plus(exact[0]) == exact[0]
+    allowed = max(place, abs(exact[0]) * Decimal("4e-16") if digits > 14 else _ZERO)
+    return not shorter and abs(_decimal(written) - exact[0]) <= allowed
 
 
 def _unit(names: tuple) -> tuple[dict, Fraction] | None:
@@ -1997,8 +2022,9 @@ def _decide(answer: str, gold: str) -> bool:
         left, right = _tree(answer), _tree(gold)
         if (left[0] == "list") != (right[0] == "list"):
             left, right = _tree(answer, left[0] != "list"), _tree(gold, right[0] != "list")
-        return _Judge().same(_settle(right), _settle(left))
-    except (_Unreadable, _Undefined, RecursionError):
+        with localcontext(_CONTEXT):
+            return _Judge().same(_settle(right), _settle(left))
+    except (_Unreadable, ArithmeticError, RecursionError):
         return False
 
 
