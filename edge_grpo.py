@@ -646,7 +646,8 @@ class Stop:
         self.signal = number
         for n in (signal.SIGINT, signal.SIGTERM):
             signal.signal(n, signal.SIG_DFL)
-        os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")     # print may be interrupted in a print
+        if engine.is_main():
+            os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")    # print may be interrupted in a print
 
 
 class Clock:
@@ -772,7 +773,7 @@ def preflight(flags: Flags) -> str:
     """What the run will need, before any weight is loaded."""
     device = engine.start_processes(flags.device)
     B = 0 if flags.sft else flags.questions_per_step * flags.group_size
-    rows = -(-min(B, flags.max_rows or B) // engine.world_size())
+    rows = min(-(-B // engine.world_size()), flags.max_rows or B)
     plan = engine.memory_plan(engine.load_config(flags.model, flags.trust_remote_code), rows,
                               flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
                               flags.micro_batch_tokens, 2 if device.type == "cuda" else 4,
@@ -840,7 +841,10 @@ def conclude(flags: Flags) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return train(parse_flags(sys.argv[1:] if argv is None else argv))
+        with engine.one_error():
+            code = train(parse_flags(sys.argv[1:] if argv is None else argv))
+            engine.stop_processes()
+            return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -853,8 +857,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:                                       # before the first step, when there is nothing to save
         return 130
-    finally:
-        engine.stop_processes()
 
 
 if __name__ == "__main__":

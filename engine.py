@@ -15,7 +15,9 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,7 +27,9 @@ from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import UserError
@@ -39,8 +43,9 @@ TINY_MODEL = Path(__file__).parent / "data" / "tiny_model"
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
-# One process, no launcher, is the plain path: then `spread` is a plain call. Under torchrun every process runs the same
-# program on the same list of rows; `spread` lets each work on its share and gives all of them everything.
+# One process, no launcher, is the plain path: then `spread` is a plain call and every weight a plain tensor. Under
+# torchrun every process runs the same program on the same list of rows; `spread` lets each work on its share and gives
+# all of them everything. All that several processes need, and one does not, is in this section.
 
 def start_processes(device: str) -> torch.device:
     """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
@@ -65,8 +70,26 @@ def start_processes(device: str) -> torch.device:
 
 
 def stop_processes() -> None:
+    """Leave the group. Only after success: with NCCL this waits for the others, who may be waiting for us."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def one_error():
+    """Let only the first process that fails tell its error; the others fail after it, often because of it, and say nothing.
+
+    (torchrun then ends them.) Every process sees torchrun's own store, even before it has joined the group.
+    """
+    try:
+        yield
+    except BaseException:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                  timeout=timedelta(seconds=10))
+            if store.add("processes that failed", 1) > 1:
+                raise SystemExit(1) from None
+        raise
 
 
 def rank() -> int:
@@ -102,6 +125,57 @@ def spread(items: list, work) -> list:
     for r, part in enumerate(gather(work(items[rank()::world_size()]))):
         results[r::world_size()] = part
     return results
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in the
+    model's own dtype and adds up gradients in fp32.
+
+    Layer by layer: beside the model and its own shards, a process never holds more than one whole fp32 layer, or the
+    embedding and output layer (7B: 4.4 GB; a whole fp32 copy would be 30).
+    """
+    param = next(model.parameters())
+    mesh = init_device_mesh(param.device.type, (world_size(),))     # FSDP2's own choice is a GPU whenever there is one
+    precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
+    empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
+    scorer = Scorer(copy.deepcopy(model, empty))                    # the same modules, no weights yet
+    originals = dict(zip(scorer.parameters(), model.parameters()))
+    layers = [m for m in scorer.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    del empty                                                       # or it would keep every layer whole
+    for module in [*layers, scorer]:
+        for p in list(module.parameters()):
+            if p in originals:
+                p.data = originals.pop(p).detach().float()
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    return scorer
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor is its own shard."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a tensor that every process has whole, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    rows = -(-len(tensor) // world_size())
+    return tensor[rank() * rows:(rank() + 1) * rows]
+
+
+def whole(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `share` (a collective)."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+@torch.no_grad()
+def refresh(replica: nn.Module, params: dict[str, Tensor]) -> None:
+    """Copy sharded weights into a whole model, in its dtype before they travel (bf16: half the traffic)."""
+    for name, weight in replica.named_parameters():
+        if isinstance(params[name], DTensor):
+            weight.copy_(params[name].to(weight.dtype).full_tensor())
 
 
 # --- Models and prompts ----------------------------------------------------------------------------------------------
@@ -358,11 +432,6 @@ def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: lis
 
 # --- The optimizer ---------------------------------------------------------------------------------------------------
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor; any other tensor is its own shard."""
-    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
-
-
 class Trainer:
     """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
 
@@ -374,16 +443,13 @@ class Trainer:
     def __init__(self, policy: Policy, micro_batch_tokens: int, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  offload=False, checkpointing=False):
         self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
-        model = shard(policy.model) if self.sharded else policy.model
-        model.requires_grad_(True)
+        self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
+        model = self.scorer.model.requires_grad_(True)
         self.checkpointing = checkpointing
         if checkpointing:
             with warnings.catch_warnings():             # renamed in late 5.x; the new name is not in early 5.x
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.scorer = Scorer(model)
-        if self.sharded:
-            fully_shard(self.scorer, mp_policy=mixed_precision(policy.model))
         self.params = dict(model.named_parameters())                       # tied weights once
         self.offload = offload
         self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
@@ -447,8 +513,7 @@ class Trainer:
         if norm == norm and norm != float("inf"):
             scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
             self._apply(lr, scale)
-            if self.sharded:
-                self.refresh()
+            refresh(self.policy.model, self.params)
         self.skip()
         return norm
 
@@ -478,12 +543,6 @@ class Trainer:
         if self.offload and self.stream is not None:
             torch.cuda.current_stream().synchronize()
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Several processes: copy the sharded weights into the full replica that samples."""
-        for name, weight in self.policy.model.named_parameters():
-            weight.copy_(self.params[name].full_tensor())
-
     def state(self):
         """Yields (name, tensor on CPU) of masters and moments, whole; every process must iterate, rank 0 gets them."""
         for name, p in self.params.items():
@@ -493,14 +552,7 @@ class Trainer:
                 parts["master"] = self.masters[name]
             for part, tensor in parts.items():
                 if tensor is not None:
-                    yield f"{part}.{name}", self._whole(p, tensor)
-
-    def _whole(self, p: Tensor, shard_: Tensor) -> Tensor:
-        if not self.sharded:
-            return shard_.detach().cpu()
-        whole = dist.tensor.DTensor.from_local(shard_.detach(), p.device_mesh, p.placements, shape=p.shape,
-                                               stride=p.stride()).full_tensor()
-        return whole.cpu()
+                    yield f"{part}.{name}", whole(tensor.detach(), p).cpu()
 
     @torch.no_grad()
     def load_state(self, read, adam_steps: int) -> None:
@@ -510,37 +562,15 @@ class Trainer:
             saved = read(f"master.{name}")
             if saved is None:
                 saved = read(name)
-            master.copy_(self._share(p, saved))
+            master.copy_(share(saved, p))
             if adam_steps:
                 adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)}
                 for part in ("exp_avg", "exp_avg_sq"):
                     moment = torch.zeros_like(master)
-                    moment.copy_(self._share(p, read(f"{part}.{name}")))
+                    moment.copy_(share(read(f"{part}.{name}"), p))
                     adam.state[master][part] = moment.pin_memory() if master.is_pinned() else moment
             local(p).copy_(master)
-        if self.sharded:
-            self.refresh()
-
-    def _share(self, p: Tensor, whole: Tensor) -> Tensor:
-        """This process's part of a whole tensor."""
-        if not self.sharded:
-            return whole
-        return dist.tensor.distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)._local_tensor
-
-
-def mixed_precision(model: nn.Module) -> MixedPrecisionPolicy:
-    dtype = next(model.parameters()).dtype
-    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-
-
-def shard(model: nn.Module) -> nn.Module:
-    """An fp32 copy of the model whose decoder layers are sharded over all processes (FSDP2)."""
-    sharded = copy.deepcopy(model).float()
-    layer_classes = set(model._no_split_modules or [])
-    for module in sharded.modules():
-        if type(module).__name__ in layer_classes:
-            fully_shard(module, mp_policy=mixed_precision(model))
-    return sharded
+        refresh(self.policy.model, self.params)
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -751,10 +781,16 @@ def memory_plan(config, rows: int, row_tokens: int, micro_batch_tokens: int, wei
     layers = c.num_hidden_layers * c.hidden_size * weight_bytes + layer if checkpointing else c.num_hidden_layers * layer
     plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
     moments = count * (8 if weight_bytes == 4 and not offload else 12)            # and fp32 masters, unless they are the weights
-    plan["host optimizer" if offload else "optimizer"] = moments
-    if processes > 1:           # a full replica that samples; shards of masters, moments and gradients; two layers gathered
-        plan.update({"gradients": 4 * count / processes, "optimizer": 12 * count / processes})
-        plan["gathered layers"] = 2 * count / c.num_hidden_layers * weight_bytes + 2 * c.vocab_size * c.hidden_size * weight_bytes
+    plan["host optimizer" if offload else "optimizer"] = moments + (count * weight_bytes if offload else 0)     # and gradients
+    if processes > 1:           # the weights are a whole replica that samples; beside it the shards, all in fp32
+        ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)       # embedding and output layer
+        one_layer = (count - ends) / c.num_hidden_layers
+        plan = {"weights": count * weight_bytes, "gradients": 4 * count / processes, "optimizer": 12 * count / processes}
+        if offload:             # the GPU keeps its shard of the masters, the host gets a copy of the gradients
+            plan.update({"optimizer": 4 * count / processes, "host optimizer": 16 * count / processes})
+        # In the layers' backward: the ends, gathered, and their gradients; a layer three times (in use, being copied, coming),
+        # its gradient, and two fp32 copies of that being summed. At its end: the ends, their gradients and an fp32 copy.
+        plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8), ends * (2 * weight_bytes + 4))
     plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
     plan["activations"] = max(micro_batch_tokens, row_tokens) * layers
     plan["output layer"] = 3 * 4 * 2**26 + c.vocab_size * c.hidden_size * weight_bytes
