@@ -717,6 +717,7 @@ def train(flags: Flags) -> int:
     if checkpoint:
         engine.load_checkpoint(trainer, *checkpoint)
         first_step, bad_steps = checkpoint[1]["step"], checkpoint[1]["bad_steps"]
+        engine.prune(out / "checkpoints", first_step, keep(flags, bad_steps))       # the run may have ended in the midst of it
         say(f"going on from {checkpoint[0]}")
     elif flags.resume:
         say(f"no checkpoint in {out} yet: starting at the first step")
@@ -804,8 +805,12 @@ def save(trainer: engine.Trainer, flags: Flags, step: int, bad_steps: int) -> Pa
     """A checkpoint that knows how long each log was when it was written."""
     out = Path(flags.out)
     logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-    keep = flags.keep + (bad_steps > 0)                          # among bad steps the last good checkpoint stays too
-    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), keep)
+    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), keep(flags, bad_steps))
+
+
+def keep(flags: Flags, bad_steps: int) -> int:
+    """How many checkpoints stay: after a bad step also the last good one."""
+    return flags.keep + (bad_steps > 0)
 
 
 def last_good(flags: Flags) -> str:

@@ -602,7 +602,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
     """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
     target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
     if is_main():
-        for old in folder.glob(".step-*.unfinished"):
+        later = [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]       # found damaged when the run went on
+        for old in [*folder.glob(".step-*.unfinished"), *later]:
             shutil.rmtree(old)
         check_space(folder, trainer)
         unfinished.mkdir(parents=True)
@@ -615,10 +616,14 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         publish(unfinished, target)
-        past = [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step]      # any later one was found damaged
-        for old in set(checkpoint_folders(folder)) - set(past[:keep]):
-            shutil.rmtree(old)
+        prune(folder, step, keep)
     return target
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to a step."""
+    for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:] if is_main() else []:
+        shutil.rmtree(old)
 
 
 def digest(manifest: dict) -> str:
