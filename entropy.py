@@ -76,7 +76,7 @@ def check_output_layer(model: torch.nn.Module) -> None:
 
 def default_chunk(hidden: torch.Tensor) -> int:
     """Vocabulary entries per block: small enough for the cache on a CPU, large enough to fill a GPU."""
-    budget = 2 ** 26 if hidden.is_cuda else 2 ** 22     # numbers in a block of logits and its part of the gradient
+    budget = 2 ** 26 if hidden.is_cuda else 2 ** 21     # numbers in a block of logits and its part of the gradient
     return max(64, budget // max(sum(hidden.shape), 1))
 
 
@@ -92,7 +92,7 @@ class _LogprobEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, vocab_size, entropy_grad, chunk):
         logz, entropy, target_logit = [], [], hidden.new_zeros(len(targets), dtype=_wide(hidden))    # all (N,)
         for block in _blocks(vocab_size, chunk):
-            logits = _mm(hidden, weight[block].T) / temperature                                     # (N, chunk)
+            logits = _mm(hidden, weight[block].T).div_(temperature)                                  # (N, chunk)
             index, inside = _position(targets, block)
             target_logit += logits.gather(1, index[:, None])[:, 0] * inside
             logz.append(logits.logsumexp(1))
@@ -121,7 +121,7 @@ class _LogprobEntropy(torch.autograd.Function):
         if want_weight:
             g_weight[ctx.vocab_size:] = 0
         for block in _blocks(ctx.vocab_size, ctx.chunk):
-            logp = (_mm(hidden, weight[block].T) / ctx.temperature).sub_(logz[:, None])             # (N, chunk)
+            logp = _mm(hidden, weight[block].T).div_(ctx.temperature).sub_(logz[:, None])         # (N, chunk)
             # d logp / dz = 1[target] - p;   d entropy / dz = -p (log p + H)
             g_logits = logp.exp().neg_()
             if ctx.entropy_grad:
