@@ -9,7 +9,8 @@ r"""Benchmarks with the paper's protocol, the paper's analyses (Figures 2 and 3)
 The release seeds its evaluation from the clock; here every sample is a function of (seed, problem, sample index), so
 that neither --limit nor an interruption changes it. --out receives responses.jsonl (a line per response, with its
 ids), settings.json and summary.json; the same command goes on where it was stopped. edge_grpo.py calls `evaluate` and
-`summarize` on held-out problems while it trains.
+`summarize` on held-out problems while it trains. Several GPUs: torchrun --nproc-per-node 8 -- eval.py … (the lone --
+keeps torchrun from reading --n as its own).
 """
 import argparse
 import json
@@ -433,7 +434,7 @@ def run(flags) -> None:
         removed = contaminated(problems, data.load("deepscaler-hard-1k", flags.mirror or None))
     settings = dict(model=flags.model, weights=fingerprint(policy), template=policy.template, seed=flags.seed,
                     max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
-                    entropy=flags.entropy, tasks={name: digest(asdict(p) for p in task) for name, task in tasks.items()})
+                    entropy=flags.entropy, tasks={name: digest(map(asdict, task)) for name, task in tasks.items()})
     stored = on_main(lambda: open_results(Path(flags.out), settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
@@ -581,7 +582,7 @@ def read_runs(paths: list[str]) -> list[Run]:
         for r in alike:
             named = dict(zip(("correction", "eda"), METHODS.get(r.method, ())))
             shown = [f"{k}={v}" for k, v in r.flags.items()
-                     if k in varying or k in named and v != named[k] or k == "model" and several_models]
+                     if (v != named[k] if k in named else k in varying or k == "model" and several_models)]
             r.label = " ".join([r.method, *shown])
     order = list(METHODS)
     return sorted(runs, key=lambda r: order.index(r.method) if r.method in order else -1)
@@ -593,44 +594,55 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: neither a run (config.json) nor results of eval.py (summary.json)")
     try:
         summaries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        c = {"method": summaries[0]["model"], "seed": summaries[0]["seed"], "flags": {}} if summaries else {}
-        c = json.loads(config.read_text(encoding="utf-8")) if config.exists() else c
+        if config.exists():
+            c = json.loads(config.read_text(encoding="utf-8"))
+            method, seed, flags = c["method"], c["seed"], c["flags"]
+        else:
+            method, seed, flags = "/".join(Path(summaries[0]["model"]).parts[-2:]), summaries[0]["seed"], {}
         metrics, evals = (read_lines(path / name)[0] for name in ("metrics.jsonl", "evals.jsonl"))
-        return Run(path, c["method"], c["seed"], c["flags"], metrics, evals, summaries)
+        return Run(path, method, seed, flags, metrics, evals, summaries)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its config.json or summary.json was not written by edge_grpo.py or eval.py "
                         f"({type(error).__name__}: {error}); leave that folder out") from None
 
 
 def final_scores(run: Run) -> dict[str, dict]:
-    """Numbers by task: of eval.py's results if there are any (the first temperature), else of the last evaluation
+    """Numbers by task: of eval.py's results where there are any (their first temperature), else of the last evaluation
     during training. Never the best of several steps."""
-    found = {}
+    last = max((e["step"] for e in run.evals), default=None)
+    found = {e["task"]: e for e in run.evals if e["step"] == last}
     for summary in run.summaries:
         temperature, result = next(iter(summary["results"].items()))
         found.update((task, {**s, "temperature": float(temperature)}) for task, s in result["tasks"].items())
-    last = max((e["step"] for e in run.evals), default=None)
-    return found or {e["task"]: e for e in run.evals if e["step"] == last}
+    return found
 
 
 def comparison(runs: list[Run]) -> str:
-    """Methods x benchmarks in Markdown: mean ± std (n - 1) over seeds, in percent; the average is over all problems."""
+    """Methods x benchmarks in Markdown: mean ± std (n - 1) over seeds, in percent.
+
+    The average is the micro average over the paper's five tasks, or else over the tasks that every run has.
+    """
     scored = {id(r): final_scores(r) for r in runs}
     tasks = list(dict.fromkeys(task for found in scored.values() for task in found))
     tasks = [t for t in TASKS if t in tasks] + [t for t in tasks if t not in TASKS]
     if not tasks:
         raise UserError("nothing to compare: no run has an evals.jsonl or an eval/ folder of `eval.py --out RUN/eval`")
+    common = [t for t in tasks if all(t in found for found in scored.values())]
+    pool = list(TASKS) if set(TASKS) <= set(common) else common
     rows = []
     for label, alike in group(runs, lambda r: r.label).items():
-        columns = [[scored[id(r)][t]["accuracy"] for r in alike if t in scored[id(r)]] for t in tasks]
-        whole = [found for r in alike if len(found := scored[id(r)]) == len(tasks)]
-        columns.insert(0, [sum(s["accuracy"] * s["problems"] for s in found.values())
-                           / sum(s["problems"] for s in found.values()) for found in whole])
+        found = [scored[id(r)] for r in alike]
+        columns = [[micro_average([x[t] for t in pool]) for x in found] if pool else []]
+        columns += [[x[t]["accuracy"] for x in found if t in x] for t in tasks]
         seeds = ", ".join(str(r.seed) for r in alike)
         rows.append([label, f"{len(alike)} ({seeds})", *(mean_std(c, len(alike)) for c in columns)])
-    table = markdown(["method", "n (seeds)", "average", *tasks], rows)
-    below = "Accuracy in percent at the last step: mean ± standard deviation over seeds; average over all problems."
-    return "\n".join([table, "", below, *notes(runs, scored, tasks)])
+    below = ["Accuracy in percent at the last step: mean ± standard deviation over seeds. Average over all problems of "
+             f"{', '.join(pool) or 'the tasks that every run has (there is none)'}.", "", *notes(runs, scored, tasks)]
+    return "\n".join([markdown(["method", "n (seeds)", "average", *tasks], rows), "", *below])
+
+
+def micro_average(numbers: list[dict]) -> float:
+    return sum(s["accuracy"] * s["problems"] for s in numbers) / sum(s["problems"] for s in numbers)
 
 
 def mean_std(values: list[float], expected: int) -> str:
@@ -646,10 +658,10 @@ def notes(runs: list[Run], scored: dict, tasks: list[str]) -> list[str]:
     for task in tasks:
         ways = sorted({f"{s['problems']} problems, n = {s['n']}, T = {s['temperature']:g}"
                        for x in scored.values() if (s := x.get(task))})
-        found.append(f"{task}: " + ("NOT MEASURED ALIKE: " if len(ways) > 1 else "") + "; ".join(ways))
+        found.append(f"- {task}: " + ("NOT MEASURED ALIKE: " if len(ways) > 1 else "") + "; ".join(ways))
     for r in runs:
         if r.flags and not r.summaries and (last := max((e["step"] for e in r.evals), default=0)) < r.flags["steps"]:
-            found.append(f"{r.path}: last evaluated at step {last} of {r.flags['steps']}")
+            found.append(f"- {r.path}: last evaluated at step {last} of {r.flags['steps']}")
     return found
 
 
@@ -659,7 +671,8 @@ def notes(runs: list[Run], scored: dict, tasks: list[str]) -> list[str]:
 COLOURS = {"edge-grpo": "#D55E00", "grpo": "#0072B2", "force-r": "#009E73", "force-r-eda": "#CC79A7", "sft": "#000000"}
 OTHER_COLOURS = ("#56B4E9", "#E69F00", "#F0E442")               # variants and models; then again, dashed
 CURVES = {                                                      # file: its panels, (key of metrics.jsonl, title)
-    "entropy": [("entropy_sampled", "Mean entropy, as sampled"), ("entropy", "Mean entropy, as trained on")],
+    "entropy": [("entropy_sampled", "Mean entropy (nats), as sampled"),
+                ("entropy", "Mean entropy (nats), as trained on")],
     "advantage": [("advantage_variance", "Advantage variance before EDA"),
                   ("advantage_variance_eda", "Advantage variance after EDA"),
                   ("mixed_groups", "Share of mixed groups, as sampled"),
@@ -667,7 +680,7 @@ CURVES = {                                                      # file: its pane
     "accuracy": [("accuracy", "Training accuracy, as sampled")],
 }
 REFLECTION_BARS = {"overall\naccuracy": "accuracy", "accuracy with\nself-reflection": "accuracy_reflecting",
-                   "wrong ones fixed\nby a forced one": "mean_fixed"}
+                   "wrong ones fixed by\nforced reflection": "mean_fixed"}
 ENTROPY_BARS = {"Mean P, correct responses": "mean_correct", "Mean P, wrong responses": "mean_wrong",
                 "Mean P, wrong / correct": "ratio", "Correct ones above the average P": "correct_above",
                 "Wrong ones below the average P": "wrong_below"}
@@ -682,27 +695,29 @@ def curve(series: list[list[tuple[int, float]]], window: int) -> list[tuple[int,
     return [(step, statistics.fmean(v), min(v), max(v)) for step, v in values.items()]
 
 
-def panels_of_curves(runs: list[Run], window: int) -> dict[str, list[tuple[str, dict]]]:
-    """Per figure, its (title, {label: curve}) panels; panels without data are left out."""
-    def collect(pick, window):
-        found = {}
+def panels_of_curves(runs: list[Run], window: int) -> dict[str, list[tuple[str, str, dict]]]:
+    """Per figure, its panels (title, label of the x axis, {run's label: curve}); panels without data are left out."""
+    def panel(title: str, points, window: int) -> tuple[str, str, dict]:
+        curves = {}
         for label, alike in group(runs, lambda r: r.label).items():
-            if series := [s for r in alike if (s := pick(r))]:
-                found[label] = curve(series, window)
-        return found
+            if series := [found for r in alike if (found := points(r))]:
+                curves[label] = curve(series, window)
+        return title, "step" if window == 1 else f"step (each point: mean of the last {window} steps)", curves
 
-    def metric(key):
-        return collect(lambda r: [(m["step"], m[key]) for m in r.metrics if m.get(key) is not None], window)
+    def metric(key: str):
+        return lambda r: [(m["step"], m[key]) for m in r.metrics if m.get(key) is not None]
 
-    figures = {name: [(title, metric(key)) for key, title in panels] for name, panels in CURVES.items()}
+    def held_out(task: str):
+        return lambda r: [(e["step"], e["accuracy"]) for e in r.evals if e["task"] == task]
+
+    figures = {name: [panel(title, metric(key), window) for key, title in panels] for name, panels in CURVES.items()}
     for task in dict.fromkeys(e["task"] for r in runs for e in r.evals):
-        held_out = collect(lambda r: [(e["step"], e["accuracy"]) for e in r.evals if e["task"] == task], 1)
-        figures["accuracy"].append((f"Held-out accuracy, {task}", held_out))
-    return {name: kept for name, panels in figures.items() if (kept := [p for p in panels if p[1]])}
+        figures["accuracy"].append(panel(f"Held-out accuracy, {task}", held_out(task), 1))
+    return {name: kept for name, panels in figures.items() if (kept := [p for p in panels if p[2]])}
 
 
-def panels_of_bars(runs: list[Run]) -> dict[str, list[tuple[str, dict]]]:
-    """Per figure, (title, {label: {category: (mean, min, max) over seeds}}) of the saved results."""
+def panels_of_bars(runs: list[Run]) -> dict[str, list[tuple[str, str, dict]]]:
+    """The same of saved results; in the place of a curve {category: (mean, min, max) over seeds}."""
     cells = defaultdict(list)
     for r in runs:
         for T, result in ((T, x) for summary in r.summaries for T, x in summary["results"].items()):
@@ -714,9 +729,9 @@ def panels_of_bars(runs: list[Run]) -> dict[str, list[tuple[str, dict]]]:
     figures = {}
     for (name, title, label, category), values in cells.items():
         if values := [v for v in values if v is not None]:
-            panel = figures.setdefault(name, {}).setdefault(title, {}).setdefault(label, {})
-            panel[category] = statistics.fmean(values), min(values), max(values)
-    return {name: list(panels.items()) for name, panels in figures.items()}
+            bars = figures.setdefault(name, {}).setdefault(title, {}).setdefault(label, {})
+            bars[category] = statistics.fmean(values), min(values), max(values)
+    return {name: [(title, "", bars) for title, bars in panels.items()] for name, panels in figures.items()}
 
 
 def styles(labels: list[str]) -> dict[str, tuple[str, str]]:
@@ -742,12 +757,11 @@ def draw(runs: list[Run], out: Path, window: int) -> list[Path]:
     note = "mean over seeds; band or whisker: lowest to highest seed" if max(map(len, alike.values())) > 1 else None
     out.mkdir(parents=True, exist_ok=True)
     for name, panels, draw_panel in figures:
-        steps = f"step (curves over steps of training: mean of the last {window})" if window > 1 else "step"
-        draw_figure(out / f"{name}.png", panels, draw_panel, styles(list(alike)), steps, note)
+        draw_figure(out / f"{name}.png", panels, draw_panel, styles(list(alike)), note)
     return [out / f"{name}.png" for name, _, _ in figures]
 
 
-def draw_figure(path: Path, panels: list, draw_panel, style: dict, xlabel: str, note: str | None) -> None:
+def draw_figure(path: Path, panels: list, draw_panel, style: dict, note: str | None) -> None:
     import matplotlib.pyplot as plt
     columns = min(len(panels), 2)
     height = -(-len(panels) // columns)
@@ -755,15 +769,16 @@ def draw_figure(path: Path, panels: list, draw_panel, style: dict, xlabel: str, 
                                 layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    for axis, (title, values) in zip(axes.flat, panels):
+    for axis, (title, xlabel, values) in zip(axes.flat, panels):
         draw_panel(axis, values, style)
         axis.set_title(title, fontsize=11)
+        axis.set_xlabel(xlabel)
+        axis.set_axisbelow(True)
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    if draw_panel is draw_curve:
-        figure.supxlabel(xlabel, fontsize=10)
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)),
+    labels = [label for label in style if label in handles]
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=min(3, len(labels)),
                   frameon=False, title=note)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -783,7 +798,7 @@ def draw_bars(axis, values: dict, style: dict) -> None:
     for i, (label, bars) in enumerate(values.items()):
         x = [categories.index(category) + (i + 0.5) * width - 0.4 for category in bars]
         mean, low, high = zip(*bars.values())
-        whiskers = [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]]
+        whiskers = [[max(0, m - a) for m, a in zip(mean, low)], [max(0, b - m) for m, b in zip(mean, high)]]
         colour, line = style[label]
         axis.bar(x, mean, width * 0.92, color=colour, hatch=None if line == "-" else "//", label=label,
                  yerr=whiskers if any(map(any, whiskers)) else None, capsize=2)
@@ -866,8 +881,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the same command",
-              file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
+              "same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
