@@ -115,24 +115,26 @@ class Flags:
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
 
 
-LISTS = {"eda_clamp": (2, float), "guided_probs": (3, float), "betas": (2, float), "eval_tasks": ("*", str)}
+LISTS = {"eda_clamp": (float, ("LO", "HI")), "guided_probs": (float, ("REFLECT", "ANSWER", "REFERENCE")),
+         "betas": (float, ("B1", "B2")), "eval_tasks": (str, "TASK")}
 MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "max_rows", "mirror"}
 
 
 def make_parser(defaults: dict) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     usage="python edge_grpo.py [flags]", allow_abbrev=False)
     parser.error = wrong_flag
     for f in fields(Flags):
         value = defaults.get(f.name, f.default if f.name not in LISTS else f.default_factory())
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         options = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
         if f.name in LISTS:
-            options.update(nargs=LISTS[f.name][0], type=LISTS[f.name][1])
+            kind, names = LISTS[f.name]
+            options.update(type=kind, metavar=names, nargs=len(names) if isinstance(names, tuple) else "*")
         elif f.type is bool:
             options.update(action=argparse.BooleanOptionalAction)
         else:
-            options.update(type=f.type, choices=f.metadata["choices"])
+            options.update(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 
@@ -778,7 +780,8 @@ def preflight(flags: Flags) -> str:
     plan = engine.memory_plan(engine.load_config(flags.model, flags.trust_remote_code), rows,
                               flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
                               flags.micro_batch_tokens, 2 if device.type == "cuda" else 4,
-                              flags.offload_optimizer and device.type == "cuda", flags.gradient_checkpointing, engine.world_size())
+                              flags.offload_optimizer and device.type == "cuda", flags.gradient_checkpointing, engine.world_size(),
+                              flags.trust_remote_code)
     return engine.preflight(plan, device)
 
 

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -225,7 +227,11 @@ def prompt_text(tokenizer, question: str, template: str) -> str:
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
     if tokenizer.chat_template is None:
         return QWEN_TEMPLATE.replace("{question}", question)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the template, or try "
+                        "another --template") from error
 
 
 def find_model(name: str) -> str:
@@ -244,6 +250,11 @@ def find_model(name: str) -> str:
     if "/" not in name:
         raise UserError(f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`")
     return name
+
+
+# What transformers raises on a folder that is not a whole and consistent model.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, ImportError, RuntimeError,
+          SafetensorError, StrictDataclassError)
 
 
 @functools.cache
@@ -268,7 +279,7 @@ def load_config(name: str, trust_remote_code: bool = False):
     """The model's configuration, with one clear sentence for whatever is wrong with it."""
     try:
         return AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except BROKEN as error:
         raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub id "
                         "while the hub can be reached") from error
 
@@ -279,7 +290,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         raise UserError(f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model")
     try:
         return AutoTokenizer.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except BROKEN as error:
         raise UserError(f"--model {name}: its tokenizer cannot be read ({first_line(error)})") from error
     except Exception as error:                      # the Rust tokenizer raises the bare class on a broken tokenizer.json
         if type(error) is not Exception:
@@ -295,8 +306,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             **where(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
-            attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            attn_implementation="sdpa", ignore_mismatched_sizes=True)
+    except BROKEN as error:
         raise UserError(f"--model {name}: its weights cannot be loaded ({first_line(error)})") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
@@ -312,6 +323,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: enough to say what was wrong inside one sentence."""
+    if "trust_remote_code" in str(error):
+        return "it brings its own code, which runs only with --trust-remote-code"
     return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
 
 
@@ -770,14 +783,18 @@ def halve_batch_on_oom(trainer: Trainer, work):
 
 
 def memory_plan(config, rows: int, row_tokens: int, micro_batch_tokens: int, weight_bytes: int, offload: bool,
-                checkpointing: bool, processes: int = 1) -> dict[str, float]:
+                checkpointing: bool, processes: int = 1, trust_remote_code: bool = False) -> dict[str, float]:
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
 
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
     Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers.
     """
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except BROKEN as error:
+        raise UserError(f"--model {config.name_or_path}: its config.json describes no causal language model ({first_line(error)})") from error
+    count = sum(p.numel() for p in model.parameters())
     c = config.get_text_config()
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
