@@ -759,7 +759,7 @@ def train(flags: Flags) -> int:
             evaluate(policy, tasks, flags, step + 1)
         stopping = max(engine.gather(stop.signal))
         if bad_steps >= flags.max_bad_steps:
-            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; {last_good(flags)}; look at --lr, "
+            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the last good checkpoint: {last_good(flags)}; look at --lr, "
                             f"--eda-clamp and the last rows of {out / 'samples.jsonl'}")
         due = flags.save_every and (step + 1) % flags.save_every == 0 and not bad_steps      # a bad step is no place to go back to
         if stopping or due or step + 1 == flags.steps:
@@ -817,18 +817,18 @@ def keep(flags: Flags, bad_steps: int) -> int:
 
 
 def last_good(flags: Flags) -> str:
-    """The newest checkpoint that no bad step preceded, for the message of a run that stops."""
+    """The newest checkpoint that a good update preceded, for the message of a run that stops."""
     found = engine.newest_checkpoint(Path(flags.out) / "checkpoints", lambda manifest: not manifest["bad_steps"])
-    return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
+    return str(found[0]) if found else "none was saved yet"
 
 
 @contextmanager
 def sampling(flags: Flags):
-    """Around sampling, which refuses logits that are not finite: the run stops with the last good checkpoint named."""
+    """Around sampling, which refuses logits that are not finite and may run out of memory: names the checkpoint that is left."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{error}; {last_good(flags)}") from error
+        raise UserError(f"{error}; the newest checkpoint: {last_good(flags)}") from error
 
 
 def conclude(flags: Flags) -> None:
