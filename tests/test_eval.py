@@ -116,6 +116,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_samples(n, correct):
     ([("3", True), ("4", False)], 1 / 2),                                       # a tie is drawn by lot
     ([("3", True), ("4", False), ("5", False)], 1 / 3),
     ([("3", True), ("4", False), ("5", False), ("5", False), ("3.0", True)], 1 / 2),   # right ones are one answer
+    ([("5", True), ("7", True), ("4", False)], 1),                              # also where the golds are several
     ([("0.5", False), ("1/2", False), ("3", True)], 0),                         # equal wrong ones are one answer
     ([("1 2", False), ("12", False), ("3", True)], 0),
     ([(None, False), (None, False), ("3", True)], 1),                           # no box, no vote
@@ -329,8 +330,13 @@ def test_entropy_report_where_a_side_is_missing():
     assert found["overall"]["ratio"] is None and found["overall"]["wrong_below"] is None
     assert "needs at least two responses" in evaluation.entropy_text(found)
     assert evaluation.entropy_report([record(0, ids=[])]) == {}
-    same = evaluation.entropy_report([record(i % 2, sample=i, entropy=0.1) for i in range(3)])
-    assert same["within"]["correct_above"] == same["within"]["wrong_below"] == same["overall"]["wrong_below"] == 0
+
+
+def test_equal_entropies_are_neither_above_nor_below_their_average():
+    for P in (k / 10 for k in range(1, 60)):                       # the mean of three equal numbers is not always the number
+        same = evaluation.entropy_report([record(i % 2, sample=i, entropy=P) for i in range(3)])
+        for side in (same["overall"], same["within"]):
+            assert side["correct_above"] == side["wrong_below"] == 0
 
 
 def test_entropies_are_those_of_the_sampling_distribution(tiny):
@@ -470,6 +476,30 @@ def test_comparison_prefers_results_of_eval_and_says_what_differs(tmp_path):
     assert alone[0].label == "a/final" and "80.00" in evaluation.comparison(alone)
 
 
+def test_the_average_is_over_the_papers_tasks_or_the_common_ones(tmp_path):
+    def average(name: str, *tasks: dict) -> list[str]:
+        paths = []
+        for seed, accuracies in enumerate(tasks):
+            numbers = {task: dict(problems=100, n=1, accuracy=a) for task, a in accuracies.items()}
+            paths.append(tmp_path / f"{name}{seed}")
+            paths[-1].mkdir()
+            (paths[-1] / "summary.json").write_text(json.dumps(dict(model=str(seed), seed=seed, n=1,
+                                                                    results={"1": dict(tasks=numbers)})))
+        return [row[1] for row in cells(evaluation.comparison(evaluation.read_runs(paths))).values()][2:]
+
+    five = dict.fromkeys(evaluation.TASKS, 0.5)
+    assert average("a", {**five, "gsm8k": 1.0}) == ["50.00"], "gsm8k is not in the paper's average"
+    assert average("b", {"math": 0.1, "gsm8k": 0.9}, {"math": 0.2}) == ["10.00", "20.00"]
+    assert average("c", {"math": 0.1}, {"gsm8k": 0.2}) == ["–", "–"]
+
+
+def test_a_task_that_was_not_evaluated_at_the_last_step_is_not_taken_from_an_earlier_one(tmp_path):
+    run = make_run(tmp_path / "a", "grpo", 0, (0.5,))
+    with open(run / "evals.jsonl", "a") as f:
+        f.write(json.dumps(dict(step=10, task="aime", accuracy=0.9, problems=30, n=1, temperature=0.1)) + "\n")
+    assert list(evaluation.final_scores(evaluation.read_run(run))) == ["math"]
+
+
 def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
     paths = [make_run(tmp_path / "a", "edge-grpo", 0), make_run(tmp_path / "b", "edge-grpo", 1, eval_n=4, max_rows=3),
              make_run(tmp_path / "c", "edge-grpo", 0, correction="none"), make_run(tmp_path / "d", "grpo", 0, eda=True)]
@@ -487,7 +517,8 @@ def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
 
 def test_curve_smooths_each_seed_and_takes_the_steps_they_share():
     first, second = [(1, 0.0), (2, 1.0), (3, 2.0)], [(1, 4.0), (2, 6.0), (3, 2.0), (4, 9.0)]
-    assert evaluation.curve([first, second], window=2) == [(1, 2.0, 0.0, 4.0), (2, 2.75, 0.5, 5.0), (3, 2.75, 1.5, 4.0)]
+    for seeds in ([first, second], [second, first]):
+        assert evaluation.curve(seeds, window=2) == [(1, 2.0, 0.0, 4.0), (2, 2.75, 0.5, 5.0), (3, 2.75, 1.5, 4.0)]
     assert evaluation.curve([first], window=1) == [(s, v, v, v) for s, v in first]
 
 
