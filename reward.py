@@ -1,24 +1,25 @@
-"""Grades one response against its gold answers: the accuracy and the format reward of the paper (PAPER.md, "Equations").
+"""Grades one response against its gold answers: the accuracy and format rewards of the paper (PAPER.md, "Equations").
 
-The answer is the content of the last closed `\\boxed{}`. It is tokenized, parsed into a small tree of tuples and compared with
-the gold by type. Expressions are compared by value: exactly where rational arithmetic carries, otherwise to 40 digits in
-complex decimal arithmetic, at random points where they have variables. No text ever reaches `eval`, `sympify` or any other
-parser than the one below. Every size (text, tokens, nesting, bits of a number, evaluation steps) is capped before work is
-done, so that grading in this process is bounded; what cannot be bounded (limits, integrals, infinite sums) goes to a worker
-process that runs sympy under a memory limit and a clock kept here. The worker starts when it is first needed.
+The answer is the content of the last closed `\\boxed{}`. It is tokenized, parsed into a small tree of tuples and
+compared with the gold by type. Expressions are compared by value: exactly where rational arithmetic carries,
+otherwise to 40 digits in complex decimal arithmetic, at random points where they have variables. No text ever reaches
+`eval`, `sympify` or any other parser than the one below. Every size (text, tokens, nesting, bits of a number,
+evaluation steps) is capped before work is done, so that grading in this process is bounded; what cannot be bounded
+(limits, integrals, infinite sums) goes to a worker process that runs sympy under a memory limit and a clock kept
+here. The worker starts when it is first needed.
 
 What counts as equal, decided once:
 - Value, not form: expanded or factored, reduced or not, `2^3` or `8`, `2\\pi/4` or `\\pi/2`, `52_8` or `42`.
 - Percent: `p%` equals `p` and `p/100` (golds are written both ways); two percentages must agree as they stand.
-- Degrees, units and money: a unit that only one side gives is ignored, two different units are not equal unless one converts
-  into the other (`1.5 km`, `1500 m`). A degree sign may also stand for pi/180.
-- Decimals are exact: `0.33` is not `1/3`, `5` is not `5.001`. Only a decimal of at least ten significant digits that rounds (or
-  cuts) a value with no shorter decimal expansion equals it.
-- Letters: i, e and pi are the constants; j..n and N are integers; x, y and z are real; any other letter is a positive quantity.
-  A bare `log` is natural or decimal, whichever fits.
+- Degrees, units and money: a unit that only one side gives is ignored, two different units are not equal unless one
+  converts into the other (`1.5 km`, `1500 m`). A degree sign may also stand for pi/180.
+- Decimals are exact: `0.33` is not `1/3`, `5` is not `5.001`. Only a decimal of at least ten significant digits that
+  rounds (or cuts) a value with no shorter decimal expansion equals it.
+- Letters: i, e and pi are the constants; j..n and N are integers; x, y and z are real; any other letter is a positive
+  quantity. A bare `log` is natural or decimal, whichever fits.
 - `k=5` or `f(x)=5` equals `5`; two named answers must agree in the name, except that `y` and `f(x)` are one name.
-- A comma list equals its permutations and the set of its elements; tuples and intervals keep their order and brackets;
-  `(a,b)` is a point or an interval as the other side asks; inequalities are intervals.
+- A comma list equals its permutations and the set of its elements; tuples and intervals keep their order and
+  brackets; `(a,b)` is a point or an interval as the other side asks; inequalities are intervals.
 - Equations are equal up to a constant factor, never by both being true (`0=0`).
 - `1,234` is a number unless the other side is plainly a list.
 """
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Context, Decimal, DecimalException, localcontext
 from fractions import Fraction
@@ -64,13 +66,14 @@ class _NeedsSympy(Exception):
     """Only a computer algebra system can tell the value."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- the box
+# ------------------------------------------------------------------------------------------------------------- the box
 
 _BOX = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def final_answer(response: str) -> str | None:
-    """The content of the last closed \\boxed{...}, None if there is none; of boxes around boxes the innermost. Linear time."""
+    """The content of the last closed \\boxed{...}, None if there is none; of boxes
+    around boxes the innermost. Linear time."""
     if not isinstance(response, str):
         return None
     if response.count("{") + response.count("}") > 60_000:
@@ -94,32 +97,36 @@ def final_answer(response: str) -> str | None:
     return response[content:end]
 
 
-# ------------------------------------------------------------------------------------------------------------- the tokens
+# ---------------------------------------------------------------------------------------------------------- the tokens
 
-_FUNCTIONS = {name: name for name in """sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log gcd lcm
-    max min sgn arcsec arccsc""".split()}
+_FUNCTIONS = {name: name for name in """
+    sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log gcd lcm max min sgn
+    arcsec arccsc""".split()}
 _FUNCTIONS |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "lg", "abs": "abs", "floor": "floor",
                "ceil": "ceil", "ctg": "cot", "tg": "tan", "cosec": "csc", "arctg": "arctan", "sqrt": "sqrt"}
-_GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot oplus partial
+_GREEK = set("""
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
+    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot oplus partial
     nabla mho Re Im star bullet dagger square prime aleph perp parallel triangle""".split())
 _SYMBOLS = {  # command -> token
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=",
-    "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "pm": "+-", "mp": "-+",
-    "cup": "cup", "bigcup": "cup", "cap": "cap", "setminus": "minus", "backslash": "minus", "in": "in", "mid": "mid", "vert": "|", "lvert": "|",
-    "rvert": "|", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil", "rceil": "rceil", "langle": "(", "rangle": ")",
-    "lbrace": "{{", "rbrace": "}}", "lbrack": "[", "rbrack": "]", "equiv": "equiv", "to": "to", "rightarrow": "to",
-    "ldots": "dots", "dots": "dots", "cdots": "dots", "bmod": "mod", "mod": "mod", "pmod": "pmod", "lor": "or", "vee": "or",
-    "land": "and", "wedge": "and", "degree": "deg", "lparen": "(", "rparen": ")", "choose": "choose", "over": "over", "colon": ":",
-    "emptyset": "empty", "varnothing": "empty", "infty": "oo", "pi": "pi", "cr": "row", "percent": "%", "quad": "gap",
-    "qquad": "gap", "iff": "bad", "implies": "bad", "to\\": "bad"}
-_DROPPED = set("""left right middle displaystyle textstyle scriptstyle limits nolimits big Big bigl bigr Bigl Bigr bigg Bigg
-    mathbf boldsymbol bm mathit mathsf boxed fbox bf it rm tt hline phantom thinspace mathopen mathclose mathstrut
-    cal mathcal mathfrak mathscr""".split())
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
+    "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~",
+    "pm": "+-", "mp": "-+", "cup": "cup", "bigcup": "cup", "cap": "cap", "setminus": "minus", "backslash": "minus",
+    "in": "in", "mid": "mid", "vert": "|", "lvert": "|", "rvert": "|", "lfloor": "lfloor", "rfloor": "rfloor",
+    "lceil": "lceil", "rceil": "rceil", "langle": "(", "rangle": ")", "lbrace": "{{", "rbrace": "}}",
+    "lbrack": "[", "rbrack": "]", "equiv": "equiv", "to": "to", "rightarrow": "to", "ldots": "dots",
+    "dots": "dots", "cdots": "dots", "bmod": "mod", "mod": "mod", "pmod": "pmod", "lor": "or", "vee": "or",
+    "land": "and", "wedge": "and", "degree": "deg", "lparen": "(", "rparen": ")", "choose": "choose",
+    "over": "over", "colon": ":", "emptyset": "empty", "varnothing": "empty", "infty": "oo", "pi": "pi",
+    "cr": "row", "percent": "%", "quad": "gap", "qquad": "gap"}
+_DROPPED = set("""
+    left right middle displaystyle textstyle scriptstyle limits nolimits big Big bigl bigr Bigl Bigr bigg Bigg mathbf
+    boldsymbol bm mathit mathsf boxed fbox bf it rm tt hline phantom thinspace mathopen mathclose mathstrut cal
+    mathcal mathfrak mathscr""".split())
 _TEXT = set("text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup unit".split())
-_STRUCTURE = {"frac": "frac", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sqrt": "sqrt", "binom": "binom",
-              "dbinom": "binom", "tbinom": "binom", "sum": "sum", "prod": "prod", "int": "int", "lim": "lim", "begin": "begin",
-              "end": "end", "angle": "angle", "measuredangle": "angle"}
+_STRUCTURE = {name: name for name in "frac sqrt binom sum prod int lim angle".split()}
+_STRUCTURE |= {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+               "measuredangle": "angle"}
 _ACCENTS = set("dot ddot hat bar vec tilde overline overrightarrow widehat widetilde underline".split())
 _WORDS = {"or": "or", "and": "and", "percent": "%", "pct": "%", "percentage": "%", "degree": "deg", "degrees": "deg",
           "deg": "deg", "mod": "mod", "per": "/"}
@@ -127,26 +134,35 @@ _PLAIN = {"pi": "pi", "infinity": "oo", "inf": "oo", "oo": "oo", "infty": "oo", 
 
 _UNITS = {}  # name -> (dimension, factor)
 for _dimension, _row in {
-        "length": "nm 1e-9 mm 0.001 millimeter 0.001 cm 0.01 centimeter 0.01 m 1 meter 1 metre 1 km 1000 kilometer 1000 "
-                  "in 0.0254 inch 0.0254 inche 0.0254 ft 0.3048 foot 0.3048 feet 0.3048 yd 0.9144 yard 0.9144 mi 1609.344 mile 1609.344",
-        "mass": "mg 1e-6 g 0.001 gram 0.001 kg 1 kilogram 1 lb 0.45359237 pound 0.45359237 oz 0.028349523125 ounce 0.028349523125 ton 1000",
-        "time": "ms 0.001 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800 year 31557600 yr 31557600",
+        "length": "nm 1e-9 mm 0.001 millimeter 0.001 cm 0.01 centimeter 0.01 m 1 meter 1 metre 1 km 1000 "
+                  "kilometer 1000 in 0.0254 inch 0.0254 inche 0.0254 ft 0.3048 foot 0.3048 feet 0.3048 yd 0.9144 "
+                  "yard 0.9144 mi 1609.344 mile 1609.344",
+        "mass": "mg 1e-6 g 0.001 gram 0.001 kg 1 kilogram 1 lb 0.45359237 pound 0.45359237 oz 0.028349523125 "
+                "ounce 0.028349523125 ton 1000",
+        "time": "ms 0.001 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800 "
+                "yr 31557600 year 31557600",
         "volume": "ml 0.001 mL 0.001 milliliter 0.001 l 1 L 1 liter 1 litre 1",
-        "money": "cent 0.01 ¢ 0.01 dollar 1 usd 1", "frequency": "Hz 1 hz 1 kHz 1000 MHz 1000000", "force": "N 1 newton 1 kN 1000",
-        "energy": "J 1 joule 1 kJ 1000 eV 1.602176634e-19", "power": "W 1 watt 1 kW 1000",
-        "speed": "mph 1 kph 1.6", "other": "rad 1 radian 1 mol 1 rpm 1 pa 1 kpa 1000"}.items():
+        "money": "cent 0.01 dollar 1 usd 1", "frequency": "Hz 1 hz 1 kHz 1000 MHz 1000000",
+        "force": "N 1 newton 1 kN 1000", "energy": "J 1 joule 1 kJ 1000 eV 1.602176634e-19",
+        "power": "W 1 watt 1 kW 1000",
+        "other": "rad 1 radian 1 mol 1 rpm 1 pa 1 kpa 1000"}.items():
     _pairs = _row.split()
     _UNITS |= {name: (_dimension, Fraction(value)) for name, value in zip(_pairs[::2], _pairs[1::2])}
+_SPEEDS = {"mph": (("mile", 1), ("hour", -1)), "kph": (("km", 1), ("hour", -1))}
 _COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-_NOT_UNITS = set("""is are was not no isn't the a wrong right than least most to where for if when answer plus minus times over
-    squared cubed half third quarter with without except but then all any some only both mod hence so also""".split()) - {"any"}
+_NOT_UNITS = set("""
+    is are was not no isn't the a wrong right than least most to where for if when answer plus minus times over
+    squared cubed half third quarter with without except but then all some only both mod hence so also""".split())
 
 _UNICODE = {ord(a): b for a, b in {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "÷": r"\div ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∅": r"\emptyset ", "°": r"\degree ", "º": r"\degree ",
-    "′": "'", "’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ", "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ",
+    "÷": r"\div ",
+    "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ",
+    "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∅": r"\emptyset ", "°": r"\degree ", "º": r"\degree ",
+    "′": "'", "’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ", "…": r"\ldots ", "ℝ": r"\mathbb{R}",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
+    "、": ",", "。": ".", "\u00a0": " ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
     "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
@@ -159,11 +175,11 @@ _SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅
 _LEX = re.compile(r"""
     (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;)+)
   | (?P<repeating>\d{0,50}\.\d{0,50}\\(?:overline|bar|dot)\s*\{\d{1,50}\})
-  | (?P<thousands>\d{1,3}(?:(?:,\\!\s*|\{,\}\s*|\\[,;:\ ]|~|\ |,\s)\d{3})*(?:(?:,\\!\s*|\{,\}\s*|\\[,;:\ ]|~|\ )\d{3})+(?!\d)(?:\.\d+)?)
+  | (?P<thousands>\d{1,3}(?:(?:,\\!\s*|\{,\}\s*|\\[,;:\ ]|~|\ )\d{3})+(?!\d)(?:\.\d+)?)
   | (?P<comma>[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})[eE][-+]?\d+(?![A-Za-z\d]))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
-  | (?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z])))
+  | (?P<deg>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z])))
   | (?P<double>\\\\(?=[A-Za-z]{2}))
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?)
   | (?P<command>\\[A-Za-z]+)
@@ -171,11 +187,11 @@ _LEX = re.compile(r"""
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
   | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!'%&.])
-""", re.VERBOSE)
+""", re.VERBOSE | re.ASCII)
 
 
 class _Lexer:
-    """Text to tokens (kind, value, glued): kinds are num, id, text, fn, op; glued tells that no space stood before it."""
+    """Text to tokens (kind, value, glued): kinds are num, id, text, fn, op; glued: no space before it."""
 
     def __init__(self, text: str, as_list: bool):
         if not text.isascii():
@@ -213,7 +229,10 @@ class _Lexer:
             if kind == "thousands" and value[0] == "0":
                 at = start + re.match(r"\d+", value).end()
                 kind, value = "number", self.text[start:at]
-            at = getattr(self, "_" + kind)(value, at, glued and start > 0)
+            if kind in ("deg", "dots", "row"):
+                self._add("op", kind, glued)
+            else:
+                at = getattr(self, "_" + kind)(value, at, glued)
             glued = True
             if len(self.tokens) > MAX_TOKENS:
                 raise _Unreadable("too many tokens")
@@ -241,22 +260,11 @@ class _Lexer:
         self._add("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", value), glued)
         return at
 
-    def _degree(self, value, at, glued):
-        self._add("op", "deg", glued)
-        return at
-
-    def _dots(self, value, at, glued):
-        self._add("op", "dots", glued)
-        return at
-
-    def _row(self, value, at, glued):
+    def _double(self, value, at, glued):
+        if not self.matrix:
+            return at - 1                                  # \\frac: an escape too many
         self._add("op", "row", glued)
         return at
-
-    def _double(self, value, at, glued):
-        if self.matrix:
-            return self._row(value, at, glued)
-        return at - 1                                      # \\frac: an escape too many
 
     def _escape(self, value, at, glued):
         if value == "\\$":
@@ -352,22 +360,29 @@ class _Lexer:
         if name in ("mathrm", "operatorname", "textrm", "text") and content in _FUNCTIONS and not after_number:
             self._add("fn", _FUNCTIONS[content], glued)
             return end + 1
-        if name in ("mathrm", "operatorname") and len(content) == 1 and content.isalpha() and (content in "ie" or not after_number):
+        letter = len(content) == 1 and content.isalpha() and (content in "ie" or not after_number)
+        if letter and name in ("mathrm", "operatorname"):
             self._add("id", content, glued)
             return end + 1
         self.text_end.append(end)
         return start + 1
 
 
-# ------------------------------------------------------------------------------------------------------------- the parser
+# ---------------------------------------------------------------------------------------------------------- the parser
 
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", ":"}
-_CLOSERS = {")", "]", "}", "}}", "|", "rfloor", "rceil", "end", "row", "&"}
 _STARTS = {"(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots"}
 
 
 def _num(value, digits=None) -> Node:
     return ("num", Fraction(value), digits)
+
+
+def _constant(node: Node) -> Fraction | None:
+    """The value of a number with or without a minus, None for anything else."""
+    if node[0] == "neg" and node[1][0] == "num":
+        return -node[1][1]
+    return node[1] if node[0] == "num" else None
 
 
 def _integer(digits: str) -> int:
@@ -376,11 +391,12 @@ def _integer(digits: str) -> int:
 
 
 class _Parser:
-    """Precedence parser. Nodes: ("num", value, significant digits of a decimal or None), ("sym", name), ("const", name),
-    ("add" | "mul" | "div" | "pow" | "pm" | "mp", a, b), ("neg" | "fact" | "fact2" | "deg" | "percent", a), ("root", a, n),
-    ("fn", name, args...), ("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body),
-    ("unit", a, ((name, power), ...)), ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
-    ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus), ("dots",)."""
+    """Precedence parser. Nodes: ("num", value, significant digits of a decimal or None), ("sym", name),
+    ("const", name), ("add" | "mul" | "div" | "pow" | "pm" | "mp", a, b),
+    ("neg" | "fact" | "fact2" | "deg" | "percent", a), ("root", a, n), ("fn", name, args...),
+    ("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body), ("unit", a, ((name, power), ...)), ("list", joiner, items), ("set", items),
+    ("tuple", "(", items, ")"), ("mat", rows), ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b),
+    ("cong", list, modulus), ("dots",)."""
 
     def __init__(self, tokens: list[tuple]):
         self.tokens = [*tokens, ("end", "", False)]
@@ -408,6 +424,7 @@ class _Parser:
         return found
 
     def nested(self, parse, *args):
+        """parse, one level deeper; a bar inside brackets does not close one outside."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _Unreadable("nested too deeply")
@@ -450,16 +467,17 @@ class _Parser:
     def relation(self) -> Node:
         self.accept("~")
         parts = [self.definition() or self.sets()]
-        while self.peek()[0] == "op" and self.peek()[1] in _RELATIONS or self.is_op("|") and not self.bars and self.depth == 0:
-            parts.append({"|": "mid"}.get(self.peek()[1], self.peek()[1]))
-            self.take()
+        while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
+            operator = self.take()[1]
+            parts.append("mid" if operator == "|" else operator)
             parts.append(self.definition() or self.sets())
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
 
     def definition(self) -> Node | None:
         """f(x, y) before an equals sign is a name."""
-        if self.peek()[0] == "id" and self.is_op("(", "_", ahead=1):
-            ahead = 1
+        inverse = [token[1] for token in self.tokens[self.at + 1:self.at + 6]] == ["^", "{", "-", "1", "}"]
+        if self.peek()[0] == "id" and (inverse or self.is_op("(", "_", ahead=1)):
+            ahead = 6 if inverse else 1
             while self.peek(ahead)[0] in ("id", "num") or self.is_op("_", "(", ",", "{", "}", ahead=ahead):
                 ahead += 1
             if self.is_op(")", ahead=ahead) and self.is_op("=", ahead=ahead + 1):
@@ -525,10 +543,10 @@ class _Parser:
             return True
         if kind != "op" or self.is_op("(") and self.is_op("mod", ahead=1):
             return False
-        return value in _STARTS or value == "|" and not self.bars and self.depth > 0 or value == "|" and self.closing_bar()
+        return value in _STARTS or value == "|" and not self.bars and (self.depth > 0 or self.closing_bar())
 
     def closing_bar(self) -> bool:
-        return not self.bars and any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:])
+        return any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:])
 
     def signed(self) -> Node:
         if self.accept("-"):
@@ -555,7 +573,8 @@ class _Parser:
             self.take()
             over, under = self.plain_argument(), self.plain_argument()
         elif self.peek()[0] == "num" and self.is_op("/", ahead=1) and self.peek(2)[0] == "num":
-            over, under = self.take()[1], (self.take(), self.take())[1][1]
+            over, under = self.peek()[1], self.peek(2)[1]
+            self.at += 3
         if over.isdigit() and under.isdigit() and 0 < int(over) < int(under):
             return _num(Fraction(int(whole)) + Fraction(int(over), int(under)))
         self.at = start
@@ -564,14 +583,10 @@ class _Parser:
     def plain_argument(self) -> str:
         """The digits of {12} or of a bare 1; what is not such an argument gives an empty string."""
         if self.is_op("{") and self.peek(1)[0] == "num" and self.is_op("}", ahead=2):
-            return (self.take(), self.take(), self.take())[1][1]
-        if self.peek()[0] == "num" and len(self.peek()[1]) <= 2:
-            value = self.peek()[1]
-            if len(value) == 2 and self.tokens[self.at - 1][1] == "frac" and value.isdigit():
-                self.split_digit()
-                value = value[0]
-            return (self.take(), value)[1]
-        return ""
+            self.at += 3
+            return self.peek(-2)[1]
+        self.split_digit()
+        return self.take()[1] if self.peek()[0] == "num" else ""
 
     def split_digit(self) -> None:
         """\\frac12: the arguments are single digits."""
@@ -587,11 +602,10 @@ class _Parser:
             self.accept("*")
             name = self.take()[1]
             if self.accept("^"):
-                power = self.exponent()
-                power = power if power[0] == "num" else ("num", -power[1][1]) if power[0] == "neg" and power[1][0] == "num" else None
+                power = _constant(self.exponent())
                 if power is None:
                     raise _Unreadable("power of a unit")
-                sign *= power[1]
+                sign *= power
             if name.lower() in _COUNTS:
                 node = ("mul", node, _num(_COUNTS[name.lower()]))
             elif name.lower() in _NOT_UNITS:
@@ -757,7 +771,7 @@ class _Parser:
             value += " " + self.take()[1]
         if self.is_op("_"):
             value += self.subscript()
-        if self.is_op("(") and (value in "fghFGHPQ" or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
+        if self.is_op("(") and (value in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
             value += self.raw_group()
         while self.accept("'"):
             value += "'"
@@ -796,16 +810,12 @@ class _Parser:
         if self.accept("}}"):
             return ("set", ())
         end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
-        if self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end):  # {x | condition}, {x in R : condition}
+        if self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end):  # {x | ...}, {x in R : ...}
             self.at += end + 1
             node = self.sequence()
             self.expect("}}")
             return node
         node = self.sequence()
-        if self.accept("mid", "|", ":"):
-            node = self.sequence()
-            self.expect("}}")
-            return node
         self.expect("}}")
         return ("set", node[2] if node[0] == "list" else (node,))
 
@@ -875,7 +885,6 @@ class _Parser:
             index = self.sum()
             self.expect("]")
         if not self.is_op("{", "(", "-"):
-            kind, value, _ = self.peek()
             return ("root", self.nested(self.atom), index)
         return ("root", self.argument(), index)
 
@@ -886,7 +895,7 @@ class _Parser:
                 power = self.exponent()
             else:
                 base = self.argument() if self.is_op("{") else self.nested(self.atom)
-        inverse = power in (("neg", _num(1)),) and name in ("sin", "cos", "tan", "cot", "sec", "csc")
+        inverse = power == ("neg", _num(1)) and name in ("sin", "cos", "tan", "cot", "sec", "csc")
         if inverse:
             name, power = "arc" + name, None
         args = self.function_arguments(name)
@@ -896,11 +905,11 @@ class _Parser:
         return node if power is None else ("pow", node, power)
 
     def function_arguments(self, name: str) -> tuple:
+        if self.is_op("{{"):                               # max{a, b}
+            return self.atom()[1]
         if self.is_op("(", "{", "["):
             node = self.nested(self.bracket, self.take()[1])
-            if node[0] in ("tuple", "list"):
-                return node[2]
-            return (node,)
+            return node[2] if node[0] in ("tuple", "list") else (node,)
         negative = self.accept("-")
         node = self.power()
         while self.starts_atom() and self.peek()[0] != "fn" and not self.is_op("("):
@@ -972,11 +981,11 @@ class _Parser:
         return ("lim", variable, point, body)
 
 
+_APPLIED = set("fghFGHPQ")                                 # P(x) is a value of P; n(n+1) is a product
 _BASES = {name: index for index, name in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())} | {"sixteen": 16}
 
 
-@lru_cache(maxsize=4096)
 def _parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. Raises _Unreadable."""
     text = text.strip().rstrip("\\").strip()
@@ -991,7 +1000,7 @@ def _parse(text: str, as_list: bool = False) -> Node:
     return ("unit", node, (("dollar", 1),)) if lexer.money and node[0] != "unit" else node
 
 
-# --------------------------------------------------------------------------------------------------------------- the value
+# ----------------------------------------------------------------------------------------------------------- the value
 
 _PRECISION, _TOLERANCE = 70, Decimal("1e-40")
 _CONTEXT = Context(prec=_PRECISION, Emax=10 ** 12, Emin=-10 ** 12)  # exponents beyond that have no value here
@@ -1097,7 +1106,8 @@ def _trigonometric(name: str, z: Complex) -> Complex:
         cos = ((plus[0] + minus[0]) / 2, (plus[1] + minus[1]) / 2)
         sin = ((plus[1] - minus[1]) / 2, (minus[0] - plus[0]) / 2)
     one = (_ONE, _ZERO)
-    over, under = {"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos), "csc": (one, sin)}[name]
+    over, under = {"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos),
+                   "csc": (one, sin)}[name]
     if _size(under) < Decimal("1e-50"):
         raise _Undefined("pole")
     return _over(over, under)
@@ -1146,9 +1156,8 @@ class _Evaluator:
     After `value`, unreal tells that a root or logarithm left the reals, rounded that an integer was too large to hold,
     and scale bounds the absolute rounding error (in units of 10^-PRECISION) that cancellation may have left."""
 
-    def __init__(self, degree: bool = False, decimal_log: bool = False):
-        self.degree, self.decimal_log = degree, decimal_log
-        self.steps = MAX_STEPS
+    def __init__(self):
+        self.degree, self.decimal_log, self.steps = False, False, MAX_STEPS
 
     def value(self, node: Node, env: dict) -> Fraction | Complex:
         """Raises _Undefined (no value, or out of reach) and _NeedsSympy."""
@@ -1167,13 +1176,13 @@ class _Evaluator:
             raise _Undefined(f"{node[0]} has no value")
         return method(*node[1:])
 
-    def real(self, node: Node) -> Fraction | Decimal:
+    def real(self, node: Node) -> Fraction | Complex:
         value = self.eval(node)
         if isinstance(value, Fraction):
             return value
         if abs(value[1]) > Decimal("1e-50") * (1 + abs(value[0])):
             raise _Undefined("not real")
-        return value[0]
+        return (value[0], _ZERO)
 
     def integer(self, node: Node, most: int = 10 ** 6) -> int:
         value = self.eval(node)
@@ -1251,8 +1260,8 @@ class _Evaluator:
         if isinstance(a, Fraction):
             if b.denominator == 1:
                 return self.integer_power(a, int(b))
-            roots = [_root(part, b.denominator) for part in (a.numerator, a.denominator)] if a >= 0 and b.denominator <= 64 else [None]
-            if None not in roots:
+            roots = [_root(part, b.denominator) for part in (a.numerator, a.denominator) if a >= 0]
+            if roots and None not in roots:
                 return self.integer_power(Fraction(*roots), b.numerator)
         a = _lift(a)
         self.steps -= 20
@@ -1369,13 +1378,14 @@ class _Evaluator:
         return abs(value) if isinstance(value, Fraction) else (_size(value), _ZERO)
 
     def fn_sgn(self, a):
-        value = self.real(a)
+        value = _lift(self.real(a))[0]
         return Fraction((value > 0) - (value < 0))
 
     def fn_floor(self, a):
         value = self.real(a)
         if isinstance(value, Fraction):
             return Fraction(value.__floor__())
+        value = value[0]
         if not abs(value) < Decimal("1e40"):
             raise _Undefined("floor")
         nearest = value.to_integral_value()
@@ -1407,11 +1417,10 @@ class _Evaluator:
         return self.sized(Fraction(lcm(*(self.integer(arg, 10 ** 30) for arg in args))))
 
     def fn_min(self, *args):
-        return min((self.real(arg) for arg in args), key=lambda value: _lift(value)[0] if isinstance(value, Fraction) else value)
+        return min((self.real(arg) for arg in args), key=lambda value: _lift(value)[0])
 
     def fn_max(self, *args):
-        values = [self.real(arg) for arg in args]
-        return max(values, key=lambda value: _decimal(value) if isinstance(value, Fraction) else value)
+        return max((self.real(arg) for arg in args), key=lambda value: _lift(value)[0])
 
     def fn_det(self, matrix):
         rows = matrix[1]
@@ -1430,7 +1439,9 @@ class _Evaluator:
 
     def _big(self, kind, name, low, high, body):
         if high == ("const", "oo"):
-            return self.series(name, low, body) if kind == "sum" else self.symbolic(("big", kind, name, low, high, body))
+            if kind == "sum":
+                return self.series(name, low, body)
+            return self.symbolic(("big", kind, name, low, high, body))
         low, high = self.integer(low, 10 ** 12), self.integer(high, 10 ** 12)
         if (high - low) * 3 > self.steps:
             return self.symbolic(("big", kind, name, _num(low), _num(high), body))
@@ -1491,10 +1502,11 @@ def _names(*nodes: Node) -> list[str]:
     return sorted({part[1] for part in parts if part[0] == "sym"} - bound)
 
 
-# --------------------------------------------------------------------------------------------------------- what was stated
+# ----------------------------------------------------------------------------------------------------- what was stated
 #
 # _settle turns relations and plus-minus signs into what they state: ("list", joiner, items), ("assign", name, value),
-# ("record", ((name, value)...)), ("eq", a, b), ("less", ((a, strict, b)...)), ("noteq", a, b), ("mid", a, b), or an expression.
+# ("chain", parts), ("record", ((name, value)...)), ("eq", a, b), ("less", ((a, strict, b)...)), ("noteq", a, b),
+# ("equiv", a, b), or what it was before.
 
 
 def _variants(node: Node) -> list[Node]:
@@ -1504,7 +1516,9 @@ def _variants(node: Node) -> list[Node]:
         return [node]
     if len(signs) > 4:
         raise _Unreadable("too many plus-minus signs")
-    choices = [(1,) * len(signs), (-1,) * len(signs)] if "mp" in signs else itertools.product((1, -1), repeat=len(signs))
+    choices = itertools.product((1, -1), repeat=len(signs))
+    if "mp" in signs:
+        choices = [(1,) * len(signs), (-1,) * len(signs)]
     return [_signed(node, iter(choice)) for choice in choices]
 
 
@@ -1580,13 +1594,13 @@ def _settle_relation(parts: tuple) -> Node:
     if operators <= {"<", "<=", ">", ">="}:
         pairs = tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2))
         return ("less", pairs[::-1] if operators <= {">", ">="} else pairs)
-    if len(operands) > 2 and operators == {":"}:
+    if operators == {":"}:
         return ("tuple", ":", tuple(operands), ":")
     if len(operands) > 2 or "in" in operators and not _is_name(operands[0]):
         raise _Unreadable("mixed relations")
     left, right = operands
-    return {":": ("div", left, right), "in": _settle(right), "!=": ("noteq", left, right), "mid": ("cong", ("rel", (right, "equiv", _num(0))), left),
-            "equiv": ("equiv", left, right)}[operators.pop()]
+    return {"in": _settle(right), "!=": ("noteq", left, right), "equiv": ("equiv", left, right),
+            "mid": ("cong", ("rel", (right, "equiv", _num(0))), left)}[operators.pop()]
 
 
 def _less(left: Node, operator: str, right: Node) -> Node:
@@ -1614,12 +1628,13 @@ def _settle_named(name: Node, value: Node) -> Node:
     return ("eq", name, value) if name in _walk(value) else ("assign", name, value)
 
 
-# ------------------------------------------------------------------------------------------------------------ the verdict
+# --------------------------------------------------------------------------------------------------------- the verdict
 
 
 def _kind(node: Node) -> str:
     """What decides how a settled tree is compared."""
-    if node[0] in ("less", "noteq", "cup", "cap", "minus") or node[0] == "list" and any(item[0] in ("less", "noteq") for item in node[2]):
+    inequalities = node[0] == "list" and any(item[0] in ("less", "noteq") for item in node[2])
+    if inequalities or node[0] in ("less", "noteq", "cup", "cap", "minus"):
         return "region"
     return "mat" if _as_matrix(node) else node[0]
 
@@ -1633,9 +1648,9 @@ class _Judge:
     def same(self, a: Node, b: Node) -> bool:
         if a == b:
             return True
-        compare = {"chain": self.chain, "assign": self.assigned, "cong": self.congruence, "record": self.record, "eq": self.equation,
-                   "region": self.region, "unit": self.unit, "set": self.listed, "list": self.listed, "tuple": self.tuple,
-                   "mat": self.matrix, "dots": self.never}
+        compare = {"chain": self.chain, "assign": self.assigned, "cong": self.congruence, "record": self.record,
+                   "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
+                   "list": self.listed, "tuple": self.tuple, "mat": self.matrix, "dots": self.never}
         kinds = [_kind(a), _kind(b)]
         for kind, method in compare.items():             # in this order: the first kind that either has decides
             if kind in kinds:
@@ -1667,9 +1682,9 @@ class _Judge:
     def residues(self, node):
         modulus = self.exact(node[2])
         listed = _settle(node[1])
-        items = [item[2] if item[0] in ("equiv", "assign") else item for item in (listed[2] if listed[0] == "list" else (listed,))]
-        left = next((item[1] for item in (listed[2] if listed[0] == "list" else (listed,)) if item[0] == "equiv"), None)
-        return modulus, left, {self.exact(item) % modulus for item in items}
+        items = listed[2] if listed[0] == "list" else (listed,)
+        left = next((item[1] for item in items if item[0] == "equiv"), None)
+        return modulus, left, {self.exact(item[2] if item[0] == "equiv" else item) % modulus for item in items}
 
     def exact(self, node) -> Fraction:
         value = self.evaluator.value(node, {})
@@ -1691,7 +1706,8 @@ class _Judge:
         values = [_settle(value) for _, value in a[1]]
         if b[0] == "record":
             left, right = dict(a[1]), dict(b[1])
-            return left.keys() == right.keys() and all(self.same(_settle(left[name]), _settle(right[name])) for name in left)
+            return left.keys() == right.keys() and all(
+                self.same(_settle(left[name]), _settle(right[name])) for name in left)
         if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
             return self.listed(("list", ",", values), b)  # x_1 = 2, x_2 = 3: roots, in any order
         if b[0] != "list" and b[:2] != ("tuple", "("):
@@ -1712,7 +1728,7 @@ class _Judge:
             pairs.append(_over(f, g))
             if not self.close(pairs[0], pairs[-1]):
                 return False
-        return bool(pairs)
+        return self.sampled > 2
 
     # -- collections
     def listed(self, a, b):
@@ -1720,9 +1736,11 @@ class _Judge:
             return a[0] == "set" and len(a[1]) == 1 and self.same(a[1][0], b)
         left, right = (node[1] if node[0] == "set" else node[2] for node in (a, b))
         as_lists = a[0] == b[0] == "list"
+        if as_lists and len(left) != len(right):
+            return False
         if max(len(left), len(right)) > MAX_LIST:
-            return sorted(map(repr, left)) == sorted(map(repr, right))
-        return (len(left) == len(right) or not as_lists) and self.matched(left, right, as_lists)
+            return Counter(left) == Counter(right)
+        return self.matched(left, right, as_lists)
 
     def matched(self, left, right, once: bool) -> bool:
         remaining = list(right)
@@ -1736,8 +1754,8 @@ class _Judge:
 
     def tuple(self, a, b):
         if b[0] != "tuple":
-            return False
-        if a[1] == ":" == b[1] and len(a[2]) == len(b[2]):
+            return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
+        if a[1] == ":" == b[1] and len(a[2]) == len(b[2]) and _num(0) not in a[2] + b[2]:
             return all(self.same(("mul", x, b[2][0]), ("mul", y, a[2][0])) for x, y in zip(a[2], b[2]))
         return (a[1], a[3], len(a[2])) == (b[1], b[3], len(b[2])) and all(
             self.same(_settle(x), _settle(y)) for x, y in zip(a[2], b[2]))
@@ -1755,7 +1773,8 @@ class _Judge:
             ends = sorted({end for node in (a, b) for end in self.ends(node)})
         except (_Undefined, _Unreadable):
             return self.symbolic_region(a, b)
-        probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])] + ([ends[0] - 1, ends[-1] + 1] if ends else [_ZERO])
+        probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])]
+        probes += [ends[0] - 1, ends[-1] + 1] if ends else [_ZERO]
         return all(self.contains(a, x) == self.contains(b, x) for x in probes)
 
     def number(self, node) -> Decimal:
@@ -1777,18 +1796,19 @@ class _Judge:
         elif node[0] == "less":
             if len(_names(node)) != 1:
                 raise _Undefined("not one variable")
-            parts = [part for pair in node[1] for part in (pair[0], pair[2]) if not _is_name(part) and not _is_distance(part)]
-            if any(_is_distance(part) for pair in node[1] for part in (pair[0], pair[2])):
-                return [end for part in parts for end in self.reached(node, part)]
+            sides = [part for pair in node[1] for part in (pair[0], pair[2])]
+            distance = next(filter(_is_distance, sides), None)
+            parts = [part for part in sides if not _is_name(part) and not _is_distance(part)]
+            if distance:
+                return [end for part in parts for end in self.reached(distance[2], part)]
         elif node[0] == "noteq" and _is_name(node[1]):
             parts = node[2:]
         else:
             raise _Undefined("no set of reals")
         return [end for end in map(self.number, parts) if end.is_finite()]
 
-    def reached(self, node, part) -> list[Decimal]:
+    def reached(self, inside, part) -> list[Decimal]:
         """Where |mx + c| equals a constant."""
-        inside = next(part[2] for pair in node[1] for part in (pair[0], pair[2]) if _is_distance(part))
         name, distance = _names(inside)[0], self.number(part)
         at = [_lift(self.evaluator.value(inside, {name: Fraction(x)}))[0] for x in (0, 1, 2)]
         if at[2] - at[1] != at[1] - at[0] or at[1] == at[0]:
@@ -1808,7 +1828,7 @@ class _Judge:
         kind = node[0]
         if kind == "tuple":
             low, high = map(self.number, node[2])
-            return low < x < high or x == low and node[1] == "[" and low <= high or x == high and node[3] == "]" and low <= high
+            return low < x < high or low <= high and (x == low and node[1] == "[" or x == high and node[3] == "]")
         if kind == "set":
             return any(self.number(item) == x for item in node[1])
         if kind == "noteq":
@@ -1818,7 +1838,8 @@ class _Judge:
             return all(left < right or not strict and left == right for left, strict, right in pairs)
         if kind == "list":
             inside = [self.contains(item, x) for item in node[2]]
-            return any(inside) if node[1] == "or" or any(item[0] not in ("less", "noteq") for item in node[2]) else all(inside)
+            conditions = node[1] != "or" and all(item[0] in ("less", "noteq") for item in node[2])
+            return all(inside) if conditions else any(inside)
         left, right = (self.contains(part, x) for part in node[1:])
         return {"cup": left or right, "cap": left and right, "minus": left and not right}[kind]
 
@@ -1827,7 +1848,8 @@ class _Judge:
         if a[0] == b[0] == "noteq":
             return self.proportional(*a[1:], *b[1:])
         if a[0] == b[0] == "less" and len(a[1]) == len(b[1]):
-            return all(x[1] == y[1] and self.proportional(x[0], x[2], y[0], y[2], positive=True) for x, y in zip(a[1], b[1]))
+            return all(x[1] == y[1] and self.proportional(x[0], x[2], y[0], y[2], positive=True)
+                       for x, y in zip(a[1], b[1]))
         left, right = _intervals(a), _intervals(b)
         return bool(left and right) and self.matched(left, right, once=True)
 
@@ -1839,8 +1861,9 @@ class _Judge:
         left, right = _unit(a[2]), _unit(b[2])
         if left is None or right is None:
             return self.same(a[1], b[1])
-        return left[0] == right[0] and self.same(*(
-            node[1] if factor == 1 else ("mul", _num(factor), node[1]) for node, (_, factor) in ((a, left), (b, right))))
+        scaled = (node[1] if factor == 1 else ("mul", _num(factor), node[1])
+                  for node, (_, factor) in ((a, left), (b, right)))
+        return left[0] == right[0] and self.same(*scaled)
 
     def same_expression(self, a, b):
         (left, percent), (right, percent2) = _without_percent(a), _without_percent(b)
@@ -1852,14 +1875,10 @@ class _Judge:
             readings.append((True, False))
         if _has(left, "log") or _has(right, "log"):
             readings.append((False, True))
-        for self.evaluator.degree, self.evaluator.decimal_log in readings:
-            if self.same_value(left, right):
-                break
-        else:
-            return False
-        return True
+        return any(self.same_value(left, right, *reading) for reading in readings)
 
-    def same_value(self, a, b):
+    def same_value(self, a, b, degree=False, decimal_log=False):
+        self.evaluator.degree, self.evaluator.decimal_log = degree, decimal_log
         if not _names(a, b):
             return self.same_number(a, b)
         return all(self.close(x, y, scale) for x, y, scale in self.samples(a, b, scaled=True)) and self.sampled > 2
@@ -1885,17 +1904,18 @@ class _Judge:
         if not (x[0].is_finite() and y[0].is_finite()):
             return x == y
         difference = _size((x[0] - y[0], x[1] - y[1]))
-        return difference <= _TOLERANCE * max(_size(x), _size(y)) or difference <= scale * Decimal("1e-45") < Decimal("1e-30")
+        noise = scale * Decimal("1e-45")                   # what cancellation leaves
+        return difference <= _TOLERANCE * max(_size(x), _size(y)) or difference <= noise < Decimal("1e-30")
 
     def samples(self, a, b, scaled: bool = False):
-        """Values of both at random points where both have one: at points where nothing leaves the reals, if there are any."""
-        names, rng = _names(a, b), random.Random(0)
-        coarse = _has(a, "floor", "ceil", "mod") or _has(b, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in names)
+        """Values of both at random points where both have one; where nothing leaves the reals, if possible."""
+        names, rng, both = _names(a, b), random.Random(0), ("list", a, b)
+        coarse = _has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in names)
         wanted, self.sampled = (20 if coarse else 6), 0
-        complex_allowed = _has(a, "i") or _has(b, "i")
+        complex_allowed = _has(both, "i")
         for allowed in ([True] if complex_allowed else [False, True]):
             for attempt in range(3 * wanted):
-                env = {name: _sample(name, rng, attempt) for name in names}
+                env = {name: _sample(name, rng, attempt >> min(k, 2) & 1) for k, name in enumerate(names)}
                 try:
                     x, unreal, scale = self.evaluator.value(a, env), self.evaluator.unreal, self.evaluator.scale
                     y = self.evaluator.value(b, env)
@@ -1911,11 +1931,11 @@ class _Judge:
                 return
 
 
-def _sample(name: str, rng: random.Random, attempt: int) -> Fraction:
+def _sample(name: str, rng: random.Random, negative: int) -> Fraction:
     if name[0] in _INTEGERS:
-        return Fraction(rng.randint(1, 8 + attempt))
+        return Fraction(rng.randint(1, 20))
     value = Fraction(rng.randint(300, 3000), 1009)
-    return -value if name[0] in "xyz" and attempt % 2 and rng.random() < 0.5 else value
+    return -value if negative and name[0] in "xyz" else value
 
 
 def _without_percent(node: Node) -> tuple[Node, bool]:
@@ -1931,8 +1951,7 @@ def _literal(node: Node) -> tuple[Fraction, int] | None:
     if node[0] == "num" and node[2]:
         return node[1], node[2]
     if node[0] == "mul" and node[1][0] == "num" and node[1][2] and node[2][:2] == ("pow", _num(10)):
-        exponent = node[2][2]
-        exponent = exponent[1] if exponent[0] == "num" else -exponent[1][1] if exponent[0] == "neg" and exponent[1][0] == "num" else None
+        exponent = _constant(node[2][2])
         if exponent is not None and abs(exponent) < 400 and exponent.denominator == 1:
             return node[1][1] * Fraction(10) ** int(exponent), node[1][2]
     return None
@@ -1956,7 +1975,7 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
 def _unit(names: tuple) -> tuple[dict, Fraction] | None:
     """({dimension: power}, factor) of a product of units; None for "units", "square units", which say nothing."""
     dimensions, factor, power_of_next = {}, Fraction(1), 1
-    for name, power in names:
+    for name, power in itertools.chain.from_iterable(_SPEEDS.get(name, ((name, power),)) for name, power in names):
         if name.lower() in ("square", "sq", "cubic"):
             power_of_next = 3 if name.lower() == "cubic" else 2
             continue
@@ -2007,7 +2026,7 @@ def _intervals(node: Node) -> list[Node] | None:
     return [("tuple", "(" if pairs[0][1] else "[", (pairs[0][0], pairs[1][2]), ")" if pairs[1][1] else "]")]
 
 
-# ------------------------------------------------------------------------------------------------------------- the grades
+# ---------------------------------------------------------------------------------------------------------- the grades
 
 _INTEGER = re.compile(r"-?\d{1,18}")
 _cached_parse = lru_cache(maxsize=2048)(_parse)
@@ -2018,28 +2037,33 @@ def _tree(text: str, as_list: bool = False) -> Node:
 
 
 def _squash(text: str) -> str:
-    return "".join(text.replace("$", "").split()).rstrip(".")
+    """The text without the spaces that mean nothing: 1 1/2 is not 11/2."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text.replace("$", " ")).strip(" .")
+
+
+_MARKUP = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)(?![a-z])"
+_CHOICE = re.compile(rf"(?:{_MARKUP}\s*\{{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))"
+                     r"(?:[).:]\s*\}?(?:\\?[ ,~].*)?|\}?)",
+                     re.IGNORECASE | re.DOTALL)
 
 
 def _prose(text: str) -> str | None:
     """The letters of an answer that consists of words, None if it does not."""
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|operatorname)(?![a-z])|[\s{}().$:~]", "", text)
+    text = re.sub(_MARKUP + r"|[\s{}()$~]", "", text).rstrip(".")
     return text if text.isalpha() else None
-
-
-_CHOICE = re.compile(r"(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))(?:[).:]\s*\}?(?:\\?[ ,~].*)?|\}?)",
-                     re.IGNORECASE | re.DOTALL)
 
 
 def _same_choice(a: str, b: str) -> bool:
     """C and \\textbf{(C)}\\ 12: one of them must be nothing but the letter."""
     found, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
-    return bool(found and other) and found[1] == other[1] and min(len(_prose(a) or "long"), len(_prose(b) or "long")) == 1
+    return bool(found and other) and found[1] == other[1] and found[1] in (_prose(a), _prose(b))
 
 
 def _same_prose(a: str, b: str) -> bool:
     a, b = _prose(a), _prose(b)
-    return bool(a) and (a == b or len(a) > 2 and b is not None and a.lower() == b.lower() and not (a.isupper() and b.islower()))
+    if not a or not b or a == b:
+        return bool(a) and a == b
+    return len(a) > 2 and a.lower() == b.lower() and {a.isupper(), b.isupper()} == {False}
 
 
 def _decide(answer: str, gold: str) -> bool:
@@ -2073,7 +2097,7 @@ def _golds(gold) -> list[str]:
 
 
 def grade(response: str, gold) -> bool:
-    """True if the last closed \\boxed{} of the response equals the gold (str, int, float), or any of a list of golds."""
+    """True if the last closed \\boxed{} of the response equals the gold (str, int, float), or any of a list of them."""
     answer = final_answer(response)
     return answer is not None and _matches(answer.strip(), gold)
 
@@ -2108,21 +2132,21 @@ def _readable(answer: str) -> bool:
 def score_all(responses: list[str], golds: list) -> list[tuple[float, float]]:
     """score of each pair, in order. Long lists are spread over the cores, except for what is quicker done than sent."""
     pairs = list(zip(responses, golds, strict=True))
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     answers = [(final_answer(response) or "").strip() for response in responses]
-    hard = [k for k, answer in enumerate(answers) if answer and not _INTEGER.fullmatch(answer) and len(answer) <= MAX_TEXT]
+    hard = [k for k, answer in enumerate(answers) if 0 < len(answer) <= MAX_TEXT and not _INTEGER.fullmatch(answer)]
     scores = {}
     if cores > 1 and len(hard) >= WORTH_SPREADING:
         with ThreadPoolExecutor(cores) as threads:
             replies = threads.map(lambda k: _ask_worker(answers[k], _golds(golds[k]), patience=20.0), hard)
-            scores = {k: tuple(reply) if reply else (float(_readable(answers[k])), 0.0) for k, reply in zip(hard, replies)}
+            scores = {k: tuple(reply or (float(_readable(answers[k])), 0.0)) for k, reply in zip(hard, replies)}
     return [scores[k] if k in scores else score(*pair) for k, pair in enumerate(pairs)]
 
 
-# ------------------------------------------------------------------------------------------------------------- the worker
+# ---------------------------------------------------------------------------------------------------------- the worker
 #
-# A separate Python process: a JSON line [answer, golds] in, a JSON line [format, accuracy] out. It imports sympy, limits its
-# own memory and processor time, and ends when its standard input closes, so that it does not outlive its parent.
+# A separate Python process: a JSON line [answer, golds] in, a JSON line [format, accuracy] out. It imports sympy,
+# limits its own memory and processor time, and ends when its standard input closes, so that it does not outlive its parent.
 
 
 class _Worker:
@@ -2184,12 +2208,12 @@ atexit.register(_end_workers)
 
 
 def _ask_worker(answer: str, golds: list[str], patience: float = 0.0) -> list | None:
-    """[format, accuracy] as a worker sees it, None if it did not answer within CLOCK seconds. patience: seconds more for its start."""
+    """[format, accuracy] as a worker sees it, None without an answer in CLOCK seconds (plus patience for its start)."""
     deadline, slots = time.monotonic() + CLOCK, _slots
     if not slots.acquire(timeout=CLOCK + patience):
         return None
     try:
-        worker = _Worker() if _idle.empty() else _idle.get()
+        worker = _Worker() if _idle.empty() else _idle.get_nowait()
         if not worker.starts(deadline + patience):
             alive = worker.process.poll() is None
         else:
@@ -2202,6 +2226,8 @@ def _ask_worker(answer: str, golds: list[str], patience: float = 0.0) -> list | 
             worker.end()
             worker = _Worker()                           # warm for the next one
         _idle.put(worker)
+        return None
+    except OSError:                                      # no process to be had
         return None
     finally:
         slots.release()
@@ -2232,8 +2258,8 @@ def _sympy_value(node: Node, env: dict) -> tuple[str, str]:
 
 
 def _to_sympy(node: Node, env: dict):
-    """The sympy expression of a tree. env maps names to Fractions and bound names to symbols. Only nodes and numbers are
-    handed to sympy, and a constant power or factorial only after this module's guards have passed it."""
+    """The sympy expression of a tree. env maps names to Fractions and bound names to symbols. Only nodes and numbers
+    are handed to sympy, a constant power or factorial only after this module's guards have passed it."""
     import sympy
     kind = node[0]
     if kind in ("pow", "fact", "fact2", "num") or kind == "fn" and node[1] == "binom":
@@ -2256,9 +2282,9 @@ def _to_sympy(node: Node, env: dict):
     if kind == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[node[1]]
     if kind == "fn":
-        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling", "ln": "log", "log": "log",
+        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling", "ln": "log",
                 "binom": "binomial"}.get(node[1], node[1])
-        if name not in ("asin acos atan Abs ceiling floor log binomial sin cos tan cot sec csc sinh cosh tanh exp".split()):
+        if name not in "asin acos atan Abs ceiling floor log binomial sin cos tan cot sec csc sinh cosh exp".split():
             raise _Undefined("function")
         return getattr(sympy, name)(*(_to_sympy(part, env) for part in node[2:]))
     if kind in ("big", "int", "lim"):
@@ -2268,7 +2294,8 @@ def _to_sympy(node: Node, env: dict):
         body = _to_sympy(node[-1], env | {name: symbol})
         if kind == "lim":
             return sympy.Limit(body, symbol, bounds[0])
-        return {"sum": sympy.Sum, "prod": sympy.Product}.get(node[1] if kind == "big" else "", sympy.Integral)(body, (symbol, *bounds))
+        operation = {"sum": sympy.Sum, "prod": sympy.Product}[node[1]] if kind == "big" else sympy.Integral
+        return operation(body, (symbol, *bounds))
     parts = [_to_sympy(part, env) for part in node[1:]]
     operations = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "neg": lambda a: -a,
                   "pow": lambda a, b: a ** b, "root": lambda a, n: a ** (1 / n), "fact": sympy.factorial}

@@ -1,5 +1,5 @@
-"""Tests of reward.py: a table of equal and different answers for every kind of gold, the public regression cases and the golds
-of the benchmarks where ../shared has them, and what hostile text must not do."""
+"""Tests of reward.py: a table of equal and different answers for every kind of gold, the public regression cases and
+the golds of the benchmarks where ../shared has them, and what hostile text must not do."""
 
 import ast
 import json
@@ -330,7 +330,7 @@ SRAC=LRAC == LRAC=SRAC
 m \frac{d v}{d t}+b v=f == m\frac{dv}{dt} = f - bv
 x'+\frac{r}{V}x-rc=0 == x' = rc-\frac{r}{V}x
 ml\ddot{\theta}(t)-mg\sin\theta(t)=f(t)\cos\theta(t) == ml\ddot\theta(t)=mg\sin\theta(t)+f(t)\cos\theta(t)
-# all kinds, a second and third look
+# all kinds, a second look
 \frac{1}{2}x == \frac{x}{2}
 x/2 == 0.5x
 \sqrt{x^2+1} != x+1
@@ -353,6 +353,7 @@ x=1,y=2 == (1,2)
 12 != 12, 13 != \{12,13\} != (12,13) != 12 \ldots != x > 12 != x \ge 12 != x \neq 12 != [12, \infty) != 11 < x < 13
 12 != \frac{12}{5} != 12_{8} != 12\%5 != 12:5 != 0.12 == 12\% == 24/2 == 1.2 \times 10 == 1.2e1 == \sqrt{144}
 12 == 3 \cdot 4 == 3*4 == 3 \times 4 == 4!/2 == n = 12 == \text{The answer is } 12 == 12 \text{ (approx)} == \$12
+12 != 1\ 2
 x^2 != x_2
 x_1 != x1^2
 \frac{\pi}{4} != \frac{4}{\pi}
@@ -628,6 +629,123 @@ k\pi, k \in \mathbb{Z} == k\pi
 n\geq 3 == n \ge 3 == n>=3 != n>3 == 3 \le n
 a \leq b == b \geq a != a \geq b
 a<b<c == c>b>a != a<c<b
+11/2 != 1 1/2
+1 1/2 == 3/2
+ab != a:b
+|y| != y
+|x-y| != x-y
+34 != 3 4
+# all kinds, a third look
+-\frac{1}{2} == -0.5 == -\dfrac12
+\frac{5}{2} == 5/2 == 2 \frac{1}{2} != \frac{2}{5}
+\frac{\pi}{2} == 0.5\pi == \pi \div 2
+\frac{a+b}{c} != a+\frac{b}{c}
+(x-3)(x+5) == x^2 + 2x - 15 != x^2 - 2x - 15
+3(x+2) == 3x+6
+3x^2(x-1) == 3x^3-3x^2
+x(x+1)(x+2) == x^3+3x^2+2x
+\frac{1}{x}+\frac{1}{y} == \frac{x+y}{xy} != \frac{2}{x+y}
+n^2+n == n(n+1)
+2^{2n} == 4^n != 2^{n+2}
+\frac{2^n}{3} != \frac{2n}{3}
+\log_a b == \frac{\ln b}{\ln a}
+\frac{n!}{(n-2)!} == n(n-1)
+\sqrt{50} == 5\sqrt{2} == 5 \cdot \sqrt{2} != 2\sqrt{5}
+\sqrt{\frac{2}{3}} == \frac{\sqrt{6}}{3}
+\frac{2\sqrt{3}}{3} == \frac{2}{\sqrt{3}}
+\sqrt{2+\sqrt{3}} == \frac{\sqrt{6}+\sqrt{2}}{2} != \frac{\sqrt{6}-\sqrt{2}}{2}
+\sqrt[4]{8} == 2^{3/4}
+\sqrt[3]{16} == 2\sqrt[3]{2} != 4
+4\sqrt{2}-\sqrt{3} != 4\sqrt{2}+\sqrt{3}
+(1, 2, 3) == (1,2,3) != (1,3,2) != \{1,2,3\} != 1,2,3
+(\frac{1}{2}, -\frac{3}{4}) == (0.5, -0.75)
+(3, -1), (0, 2) == (0,2), (3,-1) == (0,2) \text{ and } (3,-1) != (3,-1)
+x=1, y=2, z=3 == (x,y,z)=(1,2,3) == (1,2,3) == z=3, y=2, x=1 != x=1, y=3, z=2
+45^\circ == 45 \text{ degrees} == 45 == \pi/4 != 54^\circ
+[0, 1] == 0 \leq x \leq 1 != (0, 1) != [0, 1)
+(-\infty, 3) == x < 3 != (-\infty, 3] == \{x \mid x < 3\} == \{x \in \mathbb{R} \mid x < 3\}
+(-2, 1) \cup (1, 4) == x \in (-2,1) \cup (1,4) == -2 < x < 4, x \neq 1 == (-2,4) \setminus \{1\} != (-2, 4)
+x \le 0 \text{ or } x \ge 5 == (-\infty, 0] \cup [5, \infty) != 0 \le x \le 5
+\text{Friday} == Friday == \textbf{Friday}
+\text{isosceles} != \text{scalene}
+\text{Yes} == \text{Yes.}
+\text{No} != \text{Yes}
+\text{(A)} == A == \text{A} != \text{B}
+2+3i == 3i+2 != 2-3i != 3+2i
+\frac{3}{2}+\frac{\sqrt{3}}{2}i == \frac{3+i\sqrt{3}}{2} == \frac{3+\sqrt{3}i}{2}
+e^{i\pi/4} == \frac{1+i}{\sqrt{2}} == \frac{\sqrt{2}}{2}+\frac{\sqrt{2}}{2}i
+3x-4y=12 == 4y=3x-12 == y=\frac{3}{4}x-3 != 3x+4y=12
+y=x^2-4x+3 == y=(x-1)(x-3) == y=(x-2)^2-1 == x^2-4x+3 != y=x^2+4x+3
+x^2+y^2=25 == x^2+y^2-25=0 != x^2+y^2=5
+\frac{x^2}{9}-\frac{y^2}{16}=1 == 16x^2-9y^2=144
+\begin{pmatrix} 3 & -1 \\ 0 & 2 \end{pmatrix} == \begin{bmatrix} 3 & -1 \\ 0 & 2 \end{bmatrix}
+\begin{pmatrix} 3 & -1 \\ 0 & 2 \end{pmatrix} != \begin{bmatrix} 3 & 0 \\ -1 & 2 \end{bmatrix}
+\begin{pmatrix} 3 \\ -1 \end{pmatrix} != \begin{pmatrix} 3 & -1 \end{pmatrix}
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} == \begin{pmatrix} 1\\2\end{pmatrix}
+110_2 == 110_{2} == 6 != 110 != 111_2
+321_4 == 321_{four}
+3A_{12} == 3A_{12}
+12\text{ cm} == 12\text{cm} == 12 \, \text{centimeters} != 12\text{ cm}^3
+12 \text{ square inches} == 12\text{ in}^2
+20 \text{ mph} == 20 \text{ miles per hour} == 20
+2.5 \text{ hours} == 2.5 == 150 \text{ minutes}
+6 \text{ feet} == 72 \text{ inches} != 6 \text{ inches}
+\$3.50 == 3.5 == \$3.5 == 3.50 \text{ dollars} == 350 \text{ cents} != \$3.05
+\$1,000,000 == 1000000
+40\% == 40 == 0.4 == \frac{2}{5} == 2/5 != 60\% != 4
+12.5\% == 12.5
+2^{31}-1 == 2147483647 != 2^{31}
+3^{10} == 59049 != 3^{9}
+7! == 5040 != 6!
+\frac{8!}{4!4!} == 70 == \binom{8}{4}
+2^{50}\cdot 3^{20} == 3^{20} \times 2^{50} != 2^{20}\cdot 3^{50}
+5^{-3} == \frac{1}{125} != -125
+3\frac{2}{5} == \frac{17}{5} == 3.4 != \frac{6}{5} == 3\ \frac{2}{5}
+x = 3 \pm \sqrt{7} == 3+\sqrt{7}, 3-\sqrt{7} == x = 3+\sqrt{7} \text{ or } x = 3-\sqrt{7} != 3 + \sqrt{7}
+x = 3 \pm \sqrt{7} != x = 3 \pm \sqrt{5}
+\frac{2 \pm \sqrt{10}}{3} == \frac{2}{3} \pm \frac{\sqrt{10}}{3}
+\{1, 4, 9\} == \{9, 4, 1\} == 1, 4, 9 != \{1, 4\}
+\{-1, 0, 1\} == \{0, \pm 1\}
+\{x, y\} == \{y, x\}
+x \equiv 5 \pmod{8} == x \equiv 13 \pmod{8} == x \equiv 5 \pmod 8 == x = 8k+5 != x \equiv 3 \pmod{8} != 5
+1.23 \times 10^{5} == 123000 == 123{,}000 == 1.23e5 == 1.23 \cdot 10^5 == 12.3 \times 10^4 != 1.23 \times 10^{4}
+1.6 \times 10^{-19} == 1.6e-19 == 1.6 \times 10^{-19} \text{ C} != 1.6 \times 10^{19}
+0.125 == \frac18 == 12.5\% != 0.0125
+0.1 + 0.2 == 0.3
+f(x) = 2x^2 - 3 == 2x^2-3 == f(x)=-3+2x^2 != f(x) = 2x^2+3
+f(x) = \sin x + C == \sin x + C
+f^{-1}(x) = \frac{x-1}{2} == \frac{x-1}{2} == y = \frac{x-1}{2}
+k = \frac{3}{4} == \frac{3}{4} == 0.75 != k = \frac{4}{3}
+n = 7 == 7 == \boxed{7} != n > 7 != n \neq 7
+a_{10} = 55 == 55
+\triangle ABC == \triangle ABC
+\lambda = 2, 3 == 2, 3
+\angle A = 60^\circ, \angle B = 30^\circ == 60^\circ, 30^\circ
+\dfrac{\sqrt{5}-1}{2} == \dfrac{-1+\sqrt{5}}{2}
+1 - \frac{1}{2^{10}} == \frac{1023}{1024} != \frac{1}{1024}
+\frac{1}{1 - x} == -\frac{1}{x-1}
+\frac{x}{|x|} != 1
+\max\{a, b\} == \max(a,b)
+\min\{2,3\} == 2
+\lfloor \sqrt{n} \rfloor == \left\lfloor\sqrt n\right\rfloor
+\left(\frac{2}{3}\right)^{n} == \frac{2^n}{3^n} != \frac{2}{3^n}
+(-1)^{n+1} == (-1)^{n-1} != (-1)^n
+\frac{2}{3}\pi r^3 == \frac{2\pi r^3}{3}
+\ln 2 == \log_e 2 != \log_{10} 2
+\ln\left(\frac{x}{y}\right) == \ln x - \ln y
+\tan\theta == \frac{\sin\theta}{\cos\theta}
+\sin 75^\circ == \frac{\sqrt{6}+\sqrt{2}}{4}
+\text{None of the above} == None of the above
+9:00 \text{ AM} == 9:00 AM
+10:30 != 10:31
+3:4:5 == 3 : 4 : 5
+1,2,\ldots,n == 1, 2, \dots, n
+2, 4, 6, 8 != 2, 4, 6
+1,000,001 != 1,000,000
+1.0 == 1
+-0.75 == -\frac{3}{4}
++\frac{1}{2} == \frac12
+2.0 \times 10^{2} == 200
 """
 
 # Equal pairs of the table that the grader does not see as equal, each for want of a rule that would be worth its lines.
@@ -643,6 +761,8 @@ GAPS = {
     (r"n \equiv 0,1 \pmod 4", r"n \equiv 1 \pmod 4 \text{ or } n\equiv 0 \pmod 4"),
     (r"x:y = 2:3", r"2:3"),
     (r"(0,\infty)", r"\mathbb{R}^+"),
+    (r"x \equiv 5 \pmod{8}", r"x = 8k+5"),
+    (r"9:00 \text{ AM}", r"9:00 AM"),
 }
 
 
@@ -660,6 +780,10 @@ def pairs() -> dict[str, list[tuple[str, str, bool]]]:
         gold, *rest = re.split(r" (==|!=) ", line)
         kind += [(gold, answer, sign == "==") for sign, answer in zip(rest[::2], rest[1::2])]
     return kinds
+
+
+def any_of(gold) -> list:
+    return gold if isinstance(gold, list) else [gold]
 
 
 def shared(name: str) -> Path:
@@ -690,8 +814,8 @@ def benchmark_golds() -> dict[str, list]:
 
 @pytest.mark.parametrize("kind", pairs())
 def test_table(kind):
-    wrong = [(gold, answer, equal) for gold, answer, equal in pairs()[kind]
-             if (gold, answer) not in GAPS and (grade(box(answer), gold), grade(box(gold), answer)) != (equal, equal)]
+    wrong = [(gold, answer, equal) for gold, answer, equal in pairs()[kind] if (gold, answer) not in GAPS
+             and (grade(box(answer), gold), grade(box(gold), answer)) != (equal, equal)]
     assert not wrong
 
 
@@ -718,30 +842,32 @@ def test_every_gold_grades_itself_right_and_reads_as_an_answer():
         "train": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
     for name, rows in golds.items():
         for gold in rows:
-            for one in gold if isinstance(gold, list) else [gold]:
+            for one in any_of(gold):
                 boxed = str(one) if "\\boxed" in str(one) else box(one)
                 bare = final_answer(str(one)) or str(one)
                 assert grade(boxed, gold) and grade(boxed, one) and grade(box(bare), one), (name, one)
                 # spelt another way, so that it is the value that is compared and not the text
                 if score(box(bare), "1")[0]:
                     assert grade(box("\\, " + bare.replace("\\frac", "\\dfrac")), one), (name, one)
-    texts = {str(one) for rows in golds.values() for gold in rows for one in (gold if isinstance(gold, list) else [gold])}
+    texts = {str(one) for rows in golds.values() for gold in rows for one in any_of(gold)}
     assert sum(score(text if "\\boxed" in text else box(text), "1")[0] for text in texts) >= len(texts) - 2
 
 
-@pytest.mark.parametrize("constant", ["0", "1", "2", "\\frac{1}{2}", "x", "A", "\\infty", "0=0", "1,2", "(0,1)", "\\{\\}", "x=x"])
+@pytest.mark.parametrize(
+    "constant", ["0", "1", "2", "\\frac{1}{2}", "x", "A", "\\infty", "0=0", "1,2", "(0,1)", "\\{\\}", "x=x"])
 def test_a_constant_answer_is_worth_its_share_only(constant):
     for name, golds in benchmark_golds().items():
         hits = sum(grade(box(constant), gold) for gold in golds)
-        share = sum(constant in map(str, gold if isinstance(gold, list) else [gold]) or str(gold) == constant + ".0" for gold in golds)
+        share = sum(not {constant, constant + ".0"}.isdisjoint(map(str, any_of(gold))) for gold in golds)
         assert hits <= max(share + 5, 0.06 * len(golds)), (name, hits)
 
 
 def test_shuffled_golds_score_about_nothing():
     for name, golds in benchmark_golds().items():
-        first = [str(gold[0] if isinstance(gold, list) else gold).replace("\\boxed", "") for gold in golds]
+        first = [str(any_of(gold)[0]).replace("\\boxed", "") for gold in golds]
         shuffled = random.Random(0).sample(first, len(first))
-        assert sum(accuracy for _, accuracy in score_all([box(text) for text in shuffled], golds)) <= max(2, 0.03 * len(golds)), name
+        right = sum(accuracy for _, accuracy in score_all([box(text) for text in shuffled], golds))
+        assert right <= max(2, 0.03 * len(golds)), name
 
 
 def test_golds_of_every_type():
@@ -758,17 +884,19 @@ def test_golds_of_every_type():
 
 
 @pytest.mark.parametrize("response, expected", [
-    ("\\boxed{1}", "1"), ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{1} then \\boxed{2", "1"), ("\\boxed {3}", "3"),
-    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\boxed{4}}", "4"), ("\\boxed{ \\boxed{4}, 5}", " \\boxed{4}, 5"),
-    ("\\\\boxed{5}", "5"), ("\\boxed{\\{1\\}}", "\\{1\\}"), ("}}\\boxed{1}}", "1"), ("{{\\boxed{1}", "1"), ("\\boxed{}", ""),
-    ("\\boxed{1", None), ("\\boxed", None), ("", None), ("1", None), ("\\boxed 1", None), ("\\boxed{" * 2000 + "\\boxed{7}", "7")])
+    ("\\boxed{1}", "1"), ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{1} then \\boxed{2", "1"),
+    ("\\boxed {3}", "3"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\boxed{4}}", "4"),
+    ("\\boxed{ \\boxed{4}, 5}", " \\boxed{4}, 5"), ("\\\\boxed{5}", "5"), ("\\boxed{\\{1\\}}", "\\{1\\}"),
+    ("}}\\boxed{1}}", "1"), ("{{\\boxed{1}", "1"), ("\\boxed{}", ""), ("\\boxed{1", None), ("\\boxed", None),
+    ("", None), ("1", None), ("\\boxed 1", None), ("\\boxed{" * 2000 + "\\boxed{7}", "7")])
 def test_final_answer(response, expected):
     assert final_answer(response) == expected
 
 
 @pytest.mark.parametrize("answer, expected", [
-    ("5", 1.0), ("\\frac{1}{2}", 1.0), ("x=5", 1.0), ("\\text{east}", 1.0), ("yes", 1.0), ("(1,2)", 1.0), ("", 0.0), (" ", 0.0), ("2+", 0.0),
-    ("\\frac{1}", 0.0), ("\\foo\\bar{\\baz}", 0.0), ("(1,2", 0.0), ("*", 0.0), ("1 2 3", 0.0), ("\\left\\left", 0.0), ("_", 0.0)])
+    ("5", 1.0), ("\\frac{1}{2}", 1.0), ("x=5", 1.0), ("\\text{east}", 1.0), ("yes", 1.0), ("(1,2)", 1.0),
+    ("", 0.0), (" ", 0.0), ("2+", 0.0), ("\\frac{1}", 0.0), ("\\foo\\bar{\\baz}", 0.0), ("(1,2", 0.0), ("*", 0.0),
+    ("1 2 3", 0.0), ("\\left\\left", 0.0), ("_", 0.0)])
 def test_format_reward_is_a_closed_box_that_parses(answer, expected):
     assert score(box(answer), "12345") == (expected, 0.0)
     assert score(f"the answer is {answer}", "12345") == (0.0, 0.0)
@@ -780,12 +908,13 @@ def test_score_of_a_right_answer():
 
 
 def test_score_all_equals_score_one_by_one_in_one_process_and_spread(monkeypatch):
-    rows = [(gold, answer) for kind in pairs().values() for gold, answer, _ in kind[:4]] + [("1", "x" * 30_000), ("1", "")]
+    rows = [(gold, answer) for kind in pairs().values() for gold, answer, _ in kind[:4]]
+    rows += [("1", "x" * 30_000), ("1", "")]
     responses, golds = [box(answer) for _, answer in rows], [gold for gold, _ in rows]
     one_by_one = [score(response, gold) for response, gold in zip(responses, golds)]
     assert score_all(responses, golds) == one_by_one
     monkeypatch.setattr(reward, "WORTH_SPREADING", 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert score_all(responses, golds) == one_by_one
     with pytest.raises(ValueError):
         score_all(responses, golds[1:])
@@ -807,7 +936,8 @@ def test_hostile_cases():
 def test_no_text_is_executed(tmp_path):
     target = tmp_path / "pwned"
     code = f"__import__('pathlib').Path('{target}').touch()"
-    for text in (code, f"\\frac{{{code}}}{{1}}", f"[{code}]", f"x={code}", f"\\int_0^1 {code} dx", f"\\lim_{{x \\to 0}} {code}", f"sympify(\"{code}\")"):
+    for text in (code, f"\\frac{{{code}}}{{1}}", f"[{code}]", f"x={code}", f"\\int_0^1 {code} dx",
+                 f"\\lim_{{x \\to 0}} {code}", f"sympify(\"{code}\")"):
         for gold in ("0", "x", "\\frac{1}{2}", text.replace("0", "1"), "(1,2)"):
             grade(box(text), gold)
             grade(box(gold), text)
@@ -816,21 +946,27 @@ def test_no_text_is_executed(tmp_path):
 
 def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs():
     tree = ast.parse((ROOT / "reward.py").read_text())
-    imports = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imports |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    nodes = list(ast.walk(tree))
+    imports = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imports |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     assert imports <= set(sys.stdlib_module_names) | {"sympy"}
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "SIGALRM", "alarm", "setitimer"}
-    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "eval"]
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert "eval" not in called
+    assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "setitimer"}
 
 
 @pytest.mark.parametrize("text", [
-    "\x00", "\ud800", "\u202e42", "\\", "\\\\", "{" * 3_000_000, "}" * 3_000_000, "\\boxed{" * 400_000, "((((" * 50_000, "$" * 10 ** 6, "1," * 9_000,
-    "\\frac" * 4000, "\\left(" * 3000, "^" * 10_000, "!" * 10_000, "-" * 15_000, "1" + "!" * 5000, "x" + "^2" * 5000, "\\text{" * 3000, "|" * 9000,
-    "\\begin{pmatrix}" * 1000, "\\sqrt" * 3000, "1+" * 900 + "1", "1/" * 900 + "1", "\\cup".join(["[0,1]"] * 300), "\\pm" * 500 + "1", "9" * 19_000,
-    "9^9^9^9^9^9", "((9!)!)!", "1e999999999999", "10^{-10^{20}}", "\\sin(10^{40})", "\\binom{10^5}{5\\cdot10^4}", "\\sum_{k=1}^{9000}k^k",
-    "\\sum_{i=1}^{99}\\sum_{j=1}^{99}\\sum_{k=1}^{99}\\sin(ijk)", "e^{e^{e^{20}}}", "(1+i)^{10^{12}}", "\\lfloor 10^{10^6}/7 \\rfloor", "0^0", "\\frac{0}{0}",
-    "\\infty-\\infty", "\\tan\\frac{\\pi}{2}", "x_{" * 2000, "{x | " * 50, "1_2_3_4", "\\gcd(10^{30},10^{29}+1)", "1:2:3:4:5", "=" * 2000, "x" * 19_000])
+    "\x00", "\ud800", "\u202e42", "\\", "\\\\", "{" * 3_000_000, "}" * 3_000_000, "\\boxed{" * 400_000,
+    "((((" * 50_000, "$" * 10 ** 6, "1," * 9_000, "\\frac" * 4000, "\\left(" * 3000, "^" * 10_000, "!" * 10_000,
+    "-" * 15_000, "1" + "!" * 5000, "x" + "^2" * 5000, "\\text{" * 3000, "|" * 9000, "\\begin{pmatrix}" * 1000,
+    "\\sqrt" * 3000, "1+" * 900 + "1", "1/" * 900 + "1", "\\cup".join(["[0,1]"] * 300), "\\pm" * 500 + "1",
+    "9" * 19_000, "9^9^9^9^9^9", "((9!)!)!", "1e999999999999", "10^{-10^{20}}", "\\sin(10^{40})",
+    "\\binom{10^5}{5\\cdot10^4}", "\\sum_{k=1}^{9000}k^k",
+    "\\sum_{i=1}^{99}\\sum_{j=1}^{99}\\sum_{k=1}^{99}\\sin(ijk)", "e^{e^{e^{20}}}", "(1+i)^{10^{12}}",
+    "\\lfloor 10^{10^6}/7 \\rfloor", "0^0", "\\frac{0}{0}", "\\infty-\\infty", "\\tan\\frac{\\pi}{2}",
+    "x_{" * 2000, "{x | " * 50, "1_2_3_4", "\\gcd(10^{30},10^{29}+1)", "1:2:3:4:5", "=" * 2000, "x" * 19_000])
 def test_awkward_text_is_answered_at_once(text):
     for gold in ("1", "\\sqrt{2}", "x^2+1", "1,2", "(0,1)", text[:2000] + "1"):
         started = time.monotonic()
@@ -841,8 +977,9 @@ def test_awkward_text_is_answered_at_once(text):
 
 def test_random_text_never_raises():
     rng = random.Random(0)
-    pieces = [*"0123456789+-*/^_=<>()[]{}|,;:!'%&. xyzabnie\n$", "\\frac", "\\sqrt", "\\text{", "\\left", "\\right", "\\pm", "\\cup", "\\in", "\\{", "\\}",
-              "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "\\sin", "\\log", "\\infty", "\\pi", "\\circ", "\\pmod", "\\ldots", "\\binom", "\\sum_{k=1}^", "\\%"]
+    pieces = [*"0123456789+-*/^_=<>()[]{}|,;:!'%&. xyzabnie\n$"]
+    pieces += r"\frac \sqrt \text{ \left \right \pm \cup \in \{ \} \begin{pmatrix} \end{pmatrix} \\ \sin \log".split()
+    pieces += r"\infty \pi \circ \pmod \ldots \binom \sum_{k=1}^ \%".split()
     golds = [gold for kind in pairs().values() for gold, _, _ in kind]
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
@@ -864,7 +1001,8 @@ def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
 # -- the worker
 
 SLOW = "\\int_0^{\\infty} \\frac{\\sin(x^3+x)}{e^{x^2}+\\cos x} dx"
-NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"), ("\\sum_{k=1}^{1000000000} k", "500000000500000000")]
+NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
+               ("\\sum_{k=1}^{1000000000} k", "500000000500000000")]
 
 
 @pytest.fixture
@@ -881,7 +1019,8 @@ def test_limits_integrals_and_long_sums(warm):
 
 def test_nothing_is_started_or_imported_for_simple_answers():
     program = ("import sys, reward\n"
-               "for a, g in [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x'), ('\\\\sqrt8', '2\\\\sqrt2')]:\n"
+               "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
+               "for a, g in rows:\n"
                "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
                "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules) and reward._idle.empty()\n")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
@@ -910,7 +1049,7 @@ def test_the_worker_has_limits_on_memory_and_processor_time(warm):
 
 
 def test_any_thread_and_several_graders_at_once(warm):
-    rows = [(gold, answer, equal) for kind in pairs().values() for gold, answer, equal in kind[:6] if (gold, answer) not in GAPS]
+    rows = [row for kind in pairs().values() for row in kind[:6] if row[:2] not in GAPS]
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda row: grade(box(row[1]), row[0]), rows * 2))
     assert verdicts == [row[2] for row in rows * 2]
@@ -924,7 +1063,8 @@ def test_any_thread_and_several_graders_at_once(warm):
 def test_a_forked_child_grades_with_a_worker_of_its_own(warm):
     child = os.fork()
     if not child:
-        own = reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0] and reward._idle.queue[-1].process.pid != warm
+        own = reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
+        own = own and reward._idle.queue[-1].process.pid != warm
         reward._end_workers()
         os._exit(0 if own else 1)
     assert os.waitpid(child, 0)[1] == 0
@@ -932,7 +1072,8 @@ def test_a_forked_child_grades_with_a_worker_of_its_own(warm):
 
 
 def test_no_worker_outlives_a_killed_parent():
-    program = "import reward, time\nreward._ask_worker('1', ['1'], patience=120.0)\nprint(reward._idle.queue[0].process.pid, flush=True)\ntime.sleep(60)"
+    program = ("import reward, time\nreward._ask_worker('1', ['1'], patience=120.0)\n"
+               "print(reward._idle.queue[0].process.pid, flush=True)\ntime.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         worker = int(parent.stdout.readline())
         parent.kill()
