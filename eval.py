@@ -365,8 +365,8 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
 
 
 def check_settings(out: Path, before: dict, now: dict) -> None:
-    """The model, its weights and the limits must be the same; a task may be new, but not have other problems."""
-    changed = [f"{name} was {before[name]}, is {value}" for name, value in now.items()
+    """The weights, the prompt and the limits must be the same; a task may be new, but not have other problems."""
+    changed = [f"{name} was {before[name]!r}, is {value!r}" for name, value in now.items()
                if name != "tasks" and before[name] != value]
     changed += [f"the problems of {task} have changed" for task in now["tasks"]
                 if before["tasks"].get(task, now["tasks"][task]) != now["tasks"][task]]
@@ -376,7 +376,9 @@ def check_settings(out: Path, before: dict, now: dict) -> None:
 
 
 def write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def append(path: Path, records: list[Record]) -> None:
@@ -385,17 +387,8 @@ def append(path: Path, records: list[Record]) -> None:
 
 
 def on_main(work):
-    """`work()` on the process that prints and writes; every process gets its result, or its error."""
-    result = None
-    if engine.is_main():
-        try:
-            result = work()
-        except (UserError, OSError) as error:
-            result = error
-    result = engine.gather(result)[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
+    """`work()` on the process that prints and writes; every process gets its result."""
+    return engine.gather(work() if engine.is_main() else None)[0]
 
 
 def say(text: str = "") -> None:
@@ -432,8 +425,8 @@ def run(flags) -> None:
     removed = None
     if flags.exclude_contaminated:
         removed = contaminated(problems, data.load("deepscaler-hard-1k", flags.mirror or None))
-    settings = dict(model=flags.model, weights=fingerprint(policy), template=policy.template, seed=flags.seed,
-                    max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
+    settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
+                    seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
                     entropy=flags.entropy, tasks={name: digest(map(asdict, task)) for name, task in tasks.items()})
     stored = on_main(lambda: open_results(Path(flags.out), settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
@@ -867,18 +860,18 @@ def parse_runs(command: str, argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["compare"]:
-            print(comparison(read_runs(parse_runs("compare", argv[1:]).runs)))
-        elif argv[:1] == ["plot"]:
-            flags = parse_runs("plot", argv[1:])
-            for path in draw(read_runs(flags.runs), Path(flags.out), flags.window):
-                print(path)
-        else:
-            run(parse_flags(argv))
-        return 0
+        with engine.one_error():
+            if argv[:1] == ["compare"]:
+                print(comparison(read_runs(parse_runs("compare", argv[1:]).runs)))
+            elif argv[:1] == ["plot"]:
+                flags = parse_runs("plot", argv[1:])
+                print(*draw(read_runs(flags.runs), Path(flags.out), flags.window), sep="\n")
+            else:
+                run(parse_flags(argv))
+                engine.stop_processes()
+            return 0
     except UserError as error:
-        if engine.is_main():
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
@@ -887,8 +880,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    finally:
-        engine.stop_processes()
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def test_entropy_report_where_a_side_is_missing():
 
 
 def test_equal_entropies_are_neither_above_nor_below_their_average():
-    for P in (k / 10 for k in range(1, 60)):                       # the mean of three equal numbers is not always the number
+    for P in (k / 10 for k in range(1, 60)):                       # the mean of three equal numbers may be off by a bit
         same = evaluation.entropy_report([record(i % 2, sample=i, entropy=P) for i in range(3)])
         for side in (same["overall"], same["within"]):
             assert side["correct_above"] == side["wrong_below"] == 0
