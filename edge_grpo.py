@@ -637,7 +637,11 @@ def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], l
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 class Stop:
-    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once."""
+    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
+
+    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one means
+    nothing; and it ends the processes itself, after --shutdown-timeout seconds.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -645,11 +649,15 @@ class Stop:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.signal = number
-        for n in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(n, signal.SIG_DFL)
+        if self.signal:
+            return
+        self.signal, note = number, b"\nfinishing the step, then saving"
+        if engine.world_size() == 1:
+            note += b"; once more to stop at once"
+            for n in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(n, signal.SIG_DFL)
         if engine.is_main():
-            os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")    # print may be interrupted in a print
+            os.write(2, note + b"\n")                               # print may be interrupted in a print
 
 
 class Clock:
