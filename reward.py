@@ -100,8 +100,7 @@ def final_answer(response: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- the tokens
 
 _FUNCTIONS = {name: name for name in """
-    sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log gcd lcm max min sgn
-    arcsec arccsc""".split()}
+    sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log gcd lcm max min""".split()}
 _FUNCTIONS |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "lg", "abs": "abs", "floor": "floor",
                "ceil": "ceil", "ctg": "cot", "tg": "tan", "cosec": "csc", "arctg": "arctan", "sqrt": "sqrt"}
 _GREEK = set("""
@@ -394,7 +393,8 @@ class _Parser:
     """Precedence parser. Nodes: ("num", value, significant digits of a decimal or None), ("sym", name),
     ("const", name), ("add" | "mul" | "div" | "pow" | "pm" | "mp", a, b),
     ("neg" | "fact" | "fact2" | "deg" | "percent", a), ("root", a, n), ("fn", name, args...),
-    ("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body), ("unit", a, ((name, power), ...)), ("list", joiner, items), ("set", items),
+    ("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body),
+    ("unit", a, ((name, power), ...)), ("list", joiner, items), ("set", items),
     ("tuple", "(", items, ")"), ("mat", rows), ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b),
     ("cong", list, modulus), ("dots",)."""
 
@@ -895,7 +895,7 @@ class _Parser:
                 power = self.exponent()
             else:
                 base = self.argument() if self.is_op("{") else self.nested(self.atom)
-        inverse = power == ("neg", _num(1)) and name in ("sin", "cos", "tan", "cot", "sec", "csc")
+        inverse = power == ("neg", _num(1)) and name in ("sin", "cos", "tan", "cot")
         if inverse:
             name, power = "arc" + name, None
         args = self.function_arguments(name)
@@ -1090,45 +1090,29 @@ def _log(z: Complex) -> Complex:
     return (_size(z).ln(), _angle(z) if z[1] or z[0] < 0 else _ZERO)
 
 
-def _sqrt(z: Complex) -> Complex:
-    if not z[1]:
-        return (z[0].sqrt(), _ZERO) if z[0] >= 0 else (_ZERO, (-z[0]).sqrt())
-    re_, im = _log(z)
-    return _exp((re_ / 2, im / 2))
-
-
-def _trigonometric(name: str, z: Complex) -> Complex:
-    if not z[1]:
-        cos, sin = _cos_sin(z[0])
-        cos, sin = (cos, _ZERO), (sin, _ZERO)
-    else:
-        plus, minus = _exp((-z[1], z[0])), _exp((z[1], -z[0]))
-        cos = ((plus[0] + minus[0]) / 2, (plus[1] + minus[1]) / 2)
-        sin = ((plus[1] - minus[1]) / 2, (minus[0] - plus[0]) / 2)
-    one = (_ONE, _ZERO)
-    over, under = {"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos),
-                   "csc": (one, sin)}[name]
-    if _size(under) < Decimal("1e-50"):
+def _trigonometric(name: str, x: Decimal) -> Decimal:
+    cos, sin = _cos_sin(x)
+    over, under = {"sin": (sin, _ONE), "cos": (cos, _ONE), "tan": (sin, cos), "cot": (cos, sin), "sec": (_ONE, cos),
+                   "csc": (_ONE, sin)}[name]
+    if abs(under) < Decimal("1e-50"):
         raise _Undefined("pole")
-    return _over(over, under)
+    return over / under
 
 
-def _inverse(name: str, z: Complex) -> Complex:
-    """arcsin z = -i log(iz + sqrt(1 - z^2)), arctan z = i/2 (log(1 - iz) - log(1 + iz))."""
-    if name == "arctan" and not z[1]:
-        return (_arctan(z[0]), _ZERO)
+def _hyperbolic(name: str, x: Decimal) -> Decimal:
+    plus, minus = x.exp(), (-x).exp()
+    return {"sinh": (plus - minus) / 2, "cosh": (plus + minus) / 2, "tanh": (plus - minus) / (plus + minus)}[name]
+
+
+def _inverse(name: str, x: Decimal) -> Decimal:
     if name == "arctan":
-        a, b = _log((1 + z[1], -z[0])), _log((1 - z[1], z[0]))
-        return ((b[1] - a[1]) / 2, (a[0] - b[0]) / 2)
-    if not z[1] and abs(z[0]) <= 1:
-        cos = (1 - z[0] * z[0]).sqrt()
-        arcsin = (_angle((cos, z[0])), _ZERO)
-    else:
-        square = _times(z, z)
-        root = _sqrt((1 - square[0], -square[1]))
-        log = _log((root[0] - z[1], root[1] + z[0]))
-        arcsin = (log[1], -log[0])
-    return arcsin if name == "arcsin" else (_PI / 2 - arcsin[0], -arcsin[1])
+        return _arctan(x)
+    if name == "arccot":
+        return _PI / 2 - _arctan(x)
+    if abs(x) > 1:
+        raise _Undefined("not real")
+    arcsin = _angle(((1 - x * x).sqrt(), x))
+    return arcsin if name == "arcsin" else _PI / 2 - arcsin
 
 
 def _bits(value: Fraction) -> int:
@@ -1269,9 +1253,6 @@ class _Evaluator:
             return (a[0] ** _decimal(b), _ZERO)
         if b.denominator == 1 and abs(b) <= 64:
             return self.repeated(a, int(b))
-        if b == Fraction(1, 2):
-            self.unreal = self.unreal or not a[1]
-            return _sqrt(a)
         return _exp(_times(_lift(b), self.log(a)))
 
     @staticmethod
@@ -1339,20 +1320,14 @@ class _Evaluator:
         if len(args) != 1:
             raise _Undefined("number of arguments")
         degrees, self.degree = self.degree, True
-        z = _lift(self.eval(args[0]))
+        x, im = _lift(self.eval(args[0]))
         self.degree = degrees
         self.scale = max(self.scale, _ONE)
         self.steps -= 20
-        if name in ("arcsec", "arccsc", "arccot"):
-            name, z = {"arcsec": "arccos", "arccsc": "arcsin", "arccot": "arctan"}[name], _over((_ONE, _ZERO), z)
-        if name.startswith("arc"):
-            self.unreal = self.unreal or name != "arctan" and not z[1] and abs(z[0]) > 1
-            return _inverse(name, z)
-        if name in ("sinh", "cosh", "tanh"):
-            plus, minus = _exp(z), _exp((-z[0], -z[1]))
-            sinh, cosh = [((plus[0] + s * minus[0]) / 2, (plus[1] + s * minus[1]) / 2) for s in (-1, 1)]
-            return {"sinh": sinh, "cosh": cosh, "tanh": _over(sinh, cosh)}[name]
-        return _trigonometric(name, z)
+        if im:
+            raise _Undefined("complex argument")
+        compute = _inverse if name.startswith("arc") else _hyperbolic if name.endswith("h") else _trigonometric
+        return (compute(name, x), _ZERO)
 
     def fn_exp(self, a):
         return _exp(_lift(self.eval(a)))
@@ -1376,10 +1351,6 @@ class _Evaluator:
     def fn_abs(self, a):
         value = self.eval(a)
         return abs(value) if isinstance(value, Fraction) else (_size(value), _ZERO)
-
-    def fn_sgn(self, a):
-        value = _lift(self.real(a))[0]
-        return Fraction((value > 0) - (value < 0))
 
     def fn_floor(self, a):
         value = self.real(a)
@@ -2146,7 +2117,8 @@ def score_all(responses: list[str], golds: list) -> list[tuple[float, float]]:
 # ---------------------------------------------------------------------------------------------------------- the worker
 #
 # A separate Python process: a JSON line [answer, golds] in, a JSON line [format, accuracy] out. It imports sympy,
-# limits its own memory and processor time, and ends when its standard input closes, so that it does not outlive its parent.
+# limits its own memory and processor time, and ends when its standard input closes, so that it does not outlive its
+# parent. An answer that needs it while it is still starting, or for longer than CLOCK, counts as wrong.
 
 
 class _Worker:
@@ -2213,20 +2185,21 @@ def _ask_worker(answer: str, golds: list[str], patience: float = 0.0) -> list | 
     if not slots.acquire(timeout=CLOCK + patience):
         return None
     try:
-        worker = _Worker() if _idle.empty() else _idle.get_nowait()
-        if not worker.starts(deadline + patience):
-            alive = worker.process.poll() is None
-        else:
+        try:
+            worker = _idle.get_nowait()
+        except queue.Empty:
+            worker = _Worker()
+        reply = None
+        if worker.starts(deadline + patience) and (patience or deadline - time.monotonic() > CLOCK / 2):
             reply = worker.ask([answer, golds], time.monotonic() + CLOCK if patience else deadline)
-            if reply is not None:
-                _idle.put(worker)
-                return reply
-            alive = False
+            alive = reply is not None
+        else:
+            alive = worker.process.poll() is None        # it started too late for this answer, not for the next
         if not alive:
             worker.end()
-            worker = _Worker()                           # warm for the next one
+            worker = _Worker()
         _idle.put(worker)
-        return None
+        return reply
     except OSError:                                      # no process to be had
         return None
     finally:
@@ -2242,7 +2215,7 @@ def _work() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         spent = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(spent.ru_utime + spent.ru_stime) + 3  # ends it if its parent was killed meanwhile
+        seconds = int(spent.ru_utime + spent.ru_stime) + 2  # ends it if its parent was killed meanwhile
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         answer, golds = json.loads(line)
         print(json.dumps([float(_readable(answer)), float(any(_decide(answer, gold) for gold in golds))]), flush=True)
