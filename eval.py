@@ -820,7 +820,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--model", required=True, help="`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
     add("--tasks", nargs="+", default=list(TASKS), help="sets, tiny:STEPS[:SPLIT], JSON/JSONL files [the paper's five]")
     add("--limit", type=natural, help="only the first problems of each task [all]")
-    add("--out", help="folder of the results; the same command goes on with it [evals/MODEL-seedSEED]")
+    add("--out", help="folder of results, to go on with [runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED]")
     add("--n", type=natural, default=1, help="responses per problem [1]")
     add("--temperature", type=ranged(float, 0), help="sampling temperature; 0: greedy [0.1]")
     add("--temperatures", type=ranged(float, 0), nargs="+", help="several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2)")
@@ -844,7 +844,9 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     flags.temperatures = flags.temperatures or [0.1 if flags.temperature is None else flags.temperature]
     if flags.entropy and 0 in flags.temperatures:
         parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
-    flags.out = flags.out or f"evals/{Path(flags.model).name}-seed{flags.seed}"
+    model = Path(flags.model)
+    usual = model.parent / "eval" if model.name == "final" else Path("evals") / f"{model.name}-seed{flags.seed}"
+    flags.out = flags.out or str(usual)
     return flags
 
 

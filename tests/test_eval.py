@@ -249,6 +249,12 @@ def test_flags_out_of_range_fail(bad):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize("model, out", [("Qwen/Qwen2.5-Math-7B", "evals/Qwen2.5-Math-7B-seed3"),
+                                        ("runs/x/final", "runs/x/eval")])
+def test_results_go_where_compare_looks_for_them(model, out):
+    assert evaluation.parse_flags(["--model", model, "--seed", "3"]).out == out
+
+
 @pytest.mark.parametrize("bad", [
     ["--model", "tiny", "--tasks", "nowhere"], ["--model", "./nowhere", "--tasks", "tiny:1-3"], ["compare", "nowhere"],
     ["plot", "nowhere"]])
