@@ -5,8 +5,8 @@
     load("my_problems.jsonl")         # rows {"problem" or "question", "answer", optionally "solution"}
     load("tiny:5-8:test")             # synthetic, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it. A row that cannot be a problem stops the loading with its file and row number;
-no row is ever skipped.
+Text is kept byte for byte as the file gives it. A row that cannot be a problem stops the loading with its file and row
+number; no row is ever skipped.
 """
 import json
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one sentence: what was wrong, where, what to do. Programs print it and exit with status 2."""
+    """A user's mistake, told in one sentence: what was wrong, where, what to do. Programs print it and exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
         return read(download.fetch(name, mirror), name)
     path = Path(name)
     if not path.exists():
-        raise UserError(f"{name!r} is neither a file nor a known set; the sets are {', '.join(download.FILES)} and tiny:STEPS, "
-                        "such as tiny:5-8")
+        raise UserError(f"{name!r} is neither a file nor a known set; the sets are {', '.join(download.FILES)} "
+                        "and tiny:STEPS, such as tiny:5-8")
     return read(path, name)
 
 
 def read(path: Path, name: str) -> list[Problem]:
-    """The problems of one JSON (a list of objects) or JSONL file; `name` is what messages and `Problem.source` call it."""
+    """The problems of a JSON (a list of objects) or JSONL file, which messages and `Problem.source` call `name`."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except IsADirectoryError:
@@ -68,14 +68,16 @@ def _array(text: str, name: str) -> list[tuple[int, object]]:
 
 def _lines(text: str, name: str) -> list[tuple[int, object]]:
     # Only "\n" ends a row: str.splitlines would also cut at U+2028, which may stand inside a JSON string.
-    return [(number, _json(line, f"{name}:{number}")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, _json(line, f"{name}:{number}")) for number, line in lines if line.strip()]
 
 
 def _json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}; a file is a JSON list of objects, or one object per line") from None
+        raise UserError(f"{where} is not valid JSON: {error}; "
+                        "a file is a JSON list of objects, or one object per line") from None
 
 
 def _problem(row: object, where: str) -> Problem:
@@ -87,7 +89,7 @@ def _problem(row: object, where: str) -> Problem:
         raise UserError(f"{where} has no field {missing}; its fields are {', '.join(map(repr, row)) or 'none'}")
     question = _text(row[field], f"the {field}", where)
     answers, solution = row["answer"], _solution(row.get("solution"), where)
-    if solution is None and isinstance(answers, str) and "#### " in answers:     # GSM8K keeps both in one field
+    if solution is None and isinstance(answers, str) and "#### " in answers:      # GSM8K keeps both in one field
         solution, _, answers = answers.rpartition("#### ")
         solution, answers = solution.removesuffix("\n"), answers.strip()
     golds = answers if isinstance(answers, list) else [answers]
@@ -105,7 +107,7 @@ def _gold(gold: object, where: str) -> str | int | float:
 
 
 def _solution(solution: object, where: str) -> str | None:
-    """OlympiadBench lists alternative solutions: the first is the reference. None, "" and [] mean that there is none."""
+    """OlympiadBench lists alternative solutions: the first is the reference. None, "" and [] mean there is none."""
     if isinstance(solution, list):
         solution = solution[0] if solution else None
     return None if solution in (None, "") else _text(solution, "the solution", where)
@@ -119,12 +121,12 @@ def _text(value: object, what: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {what} holds half of a surrogate pair, which no tokenizer can take; repair the text") from None
+        raise UserError(f"{where}: {what} holds half of a surrogate pair, which is no character; repair it") from None
     return value
 
 
 def gold_text(problem: Problem) -> str:
-    r"""The first gold as the text that stands inside \boxed{} when the answer is injected: 142.0 -> 142, $\boxed{a}$ -> a."""
+    r"""The first gold as the text inside \boxed{} when the answer is injected: 142.0 -> 142, $\boxed{a}$ -> a."""
     gold = problem.answers[0]
     if isinstance(gold, float) and gold.is_integer():
         return str(int(gold))

@@ -2,10 +2,10 @@
 
     python -m data.download                        # all of them (4.7 MB)
     python -m data.download aime gsm8k             # some
-    python -m data.download --mirror FOLDER        # from a folder or another base address, laid out as OWNER/REPO/COMMIT/PATH
+    python -m data.download --mirror FOLDER        # from a folder or another base address: OWNER/REPO/COMMIT/PATH
 
-`data.load` fetches what it needs by itself. A file is written only when it is whole and its checksum is right, so after an interruption
-the same command fetches what is missing. Only the standard library and tqdm are used.
+`data.load` fetches what it needs by itself. A file is written only when it is whole and its checksum is right, so after
+an interruption the same command fetches what is missing. Only the standard library and tqdm are used.
 """
 import argparse
 import hashlib
@@ -49,7 +49,8 @@ FILES = {
     "amc": _rllm("amc.json", "2666a217cb566efb77ebfce61841d5d8855d4b4be89633b29df3a43dcfd942dd", 38170, 83),
     "math": _rllm("math.json", "02e232722dd1f9ab307124bfff40621d32193632b6b84aa9a246e701f0478141", 172073, 500),
     "minerva": _rllm("minerva.json", "ba6147602d8b2f9071ecf578e29aa1100c634bdfa982d4c6745c2bd3077554ba", 269352, 272),
-    "olympiad_bench": _rllm("olympiad_bench.json", "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee", 1582347, 675),
+    "olympiad_bench": _rllm(
+        "olympiad_bench.json", "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee", 1582347, 675),
     "gsm8k": PinnedFile(
         ("openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",),
         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738, 1319),
@@ -57,7 +58,7 @@ FILES = {
 
 
 def fetch(name: str, mirror: str | None = None, cache: Path | None = None) -> Path:
-    """The cached file of a set, downloaded first if it is absent or damaged. Raises UserError if no address gives the right bytes."""
+    """The cached file of a set, downloaded first if it is absent or damaged. Raises UserError if no address has it."""
     file, cache = FILES[name], cache or CACHE
     target = cache / f"{name}{Path(file.paths[0]).suffix}"
     try:
@@ -76,8 +77,8 @@ def fetch(name: str, mirror: str | None = None, cache: Path | None = None) -> Pa
         else:
             _write(target, content)
             return target
-    raise UserError(f"could not get {name}: {'; '.join(failures)}. Check the network and run again (finished files are kept), or name a "
-                    "folder or address that holds the files with --mirror")
+    raise UserError(f"could not get {name}: {'; '.join(failures)}. Check the network and run again (finished files are "
+                    "kept), or name a folder or address that holds the files with --mirror")
 
 
 def _address(path: str, mirror: str | None) -> str:
@@ -92,15 +93,17 @@ def _read(path: str, file: PinnedFile, mirror: str | None) -> bytes:
     address = _address(path, mirror)
     stream = urllib.request.urlopen(address, timeout=TIMEOUT) if "://" in address else open(address, "rb")
     content = bytearray()
-    with stream, tqdm(total=file.size, desc=Path(path).name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        while len(content) <= file.size and (chunk := stream.read(1 << 16)):      # never more than a chunk beyond the right size
+    bar = tqdm(total=file.size, desc=Path(path).name, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    with stream, bar:
+        while len(content) <= file.size and (chunk := stream.read(1 << 16)):       # an endless body is cut off
             content += chunk
             bar.update(len(chunk))
     if len(content) < file.size:
         raise ValueError(f"cut off after {len(content)} of {file.size} bytes")
     digest = hashlib.sha256(content).hexdigest()
     if digest != file.sha256:
-        raise ValueError(f"the checksum does not match (sha256 {digest[:12]}…, expected {file.sha256[:12]}…), so the file there has changed")
+        raise ValueError(f"the checksum does not match (sha256 {digest[:9]}, not {file.sha256[:9]}), so the file "
+                         "there has changed")
     if not sys.stderr.isatty():
         print(f"fetched {Path(path).name} ({file.size / 1e3:,.0f} kB) from {address}", file=sys.stderr)
     return bytes(content)
@@ -117,7 +120,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Write under a name of this process and rename, so that the target is never half a file, whoever else is writing it."""
+    """Write under a name of this process, then rename: the target is never half a file, whoever else writes it."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,11 +130,11 @@ def _write(target: Path, content: bytes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; free space, or make the folder writable") from None
+        raise UserError(f"cannot write {target}: {error.strerror}; free space or make the folder writable") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.download", description="Fetch the public data sets into data/cache/.")
+    parser = argparse.ArgumentParser(prog="python -m data.download", description="Fetch data sets into data/cache/.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(FILES)} (default: all)")
     parser.add_argument("--mirror", help="a folder or base address that holds the files as OWNER/REPO/COMMIT/PATH")
     flags = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Problems, downloads and the tiny world: what is loaded is what the files hold, and what cannot be loaded is named in one sentence."""
+"""Problems, downloads and the tiny world: what is loaded is what the files hold, what cannot be loaded is named."""
 import hashlib
 import http.server
 import json
@@ -17,7 +17,8 @@ from data import Problem, UserError, download, gold_text, load, tiny
 ROOT = Path(__file__).parents[1]
 UPSTREAM = Path(__file__).parents[2] / "shared" / "upstream"
 upstream = pytest.mark.skipif(not UPSTREAM.exists(), reason="needs the real data files in ../shared/upstream")
-SETS = {"deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
+SETS = {"deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675,
+        "gsm8k": 1319}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def write(path: Path, text) -> str:
     return str(path)
 
 
-# ---- real sets ---------------------------------------------------------------------------------------------------------
+# --- Real sets -------------------------------------------------------------------------------------------------------
 
 @upstream
 @pytest.mark.parametrize("name", SETS)
@@ -46,8 +47,8 @@ def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     if name == "gsm8k":
         assert [f"{p.solution}\n#### {p.answers[0]}" for p in problems] == [row["answer"] for row in rows]
     else:
-        assert [p.answers for p in problems] == [tuple(r["answer"]) if isinstance(r["answer"], list) else (r["answer"],) for r in rows]
-        solutions = [r.get("solution") for r in rows]
+        answers, solutions = [r["answer"] for r in rows], [r.get("solution") for r in rows]
+        assert [p.answers for p in problems] == [tuple(a) if isinstance(a, list) else (a,) for a in answers]
         assert [p.solution for p in problems] == [s[0] if isinstance(s, list) else s for s in solutions]
 
 
@@ -79,32 +80,39 @@ def test_injected_gold_grades_itself_right(cache):
 
 
 @pytest.mark.parametrize("gold, text", [
-    ("52", "52"), (142.0, "142"), (0.5, "0.5"), (7, "7"), ("9.6\n", "9.6"), ("$60^{\\circ}$", "60^{\\circ}"), ("$$x$$", "x"),
-    ("$\\boxed{a=170}$", "a=170"), ("\\(\\boxed{77}\\)", "77"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("$0.10", "$0.10"),
-    ("$69$,$84$", "$69$,$84$"), ("\\boxed{5} or \\boxed{6}", "\\boxed{5} or \\boxed{6}"), ("\\boxed{\\}}", "\\}"), ("$ $", "$ $")])
+    ("52", "52"), (142.0, "142"), (0.5, "0.5"), (7, "7"), ("9.6\n", "9.6"), ("$0.10", "$0.10"), ("$ $", "$ $"),
+    ("$60^{\\circ}$", "60^{\\circ}"), ("$$x$$", "x"), ("$\\boxed{a=170}$", "a=170"), ("\\(\\boxed{77}\\)", "77"),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\}}", "\\}"), ("$69$,$84$", "$69$,$84$"),
+    ("\\boxed{5} or \\boxed{6}", "\\boxed{5} or \\boxed{6}")])
 def test_gold_text(gold, text):
     assert gold_text(Problem("q", (gold, "other"), None, "s:1")) == text
 
 
-# ---- files -------------------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 def test_json_and_jsonl_give_the_same_problems(tmp_path):
-    rows = [{"problem": "1+1?\u2028", "answer": "2", "solution": "\nso \\boxed{2}"}, {"question": " x ", "answer": [1, 2.5, "3"], "id": 7}]
+    rows = [{"problem": "1+1?\u2028", "answer": "2", "solution": "\nso \\boxed{2}"},
+            {"question": " x ", "answer": [1, 2.5, "3"], "id": 7}]
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    as_list, as_lines = write(tmp_path / "a.json", "\ufeff" + json.dumps(rows)), write(tmp_path / "b.jsonl", lines + "\n")
-    assert load(as_list) == [Problem("1+1?\u2028", ("2",), "\nso \\boxed{2}", f"{as_list}:1"), Problem(" x ", (1, 2.5, "3"), None, f"{as_list}:2")]
-    assert [(p.question, p.answers, p.solution) for p in load(as_lines)] == [(p.question, p.answers, p.solution) for p in load(as_list)]
-    assert load(as_lines)[1].source == f"{as_lines}:3"                  # a JSONL row is found again by its line
+    as_list = write(tmp_path / "a.json", "\ufeff" + json.dumps(rows))
+    as_lines = write(tmp_path / "b.jsonl", lines + "\n")
+    for path, second in ((as_list, 2), (as_lines, 3)):                  # a JSONL row is found again by its line
+        assert load(path) == [Problem("1+1?\u2028", ("2",), "\nso \\boxed{2}", f"{path}:1"),
+                              Problem(" x ", (1, 2.5, "3"), None, f"{path}:{second}")]
 
 
 @pytest.mark.parametrize("row, says", [
-    ({"answer": "1"}, "no field problem"), ({"problem": "q", "solution": "s"}, "no field answer"), ({}, "no field problem"),
-    ({"problem": "q", "answer": None}, "answer is of type NoneType"), ({"problem": "q", "answer": " "}, "answer is empty"),
-    ({"problem": "", "answer": "1"}, "problem is empty"), ({"question": ["q"], "answer": "1"}, "question is of type list"),
-    ({"problem": "q", "answer": {"a": 1}}, "answer is of type dict"), ({"problem": "q", "answer": True}, "answer is of type bool"),
-    ({"problem": "q", "answer": []}, "empty list of answers"), ({"problem": "q", "answer": ["1", None]}, "answer is of type NoneType"),
-    ({"problem": "q", "answer": float("nan")}, "finite"), ({"problem": "q", "answer": "1", "solution": 3}, "solution is of type int"),
-    ({"problem": "q", "answer": "\ud800"}, "surrogate"), (["q", "1"], "is a JSON list"), ("q", "is a JSON str"), (None, "NoneType")])
+    ({"answer": "1"}, "no field problem"), ({"problem": "q", "solution": "s"}, "no field answer"),
+    ({}, "no field problem"), ({"problem": "q", "answer": None}, "answer is of type NoneType"),
+    ({"problem": "q", "answer": " "}, "answer is empty"), ({"problem": "", "answer": "1"}, "problem is empty"),
+    ({"question": ["q"], "answer": "1"}, "question is of type list"),
+    ({"problem": "q", "answer": {"a": 1}}, "answer is of type dict"),
+    ({"problem": "q", "answer": True}, "answer is of type bool"),
+    ({"problem": "q", "answer": []}, "empty list of answers"),
+    ({"problem": "q", "answer": ["1", None]}, "answer is of type NoneType"),
+    ({"problem": "q", "answer": float("nan")}, "finite"), ({"problem": "q", "answer": "\ud800"}, "surrogate"),
+    ({"problem": "q", "answer": "1", "solution": 3}, "solution is of type int"),
+    (["q", "1"], "is a JSON list"), ("q", "is a JSON str"), (None, "NoneType")])
 def test_malformed_row_is_named_by_file_and_row(tmp_path, row, says):
     path = write(tmp_path / "rows.json", json.dumps([{"problem": "q", "answer": "1"}, row]))
     with pytest.raises(UserError) as error:
@@ -113,8 +121,9 @@ def test_malformed_row_is_named_by_file_and_row(tmp_path, row, says):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "holds no problem"), ("[]", "holds no problem"), ("[{]", "not valid JSON"), ('{"problem": "q"\n', ":1 is not valid JSON"),
-    ('{"problem": "q", "answer": "1"}\nthen', ":2 is not valid JSON"), (b'[{"problem": "\xe9"}]', "not UTF-8"), ("[" * 100000, "not valid JSON"),
+    ("", "holds no problem"), ("[]", "holds no problem"), ("[{]", "not valid JSON"),
+    ('{"problem": "q"\n', ":1 is not valid JSON"), ('{"problem": "q", "answer": "1"}\nthen', ":2 is not valid JSON"),
+    (b'[{"problem": "\xe9"}]', "not UTF-8"), ("[" * 100000, "not valid JSON"),
     ('[{"problem": "q", "answer": ' + "1" * 5000 + "}]", "not valid JSON")])
 def test_malformed_file_is_one_sentence(tmp_path, content, says):
     path = write(tmp_path / "rows.json", content)
@@ -130,7 +139,7 @@ def test_missing_file_and_folder(tmp_path):
         load(str(tmp_path))
 
 
-# ---- downloads ---------------------------------------------------------------------------------------------------------
+# --- Downloads -------------------------------------------------------------------------------------------------------
 
 CONTENT = json.dumps([{"problem": "1+1?", "answer": "2"}] * 3000).encode()
 
@@ -138,7 +147,8 @@ CONTENT = json.dumps([{"problem": "1+1?", "answer": "2"}] * 3000).encode()
 @pytest.fixture
 def small_set(monkeypatch, cache):
     """A set of two addresses, owner `a` before owner `b`, in place of the table of files."""
-    file = download.PinnedFile(("a/repo/commit/x.json", "b/repo/commit/x.json"), hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), 3000)
+    paths = ("a/repo/commit/x.json", "b/repo/commit/x.json")
+    file = download.PinnedFile(paths, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), 3000)
     monkeypatch.setattr(download, "FILES", {"small": file})
     return cache / "small.json"
 
@@ -183,7 +193,8 @@ def test_alternative_owner_is_tried(server, small_set):
 
 def test_interrupted_download_leaves_nothing_and_is_finished_by_a_rerun(server, small_set):
     server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, 70000)
-    with pytest.raises(UserError, match=r"small: .*/a/repo/commit/x.json: cut off after 70000 of \d+ bytes; .*/b/.* answered 404.*run again"):
+    says = r"small: .*/a/repo/commit/x.json: cut off after 70000 of \d+ bytes; .*/b/.* answered 404.*run again"
+    with pytest.raises(UserError, match=says):
         download.fetch("small", server.url)
     assert not small_set.parent.exists() or not any(small_set.parent.iterdir())
     server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, len(CONTENT))
@@ -249,15 +260,16 @@ def test_download_command(tmp_path, small_set, capsys):
     assert "small: 3000 rows" in capsys.readouterr().out
 
 
-# ---- the tiny world ----------------------------------------------------------------------------------------------------
+# --- The tiny world --------------------------------------------------------------------------------------------------
+
+SIGNS = {"multiplies": "*", **dict.fromkeys(("finds", "buys", "wins", "gets"), "+"),
+         **dict.fromkeys(("loses", "sells", "gives", "eats"), "-")}
 
 def work_out(question: str) -> list[int]:
     """The numbers of a tiny question's chain, read from its text alone."""
-    value = int(re.search(r"has (\d+)", question)[1])
-    values = [value]
+    values = [int(re.search(r"has (\d+)", question)[1])]
     for verb, operand in re.findall(r"\(\d\) (\w+)(?: by)? (\d+)\.", question):
-        sign = {"multiplies": "*", **dict.fromkeys(("finds", "buys", "wins", "gets"), "+"), **dict.fromkeys(("loses", "sells", "gives", "eats"), "-")}
-        values.append(eval(f"{values[-1]}{sign[verb]}{operand}"))
+        values.append(eval(f"{values[-1]}{SIGNS[verb]}{operand}"))
     return values
 
 
@@ -277,44 +289,50 @@ def test_tiny_problems_are_right_and_in_their_range(steps, counts):
 
 def test_terse_and_half_styles_change_the_solutions_alone():
     full, terse, half = (load(f"tiny:5-8:train:{style}") for style in ("full", "terse", "half"))
-    assert [(p.question, p.answers) for p in full] == [(p.question, p.answers) for p in terse] == [(p.question, p.answers) for p in half]
+    tasks = [[(p.question, p.answers) for p in style] for style in (full, terse, half)]
+    assert tasks[0] == tasks[1] == tasks[2]
     for p in terse:
         expression, answer = re.fullmatch(r"([-+*()\d]+)=\\boxed\{(\d+)\}\.", p.solution).groups()
         assert eval(expression) == int(answer) == int(p.answers[0]) and "(1)" not in expression
     assert [p.solution for p in half] == [pair[i % 2].solution for i, pair in enumerate(zip(full, terse))]
-    assert load("tiny:5-8") == [Problem(p.question, p.answers, p.solution, p.source.replace(":train:full", "")) for p in full]
+    assert [p.solution for p in load("tiny:5-8")] == [p.solution for p in full]
 
 
 def chain_of(question: str) -> str:
-    return re.sub(r"[A-Z]\w+ has (\d+) \w+", r"\1", re.sub("finds|buys|wins|gets", "+", re.sub("loses|sells|gives|eats", "-", question)))
+    """The question without the names, the things and the choice of verbs."""
+    bare = re.sub(r"\w+ has (\d+) \w+", r"\1", question)
+    return re.sub("|".join(SIGNS), lambda verb: SIGNS[verb[0]], bare)
 
 
 def test_tiny_splits_are_disjoint_in_their_chains():
     """Not even a held-out chain with other names and things occurs in training, for any pair of STEPS."""
-    chains = {split: {chain_of(p.question) for steps in ("1-3", "2", "4-6", "5-8", "1-8") for p in load(f"tiny:{steps}:{split}")}
-              for split in ("train", "validation", "test")}
-    assert not chains["train"] & chains["validation"] and not chains["train"] & chains["test"] and not chains["validation"] & chains["test"]
-    assert [len(load(f"tiny:1:{split}")) for split in chains] == [2048, 256, 256]
+    splits = ("train", "validation", "test")
+    train, validation, test = ({chain_of(p.question) for steps in ("1-3", "2", "4-6", "5-8", "1-8")
+                                for p in load(f"tiny:{steps}:{split}")} for split in splits)
+    assert not train & validation and not train & test and not validation & test
+    assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 256]
     assert len({chain_of(p.question) for p in load("tiny:1-3")}) == 2048
     rng = random.Random(0)
-    assert all(tiny.split_of(tiny.warm_start_chain(rng, 3)) == "train" for _ in range(200))
+    assert all(tiny.split_of(tiny.warm_start_chain(rng)) == "train" for _ in range(200))
 
 
 def test_tiny_problems_are_the_same_in_every_process():
-    code = "from data import load; import hashlib; print(hashlib.sha256(repr(load('tiny:5-8:test:half')).encode()).hexdigest())"
-    seen = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, text=True, capture_output=True,
-                           check=True).stdout for seed in ("1", "2")}
-    assert seen == {hashlib.sha256(repr(load("tiny:5-8:test:half")).encode()).hexdigest() + "\n"}
+    code = "from data import load; print(repr(load('tiny:5-8:test:half')))"
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert run.stdout == repr(load("tiny:5-8:test:half")) + "\n"
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:", "tiny:0", "tiny:9", "tiny:3-2", "tiny:5-9", "tiny:4:dev", "tiny:4:test:long", "tiny:4:test:full:x",
-                                  "tiny:4:", "tiny:x"])
+@pytest.mark.parametrize("name", [
+    "tiny", "tiny:", "tiny:0", "tiny:0-3", "tiny:9", "tiny:3-2", "tiny:5-9", "tiny:4:dev", "tiny:x", "tiny:4:test:long",
+    "tiny:4:test:full:x", "tiny:4:", "tiny:4:test:full:", "tiny:4\n"])
 def test_wrong_tiny_name_is_one_sentence(name):
-    with pytest.raises(UserError, match=r"is not a tiny set.*such as tiny:"):
+    with pytest.raises(UserError, match="is not a tiny set.*such as tiny:"):
         load(name)
 
 
-# ---- tokenizer and checkpoint ------------------------------------------------------------------------------------------
+# --- Tokenizer and checkpoint ----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -331,7 +349,8 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def test_round_trip_and_concatenation_of_ids(tokenizer):
-    texts = [text for style in ("full", "terse") for p in load(f"tiny:1-8:test:{style}")[:60] for text in (p.question, p.solution)]
+    problems = load("tiny:1-8:test:full")[:60] + load("tiny:1-8:test:terse")[:60]
+    texts = [text for p in problems for text in (p.question, p.solution)]
     texts += INJECTED + ["(9)=(1) 7", " ", "\n\n", "a  b", "naïve ☃ 漢", "\\boxed{}", "x\ty\r\n"]
     for text, other in zip(texts, texts[1:] + texts[:1]):
         assert tokenizer.decode(ids(tokenizer, text)) == text
@@ -343,7 +362,8 @@ def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
     """Digits, words, (k) and the box are single tokens; nothing of this world is spelled in letters."""
     for text in INJECTED + [t for p in load("tiny:1-8:test") for t in (p.question, p.solution)]:
         assert not [t for t in tokenizer.convert_ids_to_tokens(ids(tokenizer, text)) if re.fullmatch("[A-Za-z]", t)]
-    assert tokenizer.convert_ids_to_tokens(ids(tokenizer, "(8)52=\\boxed{7}.")) == ["(8)", "5", "2", "=", "\\boxed{", "7", "}", "."]
+    tokens = tokenizer.convert_ids_to_tokens(ids(tokenizer, "(8)52=\\boxed{7}."))
+    assert tokens == ["(8)", "5", "2", "=", "\\boxed{", "7", "}", "."]
     assert len(tokenizer) == 256 + len(tiny.SPECIAL) + len(tiny.WORDS)
 
 
@@ -351,9 +371,11 @@ def test_chat_template(tokenizer):
     question = load("tiny:4")[0].question
     turns = [{"role": "system", "content": "Please reason step by step."}, {"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert prompt == tiny.prompt_text(question) == tokenizer.apply_chat_template(turns[1:], add_generation_prompt=True, tokenize=False)
+    assert prompt == tiny.prompt_text(question)
+    assert prompt == tokenizer.apply_chat_template(turns[1:], add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(turns + [{"role": "assistant", "content": "4"}], tokenize=False)
-    assert whole == prompt + "4<|im_end|>" and ids(tokenizer, whole)[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert whole == prompt + "4<|im_end|>" and ids(tokenizer, whole)[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_shipped_tokenizer_is_the_recipe_s(tokenizer):
@@ -380,7 +402,7 @@ def test_shipped_checkpoint(tokenizer):
 
 def test_training_rows_learn_the_replies_only():
     rng = random.Random(3)
-    rows = [tiny.training_row(rng, 8, guesses=True) for _ in range(300)]
+    rows = [tiny.training_row(rng, guesses=True) for _ in range(300)]
     for row in rows:
         learned = "".join(text for text, is_learned in row if is_learned)
         assert learned.endswith("}.<|im_end|>") and "How many?" not in learned and "Wait!" not in learned
