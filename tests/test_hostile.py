@@ -1,0 +1,193 @@
+"""Text and ids that nobody meant: whatever a file, a model or a policy brings, loading, grading, correcting and scoring do
+not crash, and a row that cannot be a problem is refused with its place."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import edge_grpo as eg
+import engine
+import reward
+from data import Problem, UserError
+
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)      # control characters, all planes
+HALVES = st.text(st.characters(), max_size=20)                                   # halves of surrogate pairs too
+PIECES = st.sampled_from([r"\boxed{", "}", "{", "\\", "$", r"\frac", "^", "_", "(", ")", "[", "]", "1", "9" * 30, "0", "-", "/", ",", ".", "%",
+                          r"\sqrt", r"\text{", "x", "!", "**", "e", "inf", "nan", "<|im_end|>", "<|im_start|>", "\n", "\0", "\u2028", "½", "٣"])
+MATHS = st.lists(PIECES, max_size=25).map("".join)
+GOLD = st.one_of(ANY_TEXT, MATHS, st.integers(), st.floats(allow_nan=True), st.none(), st.lists(MATHS, max_size=3))
+ANY_JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT, HALVES),
+                        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(ANY_TEXT, inner, max_size=3)), max_leaves=6)
+ROW = st.one_of(ANY_JSON, st.fixed_dictionaries({}, optional=dict(problem=ANY_JSON, question=ANY_TEXT, answer=ANY_JSON, solution=ANY_JSON)),
+                st.fixed_dictionaries(dict(problem=ANY_TEXT, answer=st.one_of(ANY_TEXT, MATHS, st.integers(), st.floats()), solution=ANY_TEXT)))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return engine.load_policy("tiny", "cpu")
+
+
+def ids(low=0, size=24):
+    return st.lists(st.integers(0, 307), min_size=low, max_size=size)       # every id of the tiny model, special ones too
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+
+@FEW
+@given(st.one_of(ANY_TEXT, MATHS, HALVES), GOLD)
+def test_grading_gives_zeros_and_ones(response, gold):
+    format, accuracy = reward.score(response, gold)
+    assert format in (0.0, 1.0) and accuracy in (0.0, 1.0)
+
+
+@FEW
+@given(MATHS, GOLD)
+def test_grading_what_stands_in_a_box(answer, gold):
+    assert set(reward.score(r"so \boxed{" + answer + "}", gold)) <= {0.0, 1.0}
+
+
+@FEW
+@given(st.lists(st.tuples(st.one_of(ANY_TEXT, MATHS), st.lists(MATHS, min_size=1, max_size=2)), max_size=4))
+def test_many_are_graded_as_each_is(pairs):
+    texts, golds = [t for t, _ in pairs], [g for _, g in pairs]
+    assert [tuple(s) for s in reward.score_all(texts, golds)] == [tuple(reward.score(t, g)) for t, g in pairs]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+def load(path) -> list[Problem]:
+    """The problems of a file, or none and a sentence that names it."""
+    try:
+        return data.load(str(path))
+    except UserError as error:
+        assert path.name in str(error) and "\n" not in str(error)
+        return []
+
+
+@FEW
+@given(st.one_of(st.binary(max_size=60), st.lists(ROW, max_size=3).map(lambda rows: json.dumps(rows).encode()),
+                 st.lists(ROW, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())))
+def test_any_file_is_read_whole_or_refused_by_name(tmp_path, policy, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    for p in load(path):
+        assert p.question.strip() and p.answers and all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
+        assert policy.prompt_ids(p.question)
+        assert isinstance(data.gold_text(p), str)
+
+
+@FEW
+@given(ANY_TEXT, ANY_TEXT, st.one_of(ANY_TEXT, st.none()))
+def test_a_file_of_strange_text_keeps_it_byte_for_byte(tmp_path, question, answer, solution):
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(dict(problem=question, answer=answer, solution=solution), ensure_ascii=False), encoding="utf-8", newline="\n")
+    for p in load(path):
+        assert p.question == question
+        assert p.solution in (None, solution) or "#### " in answer
+        assert p.answers == (answer,) or "#### " in answer
+
+
+@FEW
+@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30))
+def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
+    if not name.startswith(tuple("12345678")):                              # the real ones are tested elsewhere
+        with pytest.raises(UserError):
+            data.load(f"tiny:{name}")
+
+
+# --- correction and scoring ------------------------------------------------------------------------------------------
+
+def graded(policy, problem, rows):
+    responses = [eg.Response(problem, policy.prompt_ids(problem.question), row, [False] * len(row), [0.0] * len(row),
+                             finished=bool(row) and row[-1] in policy.end_ids) for row in rows]
+    eg.grade(policy, responses)
+    return responses
+
+
+@FEW
+@given(ANY_TEXT.filter(str.strip), st.one_of(ANY_TEXT, MATHS).filter(str.strip), st.one_of(ANY_TEXT, MATHS).filter(str.strip),
+       st.lists(ids(), min_size=2, max_size=2), st.integers(0, 2**40))
+def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, solution, rows, seed):
+    """Graded, corrected by a branch of chance, scored, weighed: every number is finite, every origin is known."""
+    flags = eg.parse_flags(f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split())
+    responses = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
+    corrected = eg.correct_errors(policy, responses, flags, seed % 7)
+    eg.grade(policy, corrected)
+    eg.score_tokens(policy, responses + corrected, flags)
+    A = eg.group_advantages(eg.rewards(corrected, flags))
+    P = eg.response_entropy(corrected, 2)
+    A_hat = eg.entropy_driven_advantages(A, P)
+    assert A_hat.isfinite().all()
+    for r, c, row in zip(responses, corrected, rows):
+        assert r.ids == row and (c is r or c.correction)
+        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.logp) == len(c.entropy)
+        assert c.logp.isfinite().all() and (c.logp <= 1e-4).all() and c.entropy.isfinite().all() and (c.entropy >= -1e-4).all()
+        assert all(math.isnan(x) == y for x, y in zip(c.logprobs, c.injected))
+    metrics = eg.measure(responses, corrected, A, A_hat, P, flags)
+    assert all(v is None or math.isfinite(v) for v in metrics.values())
+    for row in eg.readable(1, responses, corrected, A, A_hat, P):
+        json.loads(json.dumps(row).encode())
+
+
+@FEW
+@given(ANY_TEXT)
+def test_text_goes_to_ids_and_back(policy, text):
+    assert policy.decode_raw(policy.encode(text)) == text
+    assert policy.prompt_ids(text)[-1] == policy.prompt_ids("x")[-1]
+
+
+@FEW
+@given(ids(size=40))
+def test_any_ids_have_a_text(policy, row):
+    assert isinstance(policy.decode(row), str) and isinstance(policy.decode_raw(row), str)
+
+
+@FEW
+@given(st.lists(st.tuples(ids(low=1), ids()), max_size=5), st.floats(0.05, 5), st.integers(1, 200))
+def test_scores_do_not_depend_on_how_rows_fall_into_batches(policy, rows, temperature, budget):
+    prompts, responses = [p for p, _ in rows], [r for _, r in rows]
+    scored = engine.response_logprobs(policy.model, prompts, responses, temperature, policy.vocab_size, budget)
+    for (logp, entropy), response, prompt in zip(scored, responses, prompts):
+        assert logp.shape == entropy.shape == (len(response),) and logp.isfinite().all() and entropy.isfinite().all()
+        [(alone, _)] = engine.response_logprobs(policy.model, [prompt], [response], temperature, policy.vocab_size, 10**6)
+        assert torch.allclose(logp, alone, atol=1e-3)
+
+
+# --- flags and models ------------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(["--lr", "--steps", "--seed", "--eda-clamp", "--guided-probs", "--betas", "--method", "--no-eda", "--sft", "--kl", "0", "1",
+                         "0.5", "-1", "nan", "inf", "1e999", "grpo", "sft", "", "--", "-", "=", "--lr=1e-3", "--eval-tasks", "x" * 50, "½"])
+
+
+@FEW
+@given(st.lists(st.one_of(WORDS, st.text(max_size=6).filter(lambda t: "h" not in t)), max_size=6))
+def test_any_command_line_is_flags_or_a_sentence(words):
+    try:
+        assert isinstance(eg.parse_flags(words), eg.Flags)
+    except UserError as error:
+        assert str(error)
+
+
+@FEW
+@given(st.text(st.characters(), max_size=30))
+def test_any_name_of_a_model_is_found_or_refused(name):
+    try:
+        found = engine.find_model(name)
+        assert found == str(engine.TINY_MODEL) or Path(found).is_dir() or "/" in found
+    except UserError as error:
+        assert "--model" in str(error)
+
+
+def test_models_are_loaded_without_pickle_and_without_their_own_code():
+    """No program has another way to read weights (what this one refuses is tested in test_bad_input and test_resume)."""
+    root = Path(__file__).parents[1]
+    source = "".join(path.read_text() for path in root.glob("*.py"))
+    assert "torch.load(" not in source and "import pickle" not in source
+    assert source.count("use_safetensors=True") == source.count("AutoModelForCausalLM.from_pretrained(") == 1
