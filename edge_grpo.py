@@ -509,9 +509,10 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
              self_reflection=mean(REFLECT.strip() in r.text for r in responses),
              over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
              logprob_gap=logprob_gap(responses) if flags.top_p == 1 else None)
-    if flags.sft:                                            # nothing was sampled: what describes samples is undefined
-        m.update(dict.fromkeys(("accuracy", "format", "mixed_groups", "entropy_sampled", "response_tokens", "truncated",
-                                "self_reflection", "logprob_gap")))
+    if flags.sft:                                # nothing was sampled, so what describes samples and groups is undefined
+        for key in ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected", "advantage_variance",
+                    "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated", "self_reflection", "logprob_gap"):
+            m[key] = None
     return m
 
 

@@ -204,7 +204,7 @@ class Policy:
     def prompt_ids(self, question: str) -> list[int]:
         """The question in the model's chat template, the assistant's turn opened."""
         text = prompt_text(self.tokenizer, question, self.template)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that stands inside a response."""
