@@ -1,19 +1,15 @@
 """Batched sampling with a KV cache: token ids in, sampled token ids out. Nothing here knows of text or rewards.
 
-Sampling is most of a GRPO step, so this file replaces `model.generate()`; nothing in the paper depends on how it is done.
-It is exact: a row's tokens depend on the weights, its prompt, its seed and its limit, and not on which rows share the
-batch (up to the rounding of matrix products, whose last bit may change with the number of rows). Five parts:
+Sampling is most of a GRPO step, so this replaces `model.generate()`; nothing in the paper depends on how it is done.
+It is exact: a row's tokens depend on the weights, its prompt, its seed and its limit, not on which rows share the batch
+(up to the rounding of matrix products, whose last bit may change with the number of rows). In five parts: sampling
+(logits -> one token a row), prefill (the keys and values of a prompt), decode (one token more for every live row),
+slots (where rows lie, come and go) and graphs (the decode step, recorded on a GPU).
 
-    1. sampling           logits -> one token a row, from a random stream that belongs to the row
-    2. prefill            the keys and values of a prompt, once, whatever the number of samples drawn from it
-    3. decode             one token more for every live row
-    4. slots              where each row's keys, values and ids lie, and how rows come and go
-    5. graphs             on a GPU, the decode step recorded once per number of rows and replayed
-
-Parts 2 to 5 run the layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) straight from the model's own modules, so
-an optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes
-through its own forward (`sample_by_forward`): the same distribution and the same random streams, less speed.
-`x 1.5` in a comment is what a trick brings on a CPU; tests/bench_rollout.py measures it.
+The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight from the model's own modules: an
+optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes through
+its own forward (`sample_by_forward`): same distribution, same random streams, less speed. A factor such as (x 1.5) is
+what a trick brings on a CPU, by the ablations of tests/bench_rollout.py. The CUDA path has not been measured.
 """
 import hashlib
 import inspect
@@ -30,7 +26,7 @@ from torch import Tensor, nn
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)    # rows that a CUDA graph is recorded for
 STEPS_PER_LOOK = 16       # on a GPU the host looks for finished rows this often, so that no token waits for it
 PREFILL_TOKENS = 8192     # most prompt tokens in one forward, padding included
-GROWTH = 64               # on a CPU the cache gets this many positions more at a time, or a quarter more if that is larger
+GROWTH = 64               # on a CPU the cache gets this many positions more at a time, or a quarter if that is more
 
 
 @dataclass
@@ -115,7 +111,7 @@ class Rule:
             return ids, best - best                          # 0, a point mass; NaN if the logits are not finite
         p = torch.softmax(logits.mul_(self.knobs[0]), -1)
         if self.nucleus:
-            sorted_p, order = p.sort(-1, descending=True, stable=True)
+            sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
             outside = sorted_p.cumsum(-1) - sorted_p >= self.knobs[1]    # those before it already hold top_p
             outside[:, 0] = False
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
@@ -124,15 +120,13 @@ class Rule:
 
 # ---- The layers of the Llama family, shared by prefill and decode ---------------------------------------------------
 
-LLAMA_FAMILY = {"transformers.models.llama.modeling_llama.LlamaForCausalLM",
-                "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM",
-                "transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM",
-                "transformers.models.mistral.modeling_mistral.MistralForCausalLM"}
+LLAMA_FAMILY = {f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ForCausalLM"
+                for name in ("Llama", "Qwen2", "Qwen3", "Mistral")}
 
 
 def has_llama_layers(model: nn.Module) -> bool:
-    """Whether `run_layers` computes what this model's forward computes: exactly one of these classes (no subclass), full
-    attention in every layer, rotations that depend on the position alone, and all weights on one device."""
+    """Whether `run_layers` computes what this model's forward computes: one of these very classes (no subclass), full
+    attention in every layer, rotations that depend on the position alone, all weights on one device."""
     if f"{type(model).__module__}.{type(model).__qualname__}" not in LLAMA_FAMILY or hasattr(model, "_hf_hook"):
         return False
     kinds = getattr(model.config, "layer_types", None)
@@ -288,9 +282,8 @@ class Slots:
         return torch.zeros(slots, heads, capacity, attn.head_dim, **like)
 
     def make_room(self, slots: int) -> None:
-        """Grows in steps to the longest row, and keeps only that many slots then."""
-        reach = max(self.lengths)
-        if reach > self.capacity:
+        """Grows in steps when the longest row needs it, and keeps only that many slots then."""
+        if (reach := max(self.lengths)) > self.capacity:
             self.reserve(slots, reach + max(GROWTH, reach // 4))
 
     def admit(self, rows: list[Row]) -> None:
@@ -303,7 +296,7 @@ class Slots:
                 copies.append((holder[row.prompt_index], slot))
             else:
                 fresh.setdefault(row.prompt_index, (row.prompt, []))[1].append(slot)
-        prefill(self.model, self, *map(list, zip(*fresh.values()))) if fresh else None
+        prefill(self.model, self, [prompt for prompt, _ in fresh.values()], [to for _, to in fresh.values()])
         self._copy((*self.keys, *self.values), copies)
         here = slice(first, first + len(rows))
         state = torch.tensor([(r.prompt[-1], len(r.prompt), len(r.prompt) + r.limit, r.seed) for r in rows])
@@ -345,9 +338,9 @@ class Slots:
 # ---- 5. Graphs ------------------------------------------------------------------------------------------------------
 
 class Graphs:
-    """The decode step as CUDA graphs, one per number of rows in BUCKETS, in one memory pool; the largest comes first, so
-    that the others fit into what it left. A replay is one launch instead of some thousand. To be made while no row is
-    alive: the dry runs then change nothing. On a CPU the steps are called as they are, which is how tests reach this."""
+    """The decode step as CUDA graphs, one per number of rows in BUCKETS, in one memory pool: the largest first, so that
+    the others fit into what it left. A replay is one launch instead of some thousand. Made while no row is alive, so
+    that the dry runs change nothing. On a CPU the steps are called as they are, which is how tests get here."""
 
     def __init__(self, model: nn.Module, slots: Slots, rule: Rule):
         most = len(slots.index)
@@ -360,8 +353,8 @@ class Graphs:
     def _record(self, step):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                         # libraries allocate at their first call, which must be over
-            step()
+        with torch.cuda.stream(side):
+            step()                                            # libraries allocate at their first call
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -383,9 +376,9 @@ def slots_that_fit(model: nn.Module, capacity: int) -> int:
 # ---- Any other model: its own forward and cache ---------------------------------------------------------------------
 
 def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: set[int]) -> None:
-    """Fills the rows through the model's own forward, called as generate() calls it: prompts padded on the left, with
-    the cache that the model makes for itself. Prompts are run once each, and finished rows leave the cache. A model that
-    has no transformers cache is run over the whole sequences at every token."""
+    """Fills the rows through the model's own forward, called as generate() calls it: prompts padded on the left, and
+    the cache that the model makes for itself. Each prompt is run once, and finished rows leave the cache. A model
+    without a transformers cache is run over the whole sequences at every token."""
     device, live = model.device, list(rows)
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
     width = max(map(len, place))
@@ -466,22 +459,20 @@ class Sampler:
         did. Raises ValueError for an empty prompt, an id outside the model, a list of the wrong length, a number out
         of its range, and for logits that are not finite."""
         if n < 1 or not temperature >= 0 or not 0 < top_p <= 1:
-            raise ValueError(f"n must be at least 1, temperature at least 0 and top_p in (0, 1]; got {n}, {temperature}, {top_p}")
+            raise ValueError(f"n must be at least 1, temperature at least 0 and top_p in (0, 1]; "
+                             f"got {n}, {temperature}, {top_p}")
         rows = self._rows(prompts, n, max_new_tokens, seed)
         waiting = deque(row for row in rows if row.limit > 0)
         self.knobs.copy_(torch.tensor([1 / temperature if temperature else 1.0, top_p]))
         rule = Rule(temperature == 0, 0 < temperature and top_p < 1, self.knobs, self.vocab_size)
-        with _evaluating(self.model):
-            if not waiting:
-                pass
-            elif has_llama_layers(self.model):
-                with torch.inference_mode():
+        fast = has_llama_layers(self.model)                   # any other forward may keep tensors that training needs
+        with _evaluating(self.model), torch.inference_mode() if fast else torch.no_grad():
+            while waiting:
+                if fast:
                     self._sample_in_slots(waiting, rule)
-            else:
-                with torch.no_grad():                         # a foreign forward may keep tensors that training needs
-                    for first in range(0, len(waiting), self.max_rows or len(waiting)):
-                        wave = list(waiting)[first:first + (self.max_rows or len(waiting))]
-                        sample_by_forward(self.model, wave, rule, self.end_ids)
+                else:
+                    wave = [waiting.popleft() for _ in range(min(self.max_rows or len(rows), len(waiting)))]
+                    sample_by_forward(self.model, wave, rule, self.end_ids)
         if any(math.isnan(logprob) for row in rows for logprob in row.logprobs):
             raise ValueError("the model's logits are not finite, so there is nothing to sample from; check its weights")
         samples = [Sample(row.ids, row.logprobs, bool(row.ids) and row.ids[-1] in self.end_ids) for row in rows]
@@ -491,7 +482,8 @@ class Sampler:
         count = len(prompts) * n
         for i, prompt in enumerate(prompts):
             if not prompt or min(prompt) < 0 or max(prompt) >= self.embeddings:
-                raise ValueError(f"prompt {i} " + (f"has an id outside 0 to {self.embeddings - 1}" if prompt else "is empty"))
+                what = f"has an id outside 0 to {self.embeddings - 1}" if prompt else "is empty"
+                raise ValueError(f"prompt {i} {what}")
         for name, value in (("max_new_tokens", limits), ("seed", seeds)):
             if not isinstance(value, int) and len(value) != count:
                 raise ValueError(f"{name} has {len(value)} entries for {len(prompts)} prompts x {n} samples")
@@ -511,7 +503,7 @@ class Sampler:
         most = len(slots.index)
         while waiting or slots.rows:
             free = most - len(slots.rows)
-            if waiting and free >= min(len(waiting), max(1, most // 8)):      # an eighth at a time: fewer, larger prefills
+            if waiting and free >= min(len(waiting), max(1, most // 8)):      # an eighth at a time: larger prefills
                 slots.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if self.fixed:
                 left = max(len(row.prompt) + row.limit - length for row, length in zip(slots.rows, slots.lengths))
@@ -537,7 +529,7 @@ class Sampler:
             self.release()
             capacity = -(-needed // 128) * 128
             fit = slots_that_fit(self.model, capacity) if self.model.device.type == "cuda" else wanted
-            self.weights, self.most = weights, wanted if fit >= wanted else 2**62       # more than fit: never ask again
+            self.weights, self.most = weights, wanted if fit >= wanted else math.inf    # no more fit: do not try again
             self.slots = Slots(self.model, self.is_end, min(wanted, fit), capacity)
         kind = rule.greedy, rule.nucleus
         if kind not in self.graphs:

@@ -1,0 +1,424 @@
+"""Contract 1 of the design: the sampler is exact. Random weights, fp32, CPU, small models of several architectures."""
+import math
+from functools import cache
+
+import pytest
+import torch
+import transformers as tf
+
+import rollout
+from rollout import Sampler, has_llama_layers
+
+V = 96
+ENDS = {2, 7, 33}
+PROMPTS = [[5, 6, 7], [9] * 11, [3], [8, 2, 50, 60, 70], [5, 6, 7]]          # ragged, one of a single token, one twice
+COMMON = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ARCHITECTURES = {
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**COMMON)),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True,
+                                                        rope_parameters=LLAMA3_ROPE)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=True)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**COMMON, sliding_window=None)),
+    "mistral_window": lambda: tf.MistralForCausalLM(tf.MistralConfig(**COMMON, sliding_window=6)),
+    "qwen2_window": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=6,
+                                                               max_window_layers=1)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**COMMON, head_dim=16, query_pre_attn_scalar=16,
+                                                           sliding_window=6)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=256,
+                                                     bos_token_id=1, eos_token_id=2)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
+        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)),
+    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2)),
+}
+FAST = {"qwen2", "llama", "qwen3", "mistral"}
+
+
+@cache
+def model_of(name: str):
+    """Weights large enough that the distributions are far from flat and the samples far from a repetition."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(params=["growing", "fixed"])
+def qwen(request):
+    """(model, make its Sampler): once as on a CPU, once with fixed addresses, buckets and rare looks as on a GPU."""
+    model = model_of("qwen2")
+
+    def sampler(*args, **kwargs):
+        made = Sampler(model, *args, **kwargs)
+        made.fixed = request.param == "fixed"
+        return made
+    return model, sampler
+
+
+def ids_of(samples):
+    return [[sample.ids for sample in row] for row in samples]
+
+
+def flat(samples):
+    return [sample for row in samples for sample in row]
+
+
+def forward_logprobs(model, prompt, ids, temperature=1.0, vocab_size=V):
+    """What training computes: one forward over prompt and response."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1, :vocab_size]
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+
+# ---- exactness -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_equals_generate(name):
+    model = model_of(name)
+    assert has_llama_layers(model) == (name in FAST)
+    out = Sampler(model, ENDS).sample(PROMPTS, 2, 20, 0.0, seed=1)
+    for prompt, samples in zip(PROMPTS, out):
+        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                  do_sample=False, max_new_tokens=20, eos_token_id=list(ENDS), pad_token_id=0)
+        for sample in samples:
+            assert sample.ids == expected[0, len(prompt):].tolist()
+            assert sample.logprobs == [0.0] * len(sample.ids)
+            assert sample.finished == (sample.ids[-1] in ENDS)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logprobs_equal_the_training_forward(name):
+    model = model_of(name)
+    for prompt, samples in zip(PROMPTS, Sampler(model, ENDS).sample(PROMPTS, 3, 20, 0.8, seed=2)):
+        for sample in samples:
+            assert sample.logprobs == pytest.approx(forward_logprobs(model, prompt, sample.ids, 0.8), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gpt2", "mamba"])
+def test_samples_do_not_depend_on_batch_slots_or_order(name):
+    model = model_of(name)
+    whole = Sampler(model, ENDS).sample(PROMPTS[:4], 4, 12, 1.0, seed=3)
+    assert len({tuple(sample.ids) for sample in flat(whole)}) > 12             # they are samples, not copies
+    for rows in (1, 5):
+        assert ids_of(Sampler(model, ENDS, max_rows=rows).sample(PROMPTS[:4], 4, 12, 1.0, seed=3)) == ids_of(whole)
+    backwards = Sampler(model, ENDS).sample(PROMPTS[3::-1], 4, 12, 1.0, seed=3)
+    assert ids_of(backwards[::-1]) == ids_of(whole)
+    for prompt, row in zip(PROMPTS, whole):
+        alone = Sampler(model, ENDS).sample([prompt] * 4, 1, 12, 1.0, seed=3)
+        assert [sample.ids for sample in flat(alone)] == [sample.ids for sample in row]
+
+
+def test_fixed_addresses_buckets_and_rare_looks_give_the_same(qwen):
+    """With fewer slots than rows: finished rows advance no further, holes are filled, slots are used again."""
+    model, sampler = qwen
+    expected = Sampler(model, ENDS).sample(PROMPTS, 4, 30, 1.0, seed=4)
+    for rows in (None, 3):
+        made = sampler(ENDS, max_rows=rows)
+        for seed in (5, 4):                                                   # the second call finds slots in use
+            out = made.sample(PROMPTS, 4, 30, 1.0, seed=seed)
+        assert ids_of(out) == ids_of(expected)
+        for a, b in zip(flat(out), flat(expected)):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.finished == b.finished
+
+
+def test_a_cut_row_continues_as_it_was(qwen):
+    """A corrected row: its kept prefix is part of the prompt. The same alone, in a batch, and as before the cut."""
+    model, sampler = qwen
+    seeds = [11, 12, 13, 14]
+    whole = flat(sampler(ENDS).sample(PROMPTS[:4], 1, 20, 1.0, seed=seeds))
+    cut = [min(5, len(sample.ids) - 1) for sample in whole]
+    prefixes = [prompt + sample.ids[:k] for prompt, sample, k in zip(PROMPTS, whole, cut)]
+    limits = [20 - k for k in cut]
+    together = flat(sampler(ENDS).sample(prefixes, 1, limits, 1.0, seed=seeds))
+    for i, sample in enumerate(together):
+        alone = sampler(ENDS).sample([prefixes[i]], 1, limits[i], 1.0, seed=[seeds[i]])[0][0]
+        assert alone.ids == sample.ids == whole[i].ids[cut[i]:]
+
+
+def test_random_streams_belong_to_seed_prompt_and_occurrence():
+    sampler = Sampler(model_of("qwen2"), ENDS)
+    first = sampler.sample([PROMPTS[0]], 4, 20, 1.0, seed=5)
+    assert ids_of(first) == ids_of(sampler.sample([PROMPTS[0]], 4, 20, 1.0, seed=5))
+    assert ids_of(first) != ids_of(sampler.sample([PROMPTS[0]], 4, 20, 1.0, seed=6))
+    listed = flat(sampler.sample([PROMPTS[0]], 3, 20, 1.0, seed=[8, 9, 8]))
+    assert listed[0].ids == listed[2].ids != listed[1].ids
+
+
+# ---- the distribution ------------------------------------------------------------------------------------------------
+
+def chi_square_is_plausible(ids, p):
+    """Pearson's statistic over the tokens expected at least five times, the others pooled; within five sigma."""
+    counts, expected = torch.bincount(torch.tensor(ids), minlength=len(p)).double(), len(ids) * p.double()
+    often = expected >= 5
+    rest = expected[~often].sum()
+    cells = int(often.sum()) + int(rest > 0)
+    assert counts[p == 0].sum() == 0
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    if rest > 0:
+        statistic += (counts[~often].sum() - rest) ** 2 / rest
+    assert cells > 3 and statistic < cells - 1 + 5 * math.sqrt(2 * (cells - 1))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
+def test_frequencies_fit_the_distribution(name, top_p):
+    model, prompt, temperature = model_of(name), PROMPTS[3], 1.5
+    with torch.no_grad():
+        p = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = order[:int((p[order].cumsum(0) < top_p).sum()) + 1] if top_p < 1 else order
+    nucleus = torch.zeros_like(p).index_copy_(0, kept, p[kept])
+    nucleus /= nucleus.sum()
+    drawn = flat(Sampler(model, set()).sample([prompt], 4000, 1, temperature, seed=7, top_p=top_p))
+    chi_square_is_plausible([sample.ids[0] for sample in drawn], nucleus)
+    for sample in drawn[:200]:
+        assert sample.logprobs[0] == pytest.approx(nucleus[sample.ids[0]].log().item(), abs=1e-4)
+
+
+def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
+    torch.manual_seed(0)
+    p = torch.rand(50, 1000) ** 8
+    p[:, ::3] = 0                                                             # more than one block, some entries zero
+    u = torch.rand(50, dtype=torch.float64)
+    u[0], u[1] = 0.0, 1 - 2.0**-53
+    ids, logprobs = rollout._invert(p, u)
+    cdf = p.double().cumsum(-1) / p.double().sum(-1, keepdim=True)
+    chosen, upper = (p / p.sum(-1, keepdim=True))[range(50), ids], cdf[range(50), ids]
+    assert (upper > u - 1e-6).all() and (upper - chosen < u + 1e-6).all() and (chosen > 0).all()
+    assert torch.allclose(logprobs, chosen.log(), atol=1e-5)
+
+
+def test_uniform_is_splitmix_and_uniform():
+    """The finalizer against plain Python integers, and the stream's mean, spread and lag correlation."""
+    def finalize(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+    for seed, position in ((0, 0), (1, 5), (-3, 1000), (2**63 - 1, 7)):
+        expected = finalize((finalize(seed % 2**64) + position * 0x9E3779B97F4A7C15) % 2**64) >> 11
+        assert rollout.uniform(torch.tensor([seed]), torch.tensor([position])).item() == expected / 2**53
+    u = rollout.uniform(torch.arange(400)[:, None], torch.arange(100)[None])
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002 and 0 <= u.min() and u.max() < 1
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
+
+
+# ---- ends, limits, vocabulary ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_any_end_id_ends_a_sample(name):
+    out = flat(Sampler(model_of(name), ENDS).sample(PROMPTS, 30, 60, 1.5, seed=8))
+    assert {sample.ids[-1] for sample in out if sample.finished} == ENDS
+    for sample in out:
+        assert not ENDS & set(sample.ids[:-1]) and len(sample.logprobs) == len(sample.ids)
+        assert sample.finished == (sample.ids[-1] in ENDS) and (sample.finished or len(sample.ids) == 60)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_limits_per_row(name):
+    limits = [0, 1, 7, 100, 3, 0]
+    out = flat(Sampler(model_of(name), set()).sample(PROMPTS[:3], 2, limits, 1.0, seed=9))
+    assert [len(sample.ids) for sample in out] == limits
+    assert not any(sample.finished for sample in out)
+    long = flat(Sampler(model_of(name), set()).sample(PROMPTS[:3], 2, 100, 1.0, seed=9))
+    assert all(sample.ids == other.ids[:len(sample.ids)] for sample, other in zip(out, long))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_padded_vocabulary_is_outside_the_distribution(name, temperature):
+    model, size = model_of(name), 60
+    full = Sampler(model, set()).sample(PROMPTS, 4, 20, temperature, seed=10)
+    assert any(max(sample.ids) >= size for sample in flat(full))
+    cut = Sampler(model, set(), vocab_size=size).sample(PROMPTS[:2], 4, 20, temperature, seed=10)
+    for prompt, samples in zip(PROMPTS, cut):
+        for sample in samples:
+            assert max(sample.ids) < size
+            if temperature:
+                assert sample.logprobs == pytest.approx(
+                    forward_logprobs(model, prompt, sample.ids, temperature, size), abs=1e-4)
+
+
+def test_nothing_to_do():
+    sampler = Sampler(model_of("qwen2"), ENDS)
+    assert sampler.sample([], 8, 20, 1.0, seed=1) == []
+    assert sampler.sample([[1]], 2, 0, 1.0, seed=1) == [[rollout.Sample([], [], False)] * 2]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1, V]]), "prompt 0 has an id outside 0 to 95"),
+    (dict(prompts=[[-1]]), "prompt 0 has an id outside"),
+    (dict(max_new_tokens=[1, 2, 3]), "max_new_tokens has 3 entries for 1 prompts x 2 samples"),
+    (dict(max_new_tokens=-1), "must not be negative"),
+    (dict(seed=[1]), "seed has 1 entries"),
+    (dict(temperature=-0.1), "temperature"),
+    (dict(top_p=0.0), "top_p"),
+    (dict(n=0), "n must be at least 1"),
+])
+def test_mistakes_are_told(arguments, message):
+    call = dict(prompts=[[1]], n=2, max_new_tokens=4, temperature=1.0, seed=1) | arguments
+    with pytest.raises(ValueError, match=message):
+        Sampler(model_of("qwen2"), ENDS).sample(**call)
+
+
+def test_an_end_id_that_cannot_be_drawn_is_told():
+    with pytest.raises(ValueError, match=r"end ids \[70\]"):
+        Sampler(model_of("qwen2"), {2, 70}, vocab_size=60)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_told(temperature):
+    model = ARCHITECTURES["qwen2"]()
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(model, ENDS).sample([[1]], 1, 4, temperature, seed=1)
+
+
+# ---- the model around it ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_a_model_in_training_samples_alike_and_is_left_as_it_was(name):
+    expected = Sampler(model_of(name), ENDS).sample(PROMPTS, 2, 20, 1.0, seed=12)
+    model = ARCHITECTURES[name]()
+    model.load_state_dict(model_of(name).state_dict())
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    model.train()
+    model.gradient_checkpointing_enable()
+    frozen = model.model.layers[1].eval()                                     # a mixture of modes, to be kept
+    with torch.enable_grad():
+        assert ids_of(Sampler(model, ENDS).sample(PROMPTS, 2, 20, 1.0, seed=12)) == ids_of(expected)
+    assert model.training and model.model.layers[0].training
+    assert not any(module.training for module in frozen.modules())
+    model(input_ids=torch.tensor([PROMPTS[1]])).logits.sum().backward()       # no inference tensor was left behind
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_update_in_place_is_seen_by_the_next_call(qwen):
+    model = ARCHITECTURES["qwen2"]()
+    model.load_state_dict(model_of("qwen2").state_dict())
+    sampler = qwen[1](ENDS)
+    sampler.model = model
+    before = sampler.sample(PROMPTS, 2, 20, 1.0, seed=13)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    after = sampler.sample(PROMPTS, 2, 20, 1.0, seed=13)
+    assert ids_of(after) != ids_of(before)
+    assert ids_of(after) == ids_of(Sampler(model, ENDS).sample(PROMPTS, 2, 20, 1.0, seed=13))
+
+
+def test_a_subclass_takes_its_own_forward():
+    """A variant that the layers were not read for must not get the Llama family's numbers."""
+    class Variant(tf.Qwen2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = -out.logits
+            return out
+    model = Variant(tf.Qwen2Config(**COMMON)).eval()
+    model.load_state_dict(model_of("qwen2").state_dict())
+    assert not has_llama_layers(model)
+    sample = Sampler(model, set()).sample([PROMPTS[0]], 1, 8, 1.0, seed=14)[0][0]
+    assert sample.logprobs == pytest.approx(forward_logprobs(model, PROMPTS[0], sample.ids), abs=1e-4)
+
+
+def test_dynamic_rope_takes_its_own_forward():
+    """Its angles depend on the longest row in the batch, which run_layers does not look at."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not has_llama_layers(tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, rope_parameters=rope)))
+
+
+# ---- what makes it fast does happen ----------------------------------------------------------------------------------
+
+def count_calls(monkeypatch, name):
+    calls, original = [], getattr(rollout, name)
+    monkeypatch.setattr(rollout, name, lambda *args: (calls.append(args), original(*args))[1])
+    return calls
+
+
+def test_a_prompt_is_prefilled_once(monkeypatch):
+    calls = count_calls(monkeypatch, "prefill")
+    Sampler(model_of("qwen2"), ENDS).sample(PROMPTS, 8, 20, 1.0, seed=15)
+    assert [sorted(prompts) for _, _, prompts, _ in calls] == [sorted({tuple(p) for p in PROMPTS})]
+    assert sum(len(to) for to in calls[0][3]) == 8 * len(PROMPTS)
+
+
+def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
+    calls, sampler = count_calls(monkeypatch, "prefill"), Sampler(model_of("qwen2"), set(), max_rows=4)
+    sampler.sample([PROMPTS[1]], 6, [5, 9, 9, 9, 9, 9], 1.0, seed=16)
+    assert [to for *_, to in calls if to] == [[[0, 1, 2, 3]]]
+    sampler.sample([PROMPTS[1]], 6, [5, 5, 5, 5, 9, 9], 1.0, seed=16)         # four leave at once: nothing to copy from
+    assert [to for *_, to in calls if to][1:] == [[[0, 1, 2, 3]], [[0, 1]]]
+
+
+def test_finished_rows_are_not_computed(monkeypatch):
+    calls = count_calls(monkeypatch, "decode")
+    limits = [3, 9, 1, 6, 2, 9]
+    Sampler(model_of("qwen2"), set()).sample(PROMPTS[:3], 2, limits, 1.0, seed=17)
+    assert [rows for *_, rows, _ in calls] == [sum(limit > step for limit in limits) for step in range(9)]
+
+
+def test_the_cache_grows_with_the_rows_and_is_given_back():
+    sampler, sizes = Sampler(model_of("qwen2"), set()), []
+    reserve = rollout.Slots.reserve
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout.Slots, "reserve", lambda self, slots, capacity: (sizes.append((slots, capacity)),
+                                                                              reserve(self, slots, capacity))[1])
+        sampler.sample([PROMPTS[0]], 4, [10, 10, 10, 150], 1.0, seed=18)
+    assert sizes[0] == (4, 3 + rollout.GROWTH) and sizes[-1][0] == 1 and 153 <= sizes[-1][1] < 300
+    assert sampler.slots is None
+
+
+def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
+    sampler = Sampler(qwen[0], ENDS)
+    sampler.fixed = True
+    sampler.sample(PROMPTS, 2, 20, 1.0, seed=1)
+    slots, graphs, keys = sampler.slots, dict(sampler.graphs), sampler.slots.keys[0].data_ptr()
+    sampler.sample(PROMPTS[:2], 2, 60, 1.0, seed=2)
+    assert sampler.slots is slots and slots.keys[0].data_ptr() == keys and sampler.graphs == graphs
+    sampler.sample(PROMPTS[:2], 2, 60, 0.0, seed=2)
+    assert sampler.slots is slots and len(sampler.graphs) == 2
+    sampler.sample(PROMPTS[:2], 2, 400, 1.0, seed=2)
+    assert sampler.slots is not slots and sampler.slots.capacity >= 411
+
+
+def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch):
+    """The call for the GPU, with a plain reading of its arguments in place of the kernel: packed rows, of each the used
+    part. The kernel itself needs a GPU."""
+    torch.manual_seed(0)
+    rows, heads, shared, length, dim = 3, 6, 2, 10, 8
+    used = torch.tensor([1, 10, 4], dtype=torch.int32)
+    q = torch.randn(rows, 1, heads, dim)
+    keys, values = (torch.randn(5, length, shared, dim).transpose(1, 2)[:rows] for _ in range(2))    # as on a GPU
+
+    def flash(q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k):
+        assert (max_q, max_k, dropout, causal, debug) == (1, length, 0.0, False, False)
+        assert q.shape == (rows, heads, dim) and k.shape == v.shape == (rows * length, shared, dim)
+        assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32 and starts_q.tolist() == [0, 1, 2, 3]
+        assert k.data_ptr() == keys.data_ptr()                                # a view of the cache, not a copy
+        out = torch.empty_like(q)
+        for i in range(rows):
+            own = slice(int(starts_k[i]), int(starts_k[i] + seqused_k[i]))
+            k_i, v_i = (t[own].repeat_interleave(heads // shared, 1) for t in (k, v))             # (used, heads, D)
+            out[i] = torch.einsum("hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i)
+        return out, None
+
+    mask = torch.zeros(rows, 1, 1, length).masked_fill(torch.arange(length) >= used[:, None, None, None], -torch.inf)
+    expected = rollout.attend_masked(q, keys, values, mask, 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+        assert torch.allclose(rollout.attend_flash(q, keys, values, used, 0.3), expected, atol=1e-5)
+
+
+def test_flash_attention_still_takes_these_arguments():
+    """The operator is private to PyTorch: its schema must keep the names and the order that attend_flash relies on."""
+    arguments = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    assert arguments[:10] == ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
+                              "is_causal", "return_debug_mask"]
+    assert {"scale", "seqused_k"} <= set(arguments)
