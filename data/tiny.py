@@ -12,7 +12,16 @@ so that reinforcement learning has a behaviour to select.
     python -m data.tiny                      # make data/tiny_model/ anew: about two CPU minutes on one core
     python -m data.tiny --measure            # what the model can do, a few seconds
 
-@MEASURED@
+What `--measure` prints of the shipped model (256 validation problems of each range, groups of 8 at temperature 1;
+"fixed" are the wrong replies that the reflection phrase and a continuation set right):
+
+    steps   greedy   sampled   groups all wrong   mixed   guesses   others right   fixed
+    1-3      .758      .540          .121         .742      .162        .642       .257
+    4-6      .016      .052          .688         .312      .880        .329       .055
+    5-8      .000      .020          .848         .152      .967        .239       .014
+
+At 5 to 8 steps one guess in 80 is right by luck: a tenth of the groups are mixed by that alone, which teaches nothing, and
+one group in 17 holds a reply that was worked out and is right.
 """
 import argparse
 import hashlib
