@@ -791,6 +791,8 @@ def preflight(flags: Flags) -> str:
                               flags.micro_batch_tokens, 2 if device.type == "cuda" else 4,
                               flags.offload_optimizer and device.type == "cuda", flags.gradient_checkpointing, engine.world_size(),
                               flags.trust_remote_code)
+    if flags.kl:
+        plan["reference"] = plan["weights"]
     return engine.preflight(plan, device)
 
 

@@ -67,7 +67,8 @@ def start_processes(device: str) -> torch.device:
                             "processes (--nproc-per-node) as there are GPUs")
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))         # a checkpoint on a slow disk takes its time
     return torch.device(device)
 
 
@@ -557,7 +558,7 @@ class Trainer:
             torch.cuda.current_stream().synchronize()
 
     def state(self):
-        """Yields (name, tensor on CPU) of masters and moments, whole; every process must iterate, rank 0 gets them."""
+        """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
         for name, p in self.params.items():
             moments = self.adam[name].state.get(self.masters[name], {})
             parts = {"exp_avg": moments.get("exp_avg"), "exp_avg_sq": moments.get("exp_avg_sq")}
@@ -565,7 +566,8 @@ class Trainer:
                 parts["master"] = self.masters[name]
             for part, tensor in parts.items():
                 if tensor is not None:
-                    yield f"{part}.{name}", whole(tensor.detach(), p).cpu()
+                    gathered = whole(tensor.detach(), p)
+                    yield f"{part}.{name}", gathered.cpu() if is_main() else None
 
     @torch.no_grad()
     def load_state(self, read, adam_steps: int) -> None:
