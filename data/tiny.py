@@ -20,8 +20,8 @@ What `--measure` prints of the shipped model (256 validation problems of each ra
     4-6      .016      .052          .688         .312      .880        .329       .055
     5-8      .000      .020          .848         .152      .967        .239       .014
 
-At 5 to 8 steps one guess in 80 is right by luck: a tenth of the groups are mixed by that alone, which teaches nothing, and
-one group in 17 holds a reply that was worked out and is right.
+At 5 to 8 steps one guess in 80 is right by luck: a tenth of the groups are mixed by that alone, which teaches nothing,
+and one group in 17 holds a reply that was worked out and is right.
 """
 import argparse
 import hashlib
