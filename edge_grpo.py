@@ -868,7 +868,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
-        print(f"error: {engine.first_line(error)}; make room or give another --out, then go on with --resume", file=sys.stderr)
+        print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError as error:
         print(f"error: {engine.first_line(error)} Set --micro-batch-tokens or --max-rows lower, or add --offload-optimizer",
