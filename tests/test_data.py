@@ -101,6 +101,13 @@ def test_json_and_jsonl_give_the_same_problems(tmp_path):
                               Problem(" x ", (1, 2.5, "3"), None, f"{path}:{second}")]
 
 
+def test_answer_field_in_the_style_of_gsm8k(tmp_path):
+    rows = [{"question": "q", "answer": " so 1\n2 \n\n#### 1,002 "}, {"question": "q", "answer": "#### 5"},
+            {"question": "q", "answer": "is #### 5", "solution": "s"}]
+    problems = load(write(tmp_path / "rows.json", json.dumps(rows)))
+    assert [(p.solution, p.answers) for p in problems] == [(" so 1\n2 \n", ("1,002",)), (None, ("5",)), ("s", ("is #### 5",))]
+
+
 @pytest.mark.parametrize("row, says", [
     ({"answer": "1"}, "no field problem"), ({"problem": "q", "solution": "s"}, "no field answer"),
     ({}, "no field problem"), ({"problem": "q", "answer": None}, "answer is of type NoneType"),
