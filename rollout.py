@@ -154,8 +154,8 @@ def run_layers(model: nn.Module, ids: Tensor, positions: Tensor, attend) -> Tens
     for i, layer in enumerate(base.layers):
         attn = layer.self_attn
         h = _norm(layer.input_layernorm, x)
-        q, k, v = (proj(h).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        if hasattr(attn, "q_norm"):                                           # Qwen3
+        q, k, v = (proj(h).view(*ids.shape, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if "q_norm" in attn._modules:                                         # Qwen3
             q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
         q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
         out = attend(i, q, k, v, attn.scaling)
@@ -199,8 +199,8 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
 def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q (B, 1, heads, D), keys and values (B, kv heads, L, D), mask (B, 1, 1, L) to be added -> (B, 1, heads, D).
     The heads that share keys stand as so many queries, so keys and values are not expanded."""
-    grouped = q.unflatten(2, (keys.shape[1], -1))[:, 0]                       # (B, kv heads, group, D)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)[:, None]
+    grouped = q.view(len(q), keys.shape[1], -1, q.shape[3])                   # (B, kv heads, group, D)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
 def attend_flash(q: Tensor, keys: Tensor, values: Tensor, used: Tensor, scale: float) -> Tensor:

@@ -364,6 +364,14 @@ def test_finished_rows_are_not_computed(monkeypatch):
     assert [rows for *_, rows, _ in calls] == [sum(limit > step for limit in limits) for step in range(9)]
 
 
+def test_the_longest_row_moves_into_a_hole(qwen):
+    """The host's length of a moved row decides how far the cache is read in the next step."""
+    sampler = qwen[1](set())
+    moved = sampler.sample([PROMPTS[2], PROMPTS[1]], 1, [1, 12], 1.0, seed=19)[1][0]
+    alone = sampler.sample([PROMPTS[1]], 1, 12, 1.0, seed=19)[0][0]
+    assert moved.ids == alone.ids and moved.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
 def test_the_cache_grows_with_the_rows_and_is_given_back():
     sampler, sizes = Sampler(model_of("qwen2"), set()), []
     reserve = rollout.Slots.reserve
