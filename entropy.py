@@ -90,19 +90,20 @@ class _LogprobEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocab_size, entropy_grad, chunk):
-        logz, entropy, target_logit = [], [], hidden.new_zeros(len(targets), dtype=_wide(hidden))    # all (N,)
-        for block in _blocks(vocab_size, chunk):
-            logits = _mm(hidden, weight[block].T).div_(temperature)                                  # (N, chunk)
+        blocks, target_logit = _blocks(vocab_size, chunk), hidden.new_zeros(len(targets), dtype=_wide(hidden))
+        # Made before the loop: small tensors that stayed behind between the large ones would tear holes in the heap.
+        blocks_logz, blocks_entropy = target_logit.new_empty(2, len(blocks), len(targets))
+        for i, block in enumerate(blocks):
+            logits = _mm(hidden, weight[block].T).div_(temperature)                                 # (N, chunk)
             index, inside = _position(targets, block)
             target_logit += logits.gather(1, index[:, None])[:, 0] * inside
-            logz.append(logits.logsumexp(1))
-            logp = logits.sub_(logz[-1][:, None])
-            entropy.append(-torch.linalg.vecdot(logp.exp(), logp))
-        blocks_logz = torch.stack(logz)                                                             # (blocks, N)
-        logz = blocks_logz.logsumexp(0)
-        logp_block = blocks_logz - logz
+            blocks_logz[i] = logits.logsumexp(1)
+            logp = logits.sub_(blocks_logz[i][:, None])
+            blocks_entropy[i] = -torch.linalg.vecdot(logp.exp(), logp)
+        logz = blocks_logz.logsumexp(0)                                                             # (N,)
         # H = H(which block) + the mean of the blocks' entropies, the chain rule of entropy.
-        entropy = (logp_block.exp() * (torch.stack(entropy) - logp_block)).sum(0).clamp_(min=0)
+        logp_block = blocks_logz - logz
+        entropy = (logp_block.exp() * (blocks_entropy - logp_block)).sum(0).clamp_(min=0)
         ctx.save_for_backward(hidden, weight, targets, logz, entropy)
         ctx.temperature, ctx.vocab_size, ctx.chunk, ctx.entropy_grad = temperature, vocab_size, chunk, entropy_grad
         out = (target_logit - logz).clamp_(max=0).float(), entropy.float()
@@ -121,7 +122,7 @@ class _LogprobEntropy(torch.autograd.Function):
         if want_weight:
             g_weight[ctx.vocab_size:] = 0
         for block in _blocks(ctx.vocab_size, ctx.chunk):
-            logp = _mm(hidden, weight[block].T).div_(ctx.temperature).sub_(logz[:, None])         # (N, chunk)
+            logp = _mm(hidden, weight[block].T).div_(ctx.temperature).sub_(logz[:, None])             # (N, chunk)
             # d logp / dz = 1[target] - p;   d entropy / dz = -p (log p + H)
             g_logits = logp.exp().neg_()
             if ctx.entropy_grad:

@@ -45,8 +45,8 @@ def trl_chunked(hidden, weight, targets, temperature):
     """TRL's own autograd.Function that never holds the logits, as its GRPOTrainer calls it."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
-                                        ("log_probs", "entropy"))[:2]
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, None,
+                                        1.0, ("log_probs", "entropy"))[:2]
 
 
 VARIANTS = {"naive": naive, "trl, whole logits": trl_logits, "trl, chunked": trl_chunked, "entropy.py": logprob_entropy}
@@ -68,6 +68,8 @@ def clock(device: str) -> float:
 
 def measure(variant: str, tokens: int, hidden: int, vocab: int, device: str, dtype: str) -> dict:
     """One variant in this process: seconds (CPU time on a CPU) and extra bytes of a forward and backward pass."""
+    if variant.startswith("trl"):
+        import trl.kernels, trl.trainer.utils       # noqa: E401, F401  takes seconds, which are not the variant's
     torch.manual_seed(0)
     make = dict(device=device, dtype=getattr(torch, dtype), requires_grad=True)
     x = torch.randn(tokens, hidden, **make)

@@ -146,8 +146,8 @@ def test_never_more_logits_than_a_block():
     hidden = torch.randn(500, 4, requires_grad=True)
     weight, targets = torch.randn(3000, 4, requires_grad=True), torch.randint(0, 3000, (500,))
     with Largest() as largest:
-        gradients(logprob_entropy, hidden, weight, targets, entropy_grad=True, chunk=60)
-    assert largest.numbers <= 500 * 60      # all logits are 500 * 3000
+        gradients(logprob_entropy, hidden, weight, targets, entropy_grad=True, chunk=100)
+    assert largest.numbers <= 500 * 100      # all logits are 500 * 3000
 
 
 def test_the_default_block_is_bounded():
