@@ -35,6 +35,7 @@ import random
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ from math import comb, factorial, gcd, isqrt, lcm, log2
 MAX_TEXT, MAX_TOKENS, MAX_DEPTH, MAX_LIST = 20_000, 2_000, 40, 40  # of one answer
 MAX_DIGITS, MAX_BITS, MAX_STEPS = 10_000, 200_000, 20_000  # of a literal, of an exact number, of one comparison
 CLOCK, WORKER_MEMORY = 0.7, 900 << 20                     # seconds a worker may take for one answer; bytes
+PATIENCE = 60.0                                           # seconds more that `score_all` waits on a crowded machine
 WORTH_SPREADING = 2_000                                   # answers: below, the workers' start costs more than it saves
 
 Node = tuple  # (kind, ...): see _Parser
@@ -2073,7 +2075,7 @@ def grade(response: str, gold) -> bool:
     return answer is not None and _matches(answer.strip(), gold)
 
 
-def _matches(answer: str, gold) -> bool:
+def _matches(answer: str, gold, patience: float = 0.0) -> bool:
     undecided = []
     for one in _golds(gold):
         try:
@@ -2081,14 +2083,17 @@ def _matches(answer: str, gold) -> bool:
                 return True
         except _NeedsSympy:
             undecided.append(one)
-    reply = _ask_worker(answer, undecided) if undecided else None
+    reply = _ask_worker(answer, undecided, patience) if undecided else None
     return reply is not None and reply[1] == 1.0
 
 
 def score(response: str, gold) -> tuple[float, float]:
     """(format, accuracy), each 0.0 or 1.0. Format: a closed, non-empty box whose content parses."""
-    answer = (final_answer(response) or "").strip()
-    return (float(_readable(answer)), float(_matches(answer, gold))) if answer else (0.0, 0.0)
+    return _score((final_answer(response) or "").strip(), gold)
+
+
+def _score(answer: str, gold, patience: float = 0.0) -> tuple[float, float]:
+    return (float(_readable(answer)), float(_matches(answer, gold, patience))) if answer else (0.0, 0.0)
 
 
 def _readable(answer: str) -> bool:
@@ -2101,17 +2106,22 @@ def _readable(answer: str) -> bool:
 
 
 def score_all(responses: list[str], golds: list) -> list[tuple[float, float]]:
-    """score of each pair, in order. Long lists are spread over the cores, except for what is quicker done than sent."""
-    pairs = list(zip(responses, golds, strict=True))
+    """score of each pair, in order. Long lists are spread over the cores, except for what is quicker done than sent.
+
+    Unlike `score` it waits for a worker that is still starting or gets little processor time, so that a run's rewards do
+    not depend on what else the machine is doing; the worker's own limit, CLOCK seconds of processor time, holds all the same.
+    """
+    if len(responses) != len(golds):
+        raise ValueError(f"{len(responses)} responses for {len(golds)} golds")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     answers = [(final_answer(response) or "").strip() for response in responses]
     hard = [k for k, answer in enumerate(answers) if 0 < len(answer) <= MAX_TEXT and not _INTEGER.fullmatch(answer)]
     scores = {}
     if cores > 1 and len(hard) >= WORTH_SPREADING:
         with ThreadPoolExecutor(cores) as threads:
-            replies = threads.map(lambda k: _ask_worker(answers[k], _golds(golds[k]), patience=20.0), hard)
+            replies = threads.map(lambda k: _ask_worker(answers[k], _golds(golds[k]), PATIENCE), hard)
             scores = {k: tuple(reply or (float(_readable(answers[k])), 0.0)) for k, reply in zip(hard, replies)}
-    return [scores[k] if k in scores else score(*pair) for k, pair in enumerate(pairs)]
+    return [scores.get(k) or _score(answer, golds[k], PATIENCE) for k, answer in enumerate(answers)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the worker
@@ -2180,7 +2190,7 @@ atexit.register(_end_workers)
 
 
 def _ask_worker(answer: str, golds: list[str], patience: float = 0.0) -> list | None:
-    """[format, accuracy] as a worker sees it, None without an answer in CLOCK seconds (plus patience for its start)."""
+    """[format, accuracy] as a worker sees it, None without an answer in CLOCK seconds (plus patience)."""
     deadline, slots = time.monotonic() + CLOCK, _slots
     if not slots.acquire(timeout=CLOCK + patience):
         return None
@@ -2191,7 +2201,7 @@ def _ask_worker(answer: str, golds: list[str], patience: float = 0.0) -> list | 
             worker = _Worker()
         reply = None
         if worker.starts(deadline + patience) and (patience or deadline - time.monotonic() > CLOCK / 2):
-            reply = worker.ask([answer, golds], time.monotonic() + CLOCK if patience else deadline)
+            reply = worker.ask([answer, golds], time.monotonic() + CLOCK + patience if patience else deadline)
             alive = reply is not None
         else:
             alive = worker.process.poll() is None        # it started too late for this answer, not for the next
@@ -2210,13 +2220,13 @@ def _work() -> None:
     """The worker's side."""
     global _IN_WORKER
     _IN_WORKER = True
+    for number in (signal.SIGINT, signal.SIGTERM):       # meant for its parent, which may have answers yet to grade
+        signal.signal(number, signal.SIG_IGN)
     import sympy  # noqa: F401  before the limit and before "ready", so that the clock measures only the work
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     print("ready", flush=True)
     for line in sys.stdin:
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(spent.ru_utime + spent.ru_stime) + 2  # ends it if its parent was killed meanwhile
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        signal.setitimer(signal.ITIMER_PROF, CLOCK)      # of processor time: the signal it sends ends this process
         answer, golds = json.loads(line)
         print(json.dumps([float(_readable(answer)), float(any(_decide(answer, gold) for gold in golds))]), flush=True)
 
