@@ -123,7 +123,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "k
 def make_parser(defaults: dict) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python edge_grpo.py [flags]", allow_abbrev=False)
-    parser.error = wrong_flag
+    parser.error = engine.wrong_flag
     for f in fields(Flags):
         value = defaults.get(f.name, f.default if f.name not in LISTS else f.default_factory())
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -137,11 +137,6 @@ def make_parser(defaults: dict) -> argparse.ArgumentParser:
             options.update(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
-
-
-def wrong_flag(message: str):
-    """argparse's complaint as one sentence, without the page of usage before it."""
-    raise UserError(f"{message} (--help lists every flag)")
 
 
 def parse_flags(argv: list[str]) -> Flags:

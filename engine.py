@@ -322,6 +322,11 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     return model.to(device).eval()
 
 
+def wrong_flag(message: str):
+    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it."""
+    raise UserError(f"{message} (--help lists every flag)")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: enough to say what was wrong inside one sentence."""
     if "trust_remote_code" in str(error):
@@ -752,9 +757,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 def halve_rows_on_oom(policy: Policy, work, items: list) -> list:
-    """`work(items)`; if the GPU runs out of memory, once more with half the sampler's rows."""
+    """`work(items)`, which samples; if the GPU runs out of memory, once more with half the sampler's rows."""
     try:
         return work(items)
+    except ValueError as error:                     # the sampler's own sentence, for example about logits that are NaN
+        raise UserError(str(error)) from error
     except torch.cuda.OutOfMemoryError:
         rows = max(1, min(policy.sampler.max_rows or len(items), len(items)) // 2)
     torch.cuda.empty_cache()

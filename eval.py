@@ -816,6 +816,7 @@ def ranged(kind, low, high=math.inf):
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = engine.wrong_flag
     add, natural = parser.add_argument, ranged(int, 1)
     add("--model", required=True, help="`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
     add("--tasks", nargs="+", default=list(TASKS), help="sets, tiny:STEPS[:SPLIT], JSON/JSONL files [the paper's five]")
@@ -852,6 +853,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def parse_runs(command: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"eval.py {command}", allow_abbrev=False)
+    parser.error = engine.wrong_flag
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of edge_grpo.py, or of results of eval.py")
     if command == "plot":
         parser.add_argument("--out", default="figures", help="folder of the PNGs [figures]")

@@ -297,9 +297,7 @@ def test_a_wrong_evaluation(tmp_path, capfd, flags, holds):
 
 @pytest.mark.parametrize("flags", EVAL_FLAGS)
 def test_a_wrong_flag_of_an_evaluation(capfd, flags):
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main(flags.split())
-    assert stop.value.code == 2 and "error: " in capfd.readouterr().err.splitlines()[-1]
+    the_sentence(capfd, evaluation.main, flags.split())
 
 
 def test_the_tables_hold_at_least_forty_errors():
