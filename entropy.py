@@ -76,7 +76,7 @@ def check_output_layer(model: torch.nn.Module) -> None:
 
 def default_chunk(hidden: torch.Tensor) -> int:
     """Vocabulary entries per block: small enough for the cache on a CPU, large enough to fill a GPU."""
-    budget = 2 ** 26 if hidden.is_cuda else 2 ** 21     # numbers in a block of logits and its part of the gradient
+    budget = 2 ** 26 if hidden.is_cuda else 2 ** 22     # numbers in a block of logits and its part of the gradient
     return max(64, budget // max(sum(hidden.shape), 1))
 
 
