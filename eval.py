@@ -601,12 +601,17 @@ def read_run(path: Path) -> Run:
 
 def final_scores(run: Run) -> dict[str, dict]:
     """Numbers by task: of eval.py's results where there are any (their first temperature), else of the last evaluation
-    during training. Never the best of several steps."""
+    during training. Never the best of several steps. A task that eval.py measured in two ways has a column for each."""
     last = max((e["step"] for e in run.evals), default=None)
     found = {e["task"]: e for e in run.evals if e["step"] == last}
+    measured = []
     for summary in run.summaries:
         temperature, result = next(iter(summary["results"].items()))
-        found.update((task, {**s, "temperature": float(temperature)}) for task, s in result["tasks"].items())
+        measured += [(task, {**s, "temperature": float(temperature)}) for task, s in result["tasks"].items()]
+    times = Counter(task for task, _ in measured)
+    for task, s in measured:
+        found.pop(task, None)
+        found[f"{task} (n = {s['n']}, T = {s['temperature']:g})" if times[task] > 1 else task] = s
     return found
 
 
@@ -621,7 +626,8 @@ def comparison(runs: list[Run]) -> str:
     if not tasks:
         raise UserError("nothing to compare: no run has an evals.jsonl or an eval/ folder of `eval.py --out RUN/eval`")
     common = [t for t in tasks if all(t in found for found in scored.values())]
-    pool = list(TASKS) if set(TASKS) <= set(common) else common
+    in_two_ways = any(t.endswith(")") for t in common)
+    pool = list(TASKS) if set(TASKS) <= set(common) else [] if in_two_ways else common
     rows = []
     for label, alike in group(runs, lambda r: r.label).items():
         found = [scored[id(r)] for r in alike]
@@ -631,18 +637,42 @@ def comparison(runs: list[Run]) -> str:
         rows.append([label, f"{len(alike)} ({seeds})", *(mean_std(c, len(alike)) for c in columns)])
     below = ["Accuracy in percent at the last step: mean ± standard deviation over seeds. Average over all problems of "
              f"{', '.join(pool) or 'the tasks that every run has (there is none)'}.", "", *notes(runs, scored, tasks)]
-    return "\n".join([markdown(["method", "n (seeds)", "average", *tasks], rows), "", *below])
+    return "\n".join([markdown(["method", "n (seeds)", "average", *tasks], rows), "", *below, "", training_table(runs)])
+
+
+TRAINING = {"mixed_groups": "mixed, sampled", "mixed_groups_corrected": "mixed, corrected", "advantage_variance": "var A",
+            "advantage_variance_eda": "var Â", "entropy_sampled": "entropy, sampled", "entropy": "entropy, trained on",
+            "accuracy": "accuracy, sampled", "self_reflection": "self-reflection"}
+
+
+def training_table(runs: list[Run]) -> str:
+    """Methods x metrics of training in Markdown: the mean over all steps, then mean ± std over seeds; and seconds."""
+    rows = []
+    for label, alike in group([r for r in runs if r.metrics], lambda r: r.label).items():
+        columns = [[statistics.fmean(values) for r in alike if (values := known(r.metrics, key))] for key in TRAINING]
+        seconds = [sum(v for line in r.metrics for k, v in line.items() if k.startswith("seconds_")) for r in alike]
+        rows.append([label, *(mean_std(c, len(alike), 1, 3) for c in columns), mean_std(seconds, len(alike), 1, 0)])
+    if not rows:
+        return ""
+    return "\n".join([markdown(["method", *TRAINING.values(), "seconds"], rows), "", "Means over all steps of training: mean "
+                      "± standard deviation over seeds. Seconds are those of all steps together."])
+
+
+def known(lines: list[dict], key: str) -> list[float]:
+    """The values of a metric where it is defined."""
+    return [line[key] for line in lines if line.get(key) is not None]
 
 
 def micro_average(numbers: list[dict]) -> float:
     return sum(s["accuracy"] * s["problems"] for s in numbers) / sum(s["problems"] for s in numbers)
 
 
-def mean_std(values: list[float], expected: int) -> str:
+def mean_std(values: list[float], expected: int, scale: int = 100, digits: int = 2) -> str:
     if not values:
         return "–"
-    std = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.2f}{std}" + (f" (n = {len(values)})" if len(values) < expected else "")
+    std = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return mean + std + (f" (n = {len(values)})" if len(values) < expected else "")
 
 
 def notes(runs: list[Run], scored: dict, tasks: list[str]) -> list[str]:

@@ -446,6 +446,27 @@ def make_run(folder: Path, method: str, seed: int, final=(0.5,), tasks=("math",)
     return folder
 
 
+def test_a_task_measured_in_two_ways_has_two_columns_and_no_average(tmp_path):
+    run = make_run(tmp_path / "g", "grpo", 0)
+    for name, n, temperature, accuracy in (("greedy", 1, "0.0", 0.25), ("avg8", 8, "1.0", 0.5)):
+        (run / "eval" / name).mkdir(parents=True)
+        task = dict(accuracy=accuracy, stderr=0.1, problems=100, n=n)
+        (run / "eval" / name / "summary.json").write_text(json.dumps(dict(
+            model="x", seed=0, results={temperature: dict(tasks={"math": task})})))
+    scores = evaluation.final_scores(evaluation.read_run(run))
+    assert {key: s["accuracy"] for key, s in scores.items()} == {"math (n = 8, T = 1)": 0.5, "math (n = 1, T = 0)": 0.25}
+    assert cells(evaluation.comparison(evaluation.read_runs([run])).split("\n\n")[0])["grpo"][1] == "–"
+
+
+def test_training_table_averages_over_steps_then_over_seeds(tmp_path):
+    lines = lambda a, b: [dict(step=1, mixed_groups=a, entropy=None, seconds_sample=1, seconds_update=2),
+                          dict(step=2, mixed_groups=b, entropy=None, seconds_sample=3, seconds_update=4)]
+    paths = [make_run(tmp_path / "a", "grpo", 0, metrics=lines(0.0, 0.5)),
+             make_run(tmp_path / "b", "grpo", 1, metrics=lines(0.25, 0.5))]
+    row = cells(evaluation.training_table(evaluation.read_runs(paths)))["grpo"]
+    assert row[0] == "0.312 ± 0.088" and row[5] == "–" and row[-1] == "10 ± 0"
+
+
 def cells(table: str) -> dict[str, list[str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows}
