@@ -534,7 +534,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
 RUN = ("checkpoints", "final", *LOGS, "config.json")            # all that a run writes
 
 
-def open_run(flags: Flags) -> tuple[Path, dict] | None:
+def open_run(flags: Flags, problems: list[Problem]) -> tuple[Path, dict] | None:
     """Make, clear or reopen the run's folder; returns the checkpoint to go on from. Only the main process writes."""
     out, found = Path(flags.out), None
     if engine.is_main():
@@ -544,7 +544,7 @@ def open_run(flags: Flags) -> tuple[Path, dict] | None:
                             "or another --out")
         if flags.overwrite:
             clear_run(out)
-        found = find_checkpoint(flags, out) if flags.resume else None
+        found = find_checkpoint(flags, problems, out) if flags.resume else None
         out.mkdir(parents=True, exist_ok=True)
         for name in LOGS:                       # what was logged after the checkpoint will be logged again
             with open(out / name, "ab") as f:
@@ -552,11 +552,11 @@ def open_run(flags: Flags) -> tuple[Path, dict] | None:
     return engine.gather(found)[0]
 
 
-def find_checkpoint(flags: Flags, out: Path) -> tuple[Path, dict] | None:
+def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[Path, dict] | None:
     """--resume: the newest whole checkpoint of the same run, None if it was ended before its first."""
     saved = engine.checkpoint_folders(out / "checkpoints")
     if saved or (out / "config.json").exists():
-        check_same_run(flags, out)
+        check_same_run(flags, problems, out)
     found = engine.newest_checkpoint(out / "checkpoints")
     if not found and (saved or (out / "final").exists()):
         raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with --overwrite")
@@ -575,10 +575,16 @@ def clear_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def check_same_run(flags: Flags, out: Path) -> None:
-    """UserError if --resume is given with flags that would make it another run."""
+def fingerprint(problems: list[Problem]) -> str:
+    """Changes with any question, gold answer or solution."""
+    return blake2b(repr([(p.question, p.answers, p.solution) for p in problems]).encode(), digest_size=16).hexdigest()
+
+
+def check_same_run(flags: Flags, problems: list[Problem], out: Path) -> None:
+    """UserError if --resume is given with flags or data that would make it another run."""
     try:
-        before = dict(json.loads((out / "config.json").read_text())["flags"])
+        config = json.loads((out / "config.json").read_text())
+        before, same_data = dict(config["flags"]), config["problems_fingerprint"] == fingerprint(problems)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / 'config.json'}: cannot be read; start again with --overwrite") from error
     now = json.loads(json.dumps(asdict(flags)))
@@ -586,6 +592,9 @@ def check_same_run(flags: Flags, out: Path) -> None:
                if k not in MAY_CHANGE_ON_RESUME and before.get(k) != now[k]]
     if changed:
         raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, or another --out")
+    if not same_data:
+        raise UserError(f"--resume {out}: --data {flags.data} has other problems than when the run was started; put them back, or "
+                        "start again with --overwrite")
 
 
 def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
@@ -597,7 +606,7 @@ def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], l
                   versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
                   device=f"{policy.device.type}: {device}", processes=engine.world_size(), threads=torch.get_num_threads(),
                   parameters=sum(p.numel() for p in policy.model.parameters()), problems=len(problems),
-                  problems_left_out=left_out)
+                  problems_fingerprint=fingerprint(problems), problems_left_out=left_out)
     path = Path(flags.out) / "config.json"
     path.with_name(".config.json.unfinished").write_text(json.dumps(config, indent=1) + "\n")
     path.with_name(".config.json.unfinished").replace(path)
@@ -715,7 +724,7 @@ def train(flags: Flags) -> int:
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
     tasks = load_tasks(flags)
-    checkpoint = open_run(flags)
+    checkpoint = open_run(flags, problems)
     reference = engine.frozen_copy(policy.model) if flags.kl else None
     trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), weight_decay=flags.weight_decay,
                              offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)

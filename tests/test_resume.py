@@ -415,6 +415,14 @@ def test_resume_with_flags_of_another_run_is_refused(copy, capsys, flag):
     assert fingerprint(copy) == before
 
 
+def test_resume_with_other_problems_under_the_same_name_is_refused(copy, capsys, monkeypatch):
+    load = edge_grpo.data.load
+    monkeypatch.setattr(edge_grpo.data, "load", lambda *argv: load(*argv)[::-1])
+    assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "other problems" in said
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", '{"flags": 3}', '{"flags": {}}', '{"fl'])
 def test_resume_without_a_readable_config_is_refused(copy, capsys, text):
     if text is None:
