@@ -764,7 +764,7 @@ def train(flags: Flags) -> int:
         if bad_steps:
             say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are ({bad_steps} in a row)")
         line = dict(step=step + 1, **stats, lr=lr, **measure(responses, corrected, A, A_hat, P, flags),
-                    **timings(clock, corrected, policy))
+                    **timings(clock, responses, corrected, policy))
         append(out / "metrics.jsonl", [line])
         append(out / "samples.jsonl", readable(step + 1, responses, corrected, A, A_hat, P))
         progress.show(line)
@@ -811,10 +811,13 @@ def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
 
 
-def timings(clock: Clock, corrected: list[Response], policy: engine.Policy) -> dict:
+def timings(clock: Clock, responses: list[Response], corrected: list[Response], policy: engine.Policy) -> dict:
     """Seconds by phase, sampled tokens per second of sampling and correcting, and peak memory so far."""
     seconds = {f"seconds_{k}": clock.seconds[k] for k in ("sample", "grade", "correct", "update")}
-    sampled = sum(len(r.injected) - sum(r.injected) for r in corrected)
+    sampled = sum(not x for r in responses for x in r.injected)
+    for r, c in zip(responses, corrected):
+        if c.correction == "reflect":               # what the policy added behind the tokens that were kept
+            sampled += sum(not x for x in c.injected) - (len(r.ids) - r.finished)
     return dict(tokens_per_second=sampled / (clock.seconds["sample"] + clock.seconds["correct"]), **seconds,
                 peak_memory_gib=engine.peak_memory(policy.device))
 

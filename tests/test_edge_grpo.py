@@ -375,6 +375,19 @@ def test_mixed_groups_and_variances():
     assert eg.mean_variance(torch.ones(3, 1)) == 0
 
 
+def test_tokens_per_second_counts_what_was_sampled_and_nothing_else(policy):
+    flags, rows = flags_of(), wrong_and_right(policy)
+    corrected = eg.correct_errors(policy, rows, flags, step=3)
+    clock = eg.Clock()
+    clock.seconds = dict(sample=3.0, grade=0.0, correct=1.0, update=0.0)
+    added = 0
+    for r, c in zip(rows, corrected):
+        if c.correction == "reflect":
+            added += len(c.ids) - (len(r.ids) - r.finished) - len(policy.encode(eg.REFLECT))
+    expected = (sum(len(r.ids) for r in rows) + added) / 4
+    assert eg.timings(clock, rows, corrected, policy)["tokens_per_second"] == expected
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 def test_method_rows_and_overrides():
