@@ -351,13 +351,9 @@ class Graphs:
             self.replay[rows] = self._record(step) if self.pool else step
 
     def _record(self, step):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()                                            # libraries allocate at their first call
-        torch.cuda.current_stream().wait_stream(side)
+        step()                                                # libraries allocate at their first call
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):     # NCCL has its own thread
             step()
         return graph.replay
 
@@ -499,7 +495,16 @@ class Sampler:
         return rows
 
     def _sample_in_slots(self, waiting: deque[Row], rule: Rule) -> None:
-        slots = self._open(waiting, rule)
+        try:
+            self._fill(self._open(waiting, rule), waiting, rule)
+        except BaseException:       # say out of memory: the next call must find neither these rows nor their cache
+            self.release()
+            raise
+        if not self.fixed:
+            self.release()
+
+    def _fill(self, slots: Slots, waiting: deque[Row], rule: Rule) -> None:
+        """Draws the waiting rows, each in a slot of its own as soon as one is free."""
         most = len(slots.index)
         while waiting or slots.rows:
             free = most - len(slots.rows)
@@ -513,8 +518,6 @@ class Sampler:
                 slots.make_room(most if waiting else len(slots.rows))
                 decode(self.model, slots, rule, len(slots.rows), max(slots.lengths))
             slots.drop_finished()
-        if not self.fixed:
-            self.release()
 
     def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
         """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full

@@ -396,6 +396,26 @@ def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
     assert sampler.slots is not slots and sampler.slots.capacity >= 411
 
 
+def test_a_call_that_failed_midway_leaves_nothing_to_the_next(monkeypatch):
+    sampler = Sampler(model_of("qwen2"), set())
+    sampler.fixed = True
+    expected = ids_of(sampler.sample(PROMPTS[2:], 2, 12, 1.0, seed=3))
+    decode, calls = rollout.decode, []
+
+    def scarce(*args):
+        calls.append(args)
+        if len(calls) == 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        decode(*args)
+    with monkeypatch.context() as patch:
+        sampler.release()                                   # the recorded steps hold the decode of before
+        patch.setattr(rollout, "decode", scarce)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            sampler.sample(PROMPTS, 2, 60, 1.0, seed=3)
+    assert sampler.slots is None and not sampler.graphs     # the memory is free for a smaller try
+    assert ids_of(sampler.sample(PROMPTS[2:], 2, 12, 1.0, seed=3)) == expected
+
+
 def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch):
     """The call for the GPU, with a plain reading of its arguments in place of the kernel: packed rows, of each the used
     part. The kernel itself needs a GPU."""
