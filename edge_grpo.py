@@ -17,10 +17,12 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
@@ -29,7 +31,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
@@ -37,6 +39,7 @@ import engine
 import eval as evaluation
 import reward
 from data import Problem, UserError
+from engine import stream
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -64,21 +67,22 @@ def flag(default, help: str, low=None, high=None, choices=None):
 class Flags:
     """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
     model: str = flag("tiny", "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name")
-    data: str = flag("deepscaler-hard-1k", "training problems: a set's name, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file")
+    data: str = flag("deepscaler-hard-1k", "training problems: a set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file")
     method: str = flag("edge-grpo", "a row of flags: sets --correction, --eda and --sft", choices=list(METHODS))
-    correction: str = flag("guided", "GEC on wrong responses: none, reflect (Force-R) or guided", choices=["none", "reflect", "guided"])
+    correction: str = flag("guided", "GEC on wrong responses (reflect: Force-R)", choices=["none", "reflect", "guided"])
     eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
     sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
     eda_grad: bool = flag(False, "let the gradient flow through the entropies of EDA, as the released code does")
     eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA (default: only a tiny floor)")
     guided_probs: list[float] = flag([0.5, 0.25, 0.25], "GEC: probabilities of reflect, answer, reference", 0, 1)
-    injected_weight: float = flag(1.0, "loss weight of injected tokens: 1 trains them as if sampled (paper), 0 masks them", 0)
-    loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token, or constant (Dr. GRPO)", choices=["sequence", "token", "constant"])
+    injected_weight: float = flag(1.0, "loss weight of injected tokens: 1 as if sampled (paper), 0 masks them", 0)
+    loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token, or constant (Dr. GRPO)",
+                     choices=["sequence", "token", "constant"])
     eps_low: float = flag(0.2, "clip range of the ratio below 1", 0, 1)
     eps_high: float = flag(0.2, "clip range of the ratio above 1", 0)
     kl: float = flag(0.0, "weight of the KL penalty to the initial model, which is kept in memory only if > 0", 0)
     updates_per_rollout: int = flag(1, "optimizer updates on each rollout; above 1 the ratios differ from 1", 1)
-    format_weight: float = flag(0.0, "weight of the format reward (a closed, non-empty box); the release's is constant", 0)
+    format_weight: float = flag(0.0, "weight of the format reward (closed, non-empty box; constant in the release)", 0)
     questions_per_step: int = flag(1, "questions in a step", 1)
     group_size: int = flag(8, "responses per question, G", 1)
     steps: int = flag(1000, "training steps (rollouts)", 1)
@@ -117,15 +121,22 @@ class Flags:
 
 LISTS = {"eda_clamp": (float, ("LO", "HI")), "guided_probs": (float, ("REFLECT", "ANSWER", "REFERENCE")),
          "betas": (float, ("B1", "B2")), "eval_tasks": (str, "TASK")}
-MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "max_rows", "mirror"}
+MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "max_rows",
+                        "mirror"}
+
+
+def option(name: str) -> str:
+    """A field of Flags as it is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def make_parser(defaults: dict) -> argparse.ArgumentParser:
+    """One option for each field of Flags; `defaults` overrides some of theirs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python edge_grpo.py [flags]", allow_abbrev=False)
     parser.error = engine.wrong_flag
     for f in fields(Flags):
-        value = defaults.get(f.name, f.default if f.name not in LISTS else f.default_factory())
+        value = defaults.get(f.name, getattr(Flags(), f.name))
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         options = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
         if f.name in LISTS:
@@ -134,8 +145,9 @@ def make_parser(defaults: dict) -> argparse.ArgumentParser:
         elif f.type is bool:
             options.update(action=argparse.BooleanOptionalAction)
         else:
-            options.update(type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+            choices = f.metadata["choices"]
+            options.update(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+        parser.add_argument(option(f.name), **options)
     return parser
 
 
@@ -153,9 +165,9 @@ def parse_flags(argv: list[str]) -> Flags:
 def check_flags(flags: Flags) -> None:
     """UserError for a value out of range or flags in conflict."""
     for f in fields(Flags):
-        value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], "--" + f.name.replace("_", "-")
+        value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], option(f.name)
         for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, float) and not abs(v) < float("inf"):
+            if isinstance(v, float) and not math.isfinite(v):
                 raise UserError(f"{name} {v}: must be a finite number")
             if low is not None and v < low or high is not None and v > high:
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -174,7 +186,8 @@ def check_flags(flags: Flags) -> None:
     if flags.eda_grad and flags.updates_per_rollout > 1:
         raise UserError("--eda-grad is defined for one update per rollout: set --updates-per-rollout 1")
     if flags.sft and (flags.correction != "none" or flags.eda):
-        raise UserError("--sft samples nothing, so there is nothing to correct or weigh: use --correction none --no-eda")
+        raise UserError("--sft samples nothing, so there is nothing to correct or weigh: use --correction none "
+                        "--no-eda")
     if flags.sft and flags.kl:
         raise UserError("--sft has no KL penalty: set --kl 0")
     if flags.resume and flags.overwrite:
@@ -200,19 +213,16 @@ class Response:
     entropy: Tensor | None = None           # (T,) the trainer's token entropies before the update
 
 
-def stream(*key) -> int:
-    """A 63-bit number that depends on `key` alone: every random choice of a run is a function of (seed, step, what, row),
-    so nothing random needs to be saved, and the number of processes changes nothing."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
+# Every random choice of a run is `stream` of (seed, step, what, row), so nothing random needs to be saved, and the
+# number of processes changes nothing.
 
 def batch_of_problems(problems: list[Problem], flags: Flags, step: int) -> list[Problem]:
     """The problems of a step: consecutive items of an endless sequence of shuffled epochs."""
     batch = []
     for k in range(step * flags.questions_per_step, (step + 1) * flags.questions_per_step):
         epoch, i = divmod(k, len(problems))
-        order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch)))
-        batch.append(problems[order[i]])
+        shuffling = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch))
+        batch.append(problems[torch.randperm(len(problems), generator=shuffling)[i]])
     return batch
 
 
@@ -222,15 +232,15 @@ def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: i
     for problem in problems:
         prompt = policy.prompt_ids(problem.question)
         responses += [Response(problem, prompt, [], [], []) for _ in range(flags.group_size)]
-    extend(policy, responses, [flags.max_new_tokens] * len(responses), flags, (step, "sample"))
+    extend(policy, responses, flags.max_new_tokens, flags, (step, "sample"))
     return responses
 
 
-def extend(policy: engine.Policy, responses: list[Response], limits: list[int], flags: Flags, key: tuple) -> None:
-    """Let the policy continue each response in place, by at most `limits` tokens; rows are spread over the processes."""
+def extend(policy: engine.Policy, responses: list[Response], limit: int, flags: Flags, key: tuple) -> None:
+    """Let the policy continue each response in place, by at most `limit` tokens; rows are spread over the processes."""
     context = getattr(policy.model.config, "max_position_embeddings", None) or 10**9
     requests = []
-    for row, (r, limit) in enumerate(zip(responses, limits)):
+    for row, r in enumerate(responses):
         ids = r.prompt + r.ids
         requests.append((ids, max(0, min(limit, context - len(ids))), stream(flags.seed, *key, row)))
 
@@ -260,8 +270,8 @@ def grade(policy: engine.Policy, responses: list[Response]) -> None:
         r.text = policy.decode(r.ids)
     texts = [(r.text, list(r.problem.answers)) for r in new]
     scores = engine.spread(texts, lambda mine: reward.score_all([t for t, _ in mine], [g for _, g in mine]))
-    for r, (r.format, r.accuracy) in zip(new, scores):
-        pass
+    for r, (well_formed, accuracy) in zip(new, scores):
+        r.format, r.accuracy = well_formed, accuracy
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
@@ -288,17 +298,20 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 TINY_FLOOR = 1e-4        # of the relative entropy, so that a response of one repeated token cannot blow up the step
 
 
-def score(model, policy: engine.Policy, responses: list[Response], flags: Flags) -> list[tuple[Tensor, Tensor]]:
+def score(model: nn.Module, policy: engine.Policy, responses: list[Response],
+          flags: Flags) -> list[tuple[Tensor, Tensor]]:
     """(logp (T,), entropy (T,)) of each response under `model`, at the temperature it was sampled with; no gradient."""
-    return engine.response_logprobs(model, [r.prompt for r in responses], [r.ids for r in responses],
-                                    1.0 if flags.sft else flags.temperature, policy.vocab_size, flags.micro_batch_tokens)
+    temperature = 1.0 if flags.sft else flags.temperature
+    return engine.response_logprobs(model, [r.prompt for r in responses], [r.ids for r in responses], temperature,
+                                    policy.vocab_size, flags.micro_batch_tokens)
 
 
 def score_tokens(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
     """The scoring pass: log-probability and entropy of every token under the policy before the update."""
     new = list({id(r): r for r in responses if r.logp is None}.values())
-    for r, (r.logp, r.entropy) in zip(new, engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))):
-        pass
+    scored = engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))
+    for r, (logp, entropy) in zip(new, scored):
+        r.logp, r.entropy = logp, entropy
 
 
 def response_entropy(responses: list[Response], group_size: int) -> Tensor:
@@ -307,11 +320,12 @@ def response_entropy(responses: list[Response], group_size: int) -> Tensor:
     return torch.stack(P).view(-1, group_size)
 
 
-def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor, clamp=None) -> Tensor:
+def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
+                              clamp: tuple[float, float] | list[float] | None = None) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
-    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` = (lo, hi) bounds P^; without it there
-    is only a tiny floor. A group without any entropy keeps its advantages.
+    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` = (lo, hi) bounds P^; without it
+    there is only a tiny floor. A group without any entropy keeps its advantages.
     """
     mean = response_entropy.mean(dim=1, keepdim=True)
     relative = torch.where(mean > 0, response_entropy / mean.clamp(min=1e-30), torch.ones_like(response_entropy))
@@ -353,7 +367,8 @@ def replaced(response: Response, branch: str, policy: engine.Policy) -> Response
         text = REFLECT if branch == "reflect" else ANSWER.format(data.gold_text(response.problem))
     added = policy.encode(text) + ([] if branch == "reflect" else [policy.end_id])
     return Response(response.problem, response.prompt, response.ids[:kept] + added,
-                    response.injected[:kept] + [True] * len(added), response.logprobs[:kept] + [float("nan")] * len(added),
+                    response.injected[:kept] + [True] * len(added),
+                    response.logprobs[:kept] + [float("nan")] * len(added),
                     finished=branch != "reflect", correction=branch)
 
 
@@ -366,7 +381,7 @@ def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flag
         if r.accuracy == 0 and branch:
             corrected[row] = replaced(r, branch, policy)
     reflected = [r for r in corrected if r.correction == "reflect"]
-    extend(policy, reflected, [flags.correction_tokens] * len(reflected), flags, (step, "reflect"))
+    extend(policy, reflected, flags.correction_tokens, flags, (step, "reflect"))
     if flags.max_corrected_tokens:
         for r in corrected:
             cut(r, flags.max_corrected_tokens)
@@ -389,10 +404,11 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps_lo
 
 
 def token_weights(lengths: list[int], reduction: str, longest: int) -> list[float]:
-    """Weight of each token of row i in the step's loss: sequence 1/(B |o_i|), token 1/sum_j |o_j|, constant 1/(B longest).
-    """
+    """Weight in the step's loss of each token of row i: sequence 1/(B |o_i|), token 1/sum_j |o_j|, constant
+    1/(B longest)."""
     B, total = len(lengths), max(sum(lengths), 1)
-    return [{"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[reduction] for n in lengths]
+    return [{"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[reduction]
+            for n in lengths]
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low: float = 0.2,
@@ -414,15 +430,15 @@ def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
 
 
 def entropy_gradient(A: Tensor, P: Tensor, row_weights: Tensor, flags: Flags) -> Tensor:
-    """--eda-grad: dL/dP_i, (Q, G), of L = -sum_i w_i A^_i(P): the loss where every ratio is 1, w_i a row's weight in it."""
+    """--eda-grad: dL/dP_i, (Q, G), of L = -sum_i w_i A^_i(P), the loss where every ratio is 1; w_i: a row's weight."""
     P = P.clone().requires_grad_()
     loss = -(row_weights * entropy_driven_advantages(A, P, flags.eda_clamp or None)).sum()
     return torch.autograd.grad(loss, P)[0]
 
 
-def update(trainer: engine.Trainer, reference, responses: list[Response], A: Tensor, A_hat: Tensor, P: Tensor,
-           flags: Flags, lr: float) -> dict:
-    """The step's optimizer updates on all B responses; the gradient does not depend on how they fall into micro-batches.
+def update(trainer: engine.Trainer, reference: nn.Module | None, responses: list[Response], A: Tensor, A_hat: Tensor,
+           P: Tensor, flags: Flags, lr: float) -> dict:
+    """The step's optimizer updates on all B responses; the gradient does not depend on the cut into micro-batches.
 
     Each row gets its weight in the whole step's loss first; micro-batches and processes then only add up.
     Returns loss and gradient norm (means over the updates) and how many updates were skipped as not finite.
@@ -443,8 +459,8 @@ def update(trainer: engine.Trainer, reference, responses: list[Response], A: Ten
     losses, norms, bad = [], [], 0
     for _ in range(flags.updates_per_rollout):
         loss = engine.halve_batch_on_oom(trainer, lambda: gradients(trainer, mine, columns, flags))
-        norm = trainer.step(lr, flags.grad_clip) if loss == loss and abs(loss) < float("inf") else trainer.skip()
-        losses, norms, bad = losses + [loss], norms + [norm], bad + (not abs(norm) < float("inf"))
+        norm = trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip()
+        losses, norms, bad = losses + [loss], norms + [norm], bad + (not math.isfinite(norm))
     return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped_updates": bad}
 
 
@@ -455,7 +471,8 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
                                    trainer.micro_batch_tokens, policy.device)
     for batch, last in trainer.in_step(batches):
         temperature = 1.0 if flags.sft else flags.temperature
-        logp, entropy = trainer.scorer(batch.ids, batch.rows, batch.columns, temperature, policy.vocab_size, flags.eda_grad)
+        logp, entropy = trainer.scorer(batch.ids, batch.rows, batch.columns, temperature, policy.vocab_size,
+                                       flags.eda_grad)
         column = {name: batch.flat(values) for name, values in columns.items()}         # each (N,)
         if flags.sft:
             token_loss = -logp
@@ -474,7 +491,7 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------
 
-def mean(values) -> float | None:
+def mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
 
@@ -489,8 +506,9 @@ def mean_variance(values_QG: Tensor) -> float:
     return values_QG.var(dim=1).mean().item() if values_QG.shape[1] > 1 else 0.0
 
 
-def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, P: Tensor, flags: Flags) -> dict:
-    """What a step did, as one flat dict (the keys of metrics.jsonl). `responses` as sampled, `corrected` as trained on."""
+def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, P: Tensor,
+            flags: Flags) -> dict:
+    """What a step did, as one flat dict (keys of metrics.jsonl). `responses` as sampled, `corrected` as trained on."""
     r_QG = rewards(corrected, flags)
     count = {b: sum(r.correction == b for r in corrected) for b in BRANCHES}
     m = dict(reward=r_QG.mean().item(), accuracy=mean(r.accuracy for r in responses),
@@ -504,9 +522,10 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
              self_reflection=mean(REFLECT.strip() in r.text for r in responses),
              over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
              logprob_gap=logprob_gap(responses) if flags.top_p == 1 else None)
-    if flags.sft:                                # nothing was sampled, so what describes samples and groups is undefined
-        for key in ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected", "advantage_variance",
-                    "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated", "self_reflection", "logprob_gap"):
+    if flags.sft:                               # nothing was sampled, so what describes samples and groups is undefined
+        for key in ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
+                    "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
+                    "self_reflection", "logprob_gap"):
             m[key] = None
     return m
 
@@ -517,10 +536,11 @@ def logprob_gap(responses: list[Response]) -> float | None:
     return torch.cat([(a - b).abs() for a, b in sampled]).nanmean().item() if sampled else None
 
 
-def readable(step: int, responses, corrected, A: Tensor, A_hat: Tensor, P: Tensor) -> list[dict]:
+def readable(step: int, responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor,
+             P: Tensor) -> list[dict]:
     """The rows of samples.jsonl: each rollout as text, before and after correction."""
     rows = []
-    for r, c, a, a_hat, p in zip(responses, corrected, A.flatten().tolist(), A_hat.flatten().tolist(), P.flatten().tolist()):
+    for r, c, a, a_hat, p in zip(responses, corrected, *(x.flatten().tolist() for x in (A, A_hat, P))):
         row = dict(step=step, source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
         if c is not r:
             row.update(correction=c.correction, corrected=c.text, accuracy_corrected=c.accuracy)
@@ -540,8 +560,8 @@ def open_run(flags: Flags, problems: list[Problem]) -> tuple[Path, dict] | None:
     if engine.is_main():
         started = [name for name in RUN if (out / name).exists()]
         if started and not (flags.resume or flags.overwrite):
-            raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete it, "
-                            "or another --out")
+            raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete "
+                            "it, or another --out")
         if flags.overwrite:
             clear_run(out)
         found = find_checkpoint(flags, problems, out) if flags.resume else None
@@ -559,19 +579,20 @@ def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[P
         check_same_run(flags, problems, out)
     found = engine.newest_checkpoint(out / "checkpoints")
     if not found and (saved or (out / "final").exists()):
-        raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with --overwrite")
+        raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with "
+                        "--overwrite")
     for name, size in found[1]["logs"].items() if found else []:
         if not (out / name).exists() or (out / name).stat().st_size < size:
-            raise UserError(f"--resume {out}: {name} is shorter than when {found[0].name} was saved; put it back, or start again "
-                            "with --overwrite")
+            raise UserError(f"--resume {out}: {name} is shorter than when {found[0].name} was saved; put it back, or "
+                            "start again with --overwrite")
     return found
 
 
 def clear_run(out: Path) -> None:
-    """Delete what a run writes, and nothing else that may stand in the folder; config.json, which names the run, last."""
+    """Delete what a run writes, and nothing else that stands in the folder; config.json, which names the run, last."""
     for name in RUN:
         if (out / name).is_dir():
-            engine.delete_folder(out / name)
+            shutil.rmtree(out / name)
         (out / name).unlink(missing_ok=True)
 
 
@@ -588,28 +609,30 @@ def check_same_run(flags: Flags, problems: list[Problem], out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / 'config.json'}: cannot be read; start again with --overwrite") from error
     now = json.loads(json.dumps(asdict(flags)))
-    changed = [f"--{k.replace('_', '-')} was {before.get(k)}, is {now[k]}" for k in now
+    changed = [f"{option(k)} was {before.get(k)}, is {now[k]}" for k in now
                if k not in MAY_CHANGE_ON_RESUME and before.get(k) != now[k]]
     if changed:
-        raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, or another --out")
+        raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, "
+                        "or another --out")
     if not same_data:
-        raise UserError(f"--resume {out}: --data {flags.data} has other problems than when the run was started; put them back, or "
-                        "start again with --overwrite")
+        raise UserError(f"--resume {out}: --data {flags.data} has other problems than when the run was started; put "
+                        "them back, or start again with --overwrite")
 
 
 def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
     """config.json: every flag, versions, commit, device: what is needed to run it again."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else platform.processor() or platform.machine()
+    processor = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else processor
+    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit.stdout.strip() or "unknown",
-                  versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
-                  device=f"{policy.device.type}: {device}", processes=engine.world_size(), threads=torch.get_num_threads(),
-                  parameters=sum(p.numel() for p in policy.model.parameters()), problems=len(problems),
-                  problems_fingerprint=fingerprint(problems), problems_left_out=left_out)
-    path = Path(flags.out) / "config.json"
-    path.with_name(".config.json.unfinished").write_text(json.dumps(config, indent=1) + "\n")
-    path.with_name(".config.json.unfinished").replace(path)
+                  versions=versions, device=f"{policy.device.type}: {device}", processes=engine.world_size(),
+                  threads=torch.get_num_threads(), parameters=sum(p.numel() for p in policy.model.parameters()),
+                  problems=len(problems), problems_fingerprint=fingerprint(problems), problems_left_out=left_out)
+    unfinished = Path(flags.out) / ".config.json.unfinished"
+    unfinished.write_text(json.dumps(config, indent=1) + "\n")
+    unfinished.replace(Path(flags.out) / "config.json")
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -619,7 +642,7 @@ def append(path: Path, rows: list[dict]) -> None:
             f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
 
 
-def finite(value):
+def finite(value: object) -> object:
     """None for NaN and infinities, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -630,12 +653,14 @@ def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], l
     needs_solution = flags.sft or branch_probabilities(flags)[2] > 0
     for p in problems if needs_solution else []:
         if not p.solution or not p.solution.strip():
-            raise UserError(f"{p.source}: has no reference solution, which {'--sft' if flags.sft else 'the third of --guided-probs'} "
-                            "needs; use data with solutions, or --correction reflect or none, or --guided-probs .67 .33 0")
+            needed_by = "--sft" if flags.sft else "the third of --guided-probs"
+            raise UserError(f"{p.source}: has no reference solution, which {needed_by} needs; use data with solutions, "
+                            "or --correction reflect or none, or --guided-probs .67 .33 0")
     too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > flags.max_prompt_tokens}
     kept = [p for p in problems if p.source not in too_long]
     if not kept:
-        raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens {flags.max_prompt_tokens}")
+        raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
+                        f"{flags.max_prompt_tokens}")
     return kept, sorted(too_long)
 
 
@@ -644,8 +669,8 @@ def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], l
 class Stop:
     """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
 
-    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one means
-    nothing; and it ends the processes itself, after --shutdown-timeout seconds.
+    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one
+    means nothing; and it ends the processes itself, after --shutdown-timeout seconds.
     """
 
     def __init__(self):
@@ -653,7 +678,7 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
-    def ask(self, number, frame):
+    def ask(self, number: int, frame) -> None:
         if self.signal:
             return
         self.signal, note = number, b"\nfinishing the step, then saving"
@@ -690,8 +715,10 @@ def evaluate(policy: engine.Policy, tasks: dict[str, list[Problem]], flags: Flag
         s = evaluation.summarize(records)
         append(Path(flags.out) / "evals.jsonl", [dict(
             step=step, task=task, accuracy=s["accuracy"], stderr=s["stderr"], problems=s["problems"], n=flags.eval_n,
-            temperature=flags.eval_temperature, mean_length=s["mean_length"], format=s["format"], truncated=s["truncated"])])
-        say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} ({s['problems']} problems)")
+            temperature=flags.eval_temperature, mean_length=s["mean_length"], format=s["format"],
+            truncated=s["truncated"])])
+        say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} "
+            f"({s['problems']} problems)")
 
 
 def say(line: str) -> None:
@@ -713,15 +740,17 @@ class Progress:
         text += f", {line['tokens_per_second']:.0f} tok/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.bar.disable and (line["step"] % max(1, self.steps // 20) == 0 or line["step"] in (self.first + 1, self.steps)):
-            pace = (time.perf_counter() - self.started) / (line["step"] - self.first)
-            say(f"step {line['step']}/{self.steps}: {text}, {pace * (self.steps - line['step']) / 60:.1f} min left")
+        step = line["step"]
+        if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
+            pace = (time.perf_counter() - self.started) / (step - self.first)
+            say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
 
 
 def train(flags: Flags) -> int:
     """The whole run; returns the exit code."""
     say(preflight(flags))
-    policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None, flags.trust_remote_code)
+    policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None,
+                                flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
     tasks = load_tasks(flags)
     checkpoint = open_run(flags, problems)
@@ -732,7 +761,7 @@ def train(flags: Flags) -> int:
     if checkpoint:
         engine.load_checkpoint(trainer, *checkpoint)
         first_step, bad_steps = checkpoint[1]["step"], checkpoint[1]["bad_steps"]
-        engine.prune(out / "checkpoints", first_step, keep(flags, bad_steps))       # the run may have ended in the midst of it
+        engine.prune(out / "checkpoints", first_step, keep(flags, bad_steps))      # the run may have ended amid pruning
         say(f"going on from {checkpoint[0]}")
     elif flags.resume:
         say(f"no checkpoint in {out} yet: starting at the first step")
@@ -762,7 +791,8 @@ def train(flags: Flags) -> int:
 
         bad_steps = bad_steps + 1 if stats["skipped_updates"] else 0
         if bad_steps:
-            say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are ({bad_steps} in a row)")
+            say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are "
+                f"({bad_steps} in a row)")
         line = dict(step=step + 1, **stats, lr=lr, **measure(responses, corrected, A, A_hat, P, flags),
                     **timings(clock, responses, corrected, policy))
         append(out / "metrics.jsonl", [line])
@@ -772,10 +802,11 @@ def train(flags: Flags) -> int:
             evaluate(policy, tasks, flags, step + 1)
         stopping = max(engine.gather(stop.signal))
         if bad_steps >= flags.max_bad_steps:
-            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the last good checkpoint: {last_good(flags)}; look at --lr, "
-                            f"--eda-clamp and the last rows of {out / 'samples.jsonl'}")
-        due = flags.save_every and (step + 1) % flags.save_every == 0 and not bad_steps      # a bad step is no place to go back to
-        if stopping or due or step + 1 == flags.steps:
+            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the last good "
+                            f"checkpoint: {last_good(flags)}; look at --lr, --eda-clamp and the last rows of "
+                            f"{out / 'samples.jsonl'}")
+        due = flags.save_every and (step + 1) % flags.save_every == 0
+        if stopping or due and not bad_steps or step + 1 == flags.steps:    # a bad step is no place to go back to
             save(trainer, flags, step + 1, bad_steps)
         if stopping:
             return 128 + stopping
@@ -790,11 +821,11 @@ def preflight(flags: Flags) -> str:
     device = engine.start_processes(flags.device)
     B = 0 if flags.sft else flags.questions_per_step * flags.group_size
     rows = min(-(-B // engine.world_size()), flags.max_rows or B)
+    cuda = device.type == "cuda"
     plan = engine.memory_plan(engine.load_config(flags.model, flags.trust_remote_code), rows,
                               flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
-                              flags.micro_batch_tokens, 2 if device.type == "cuda" else 4,
-                              flags.offload_optimizer and device.type == "cuda", flags.gradient_checkpointing, engine.world_size(),
-                              flags.trust_remote_code)
+                              flags.micro_batch_tokens, 2 if cuda else 4, flags.offload_optimizer and cuda,
+                              flags.gradient_checkpointing, engine.world_size(), flags.trust_remote_code)
     if flags.kl:
         plan["reference"] = plan["weights"]
     return engine.preflight(plan, device)
@@ -805,8 +836,9 @@ def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left
     if not engine.is_main():
         return
     write_config(flags, policy, problems, left_out)
-    say(f"{flags.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f}M parameters) on {policy.device}, "
-        f"{flags.data}: {len(problems)} problems" + (f", {len(left_out)} left out (prompt too long)" if left_out else ""))
+    count = sum(p.numel() for p in policy.model.parameters())
+    say(f"{flags.model} ({count / 1e6:.1f}M parameters) on {policy.device}, {flags.data}: {len(problems)} problems"
+        + (f", {len(left_out)} left out (prompt too long)" if left_out else ""))
     say("flags: " + " ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
 
@@ -826,7 +858,8 @@ def save(trainer: engine.Trainer, flags: Flags, step: int, bad_steps: int) -> Pa
     """A checkpoint that knows how long each log was when it was written."""
     out = Path(flags.out)
     logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps), keep(flags, bad_steps))
+    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps),
+                                  keep(flags, bad_steps))
 
 
 def keep(flags: Flags, bad_steps: int) -> int:
@@ -841,8 +874,8 @@ def last_good(flags: Flags) -> str:
 
 
 @contextmanager
-def sampling(flags: Flags):
-    """Around sampling, which refuses logits that are not finite and may run out of memory: names the checkpoint that is left."""
+def sampling(flags: Flags) -> Iterator[None]:
+    """Around sampling, which refuses logits that are not finite and may lack memory: names the checkpoint left."""
     try:
         yield
     except ValueError as error:
@@ -850,7 +883,7 @@ def sampling(flags: Flags):
 
 
 def conclude(flags: Flags) -> None:
-    """Print the held-out accuracy before and after, mixed groups before and after correction, and where everything is."""
+    """Print held-out accuracy before and after, mixed groups before and after correction, and where everything is."""
     out = Path(flags.out)
     evals = [json.loads(row) for row in (out / "evals.jsonl").read_text().splitlines()]
     lines = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
@@ -862,7 +895,8 @@ def conclude(flags: Flags) -> None:
             say(f"{name} {len(part)} steps: mixed groups {mean(m['mixed_groups'] for m in part):.2f} as sampled, "
                 f"{mean(m['mixed_groups_corrected'] for m in part):.2f} after correction; sampled accuracy "
                 f"{mean(m['accuracy'] for m in part):.3f}")
-    say(f"the model is in {out / 'final'}, the curves in {out / 'metrics.jsonl'}; draw them: python eval.py plot {out} --out {out}")
+    say(f"the model is in {out / 'final'}, the curves in {out / 'metrics.jsonl'}; draw them: python eval.py plot {out} "
+        f"--out {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -875,13 +909,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
-        print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: {engine.first_line(error)} Set --micro-batch-tokens or --max-rows lower, or add --offload-optimizer",
+        print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out",
               file=sys.stderr)
         return 2
-    except KeyboardInterrupt:                                       # before the first step, when there is nothing to save
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {engine.first_line(error)} Set --micro-batch-tokens or --max-rows lower, or add "
+              "--offload-optimizer", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:                                       # before the first step, with nothing to save yet
         return 130
 
 

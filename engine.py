@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -15,10 +16,12 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import jinja2
 import torch
@@ -79,8 +82,8 @@ def stop_processes() -> None:
 
 
 @contextmanager
-def one_error():
-    """Let only the first process that fails tell its error; the others fail after it, often because of it, and say nothing.
+def one_error() -> Iterator[None]:
+    """Let only the first process that fails tell its error; the others fail after it, often because of it, silently.
 
     (torchrun then ends them.) Every process sees torchrun's own store, even before it has joined the group.
     """
@@ -108,7 +111,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def gather(value) -> list:
+def gather(value: object) -> list:
     """Every process's `value`, by rank. (A collective: every process must call it.)"""
     if world_size() == 1:
         return [value]
@@ -117,7 +120,7 @@ def gather(value) -> list:
     return values
 
 
-def spread(items: list, work) -> list:
+def spread(items: list, work: Callable[[list], list]) -> list:
     """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order.
 
     `work` takes a list and returns a list of the same length; it must cope with an empty one.
@@ -130,9 +133,15 @@ def spread(items: list, work) -> list:
     return results
 
 
+def stream(*key) -> int:
+    """A 63-bit number that depends on `key` alone, for random choices that are the same in any order and on any number
+    of processes."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def shard(model: nn.Module) -> nn.Module:
-    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in the
-    model's own dtype and adds up gradients in fp32.
+    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in
+    the model's own dtype and adds up gradients in fp32.
 
     Layer by layer: beside the model and its own shards, a process never holds more than one whole fp32 layer, or the
     embedding and output layer (7B: 4.4 GB; a whole fp32 copy would be 30).
@@ -170,7 +179,8 @@ def whole(tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse of `share` (a collective)."""
     if not isinstance(like, DTensor):
         return tensor
-    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
+    sharded = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return sharded.full_tensor()
 
 
 @torch.no_grad()
@@ -220,8 +230,8 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def prompt_text(tokenizer, question: str, template: str) -> str:
-    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (both as in the paper)."""
+def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, template: str) -> str:
+    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (as in the paper)."""
     if template == "llama":
         messages = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
     else:
@@ -231,8 +241,8 @@ def prompt_text(tokenizer, question: str, template: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the template, or try "
-                        "another --template") from error
+        raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the "
+                        "template, or try another --template") from error
 
 
 def find_model(name: str) -> str:
@@ -254,8 +264,8 @@ def find_model(name: str) -> str:
 
 
 # What transformers raises on a folder that is not a whole and consistent model.
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, ImportError, RuntimeError,
-          SafetensorError, StrictDataclassError)
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, ImportError,
+          RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @functools.cache
@@ -276,24 +286,25 @@ def where(name: str) -> dict:
     return dict(pretrained_model_name_or_path=path, local_files_only=Path(path).is_dir() or hub_is_away())
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The model's configuration, with one clear sentence for whatever is wrong with it."""
     try:
         return AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     except BROKEN as error:
-        raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub id "
-                        "while the hub can be reached") from error
+        raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub "
+                        "id while the hub can be reached") from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    path = find_model(name)
-    if Path(path).is_dir() and not any((Path(path) / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer, with one clear sentence for whatever is wrong with it."""
+    path, files = Path(find_model(name)), ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if path.is_dir() and not any((path / f).is_file() for f in files):
         raise UserError(f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model")
     try:
         return AutoTokenizer.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     except BROKEN as error:
         raise UserError(f"--model {name}: its tokenizer cannot be read ({first_line(error)})") from error
-    except Exception as error:                      # the Rust tokenizer raises the bare class on a broken tokenizer.json
+    except Exception as error:              # the Rust tokenizer raises the bare class on a broken tokenizer.json
         if type(error) is not Exception:
             raise
         raise UserError(f"--model {name}: its tokenizer.json is broken ({first_line(error)})") from error
@@ -301,13 +312,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The weights (safetensors only), whole and finite-shaped, on `device`."""
-    path = find_model(name)
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+    path = Path(find_model(name))
+    if path.is_dir() and not list(path.glob("*.safetensors")):
         raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            **where(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
-            attn_implementation="sdpa", ignore_mismatched_sizes=True)
+            **where(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, attn_implementation="sdpa", ignore_mismatched_sizes=True)
     except BROKEN as error:
         raise UserError(f"--model {name}: its weights cannot be loaded ({first_line(error)})") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
@@ -322,7 +333,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     return model.to(device).eval()
 
 
-def wrong_flag(message: str):
+def wrong_flag(message: str) -> NoReturn:
     """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it."""
     raise UserError(f"{message} (--help lists every flag)")
 
@@ -335,7 +346,7 @@ def first_line(error: BaseException) -> str:
 
 
 def find_end_ids(config, generation_config, tokenizer) -> set[int]:
-    """Every id that ends a sample: of the generation config, the config, the tokenizer, and the chat template's turn end."""
+    """Every id that ends a sample: of the generation config, the config, the tokenizer, and a chat template's turns."""
     ids = set()
     for source in (generation_config, config, tokenizer):
         found = getattr(source, "eos_token_id", None)
@@ -365,7 +376,9 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
     turn_end = next((vocabulary[token] for token in TURN_ENDS if token in vocabulary), None)
-    end_id = turn_end if turn_end is not None else tokenizer.eos_token_id if tokenizer.eos_token_id in end_ids else min(end_ids)
+    end_id = turn_end
+    if turn_end is None:
+        end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in end_ids else min(end_ids)
     if template == "auto":
         template = "llama" if config.model_type == "llama" else "qwen"
     sampler = Sampler(model, end_ids, vocab_size=vocab_size, max_rows=max_rows)
@@ -410,7 +423,8 @@ class Batch:
         return torch.cat(parts or [torch.zeros(0)]).to(self.ids.device)
 
 
-def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device) -> list[Batch]:
+def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int,
+                  device: torch.device) -> list[Batch]:
     """Rows sorted by length and cut so that a batch, padding included, holds at most `budget` tokens (a longer row is
     alone). Sorting keeps padding to a few percent; rows with an empty response are left out."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
@@ -423,7 +437,7 @@ def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: 
     return [make_batch(group, prompts, responses, device) for group in groups]
 
 
-def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[int]], device) -> Batch:
+def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> Batch:
     width = max(len(prompts[i]) + len(responses[i]) for i in index)
     ids = torch.zeros(len(index), width, dtype=torch.long)
     rows, columns = [], []
@@ -454,13 +468,13 @@ def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: lis
 class Trainer:
     """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
 
-    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on the
-    GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master shards,
-    compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
+    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
+    the GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master
+    shards, compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
     """
 
-    def __init__(self, policy: Policy, micro_batch_tokens: int, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                 offload=False, checkpointing=False):
+    def __init__(self, policy: Policy, micro_batch_tokens: int, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False, checkpointing: bool = False):
         self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
         self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
         model = self.scorer.model.requires_grad_(True)
@@ -487,7 +501,7 @@ class Trainer:
         return master.pin_memory() if self.offload and weight.is_cuda else master
 
     def _copy_gradients_during_backward(self) -> None:
-        """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on a stream of its own."""
+        """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
         cuda = self.policy.device.type == "cuda"
         self.stream = torch.cuda.Stream() if cuda else None
         for name, p in self.params.items():
@@ -506,9 +520,9 @@ class Trainer:
         self.last_backward = last
         (loss * world_size()).backward()            # FSDP2 averages over processes, the step's loss is a sum
 
-    def in_step(self, batches: list[Batch]):
-        """Yields (batch, is it the last): as many on every process, since a sharded forward is a collective; a process with
-        fewer gets empty batches (one token, no rows), whose loss is 0."""
+    def in_step(self, batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """Yields (batch, is it the last): as many on every process, since a sharded forward is a collective; a process
+        with fewer gets empty batches (one token, no rows), whose loss is 0."""
         count = max(gather(max(len(batches), 1)))
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
         empty.index = []
@@ -529,14 +543,14 @@ class Trainer:
         A non-finite norm leaves the weights as they are. Gradients are freed.
         """
         norm = self.gradient_norm()
-        if norm == norm and norm != float("inf"):
-            scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-            self._apply(lr, scale)
+        if math.isfinite(norm):
+            self._apply(lr, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
             refresh(self.policy.model, self.params)
         self.skip()
         return norm
 
     def gradient_norm(self) -> float:
+        """L2 norm of the whole gradient, over all processes; read back to the host."""
         grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.policy.device)
@@ -562,7 +576,7 @@ class Trainer:
         if self.offload and self.stream is not None:
             torch.cuda.current_stream().synchronize()
 
-    def state(self):
+    def state(self) -> Iterator[tuple[str, Tensor | None]]:
         """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
         for name, p in self.params.items():
             moments = self.adam[name].state.get(self.masters[name], {})
@@ -575,7 +589,7 @@ class Trainer:
                     yield f"{part}.{name}", gathered.cpu() if is_main() else None
 
     @torch.no_grad()
-    def load_state(self, read, adam_steps: int) -> None:
+    def load_state(self, read: Callable[[str], Tensor | None], adam_steps: int) -> None:
         """Inverse of `state`: `read(name)` gives a whole tensor, or None if there is none of that name."""
         for name, p in self.params.items():
             master, adam = self.masters[name], self.adam[name]
@@ -622,7 +636,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
     """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
     target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
     if is_main():
-        later = [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]       # found damaged when the run went on
+        later = [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]   # found damaged when the run went on
         for old in [*folder.glob(".step-*.unfinished"), *later]:
             shutil.rmtree(old)
         check_space(folder, trainer)
@@ -642,8 +656,9 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
 
 def prune(folder: Path, step: int, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints up to a step."""
-    for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:] if is_main() else []:
-        shutil.rmtree(old)
+    if is_main():
+        for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:]:
+            shutil.rmtree(old)
 
 
 def digest(manifest: dict) -> str:
@@ -666,6 +681,7 @@ def save_state(trainer: Trainer, folder: Path) -> None:
 
 
 def adam_steps(trainer: Trainer) -> int:
+    """How many updates AdamW has made."""
     states = [adam.state.get(trainer.masters[name]) for name, adam in trainer.adam.items()]
     return int(max((state["step"].item() for state in states if state), default=0))
 
@@ -687,8 +703,8 @@ def check_space(folder: Path, trainer: Trainer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(f"{folder}: a checkpoint needs {need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free "
-                        "some space, lower --keep, or put --out on another disk, then go on with --resume")
+        raise UserError(f"{folder}: a checkpoint needs {need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; "
+                        "free some space, lower --keep, or put --out on another disk, then go on with --resume")
 
 
 def sha256(path: Path) -> str:
@@ -702,8 +718,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: -int(f.name[5:]))
 
 
-def newest_checkpoint(folder: Path, wanted=lambda manifest: True) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint that is wanted, and its manifest; damaged ones are named on stderr and passed over."""
+def newest_checkpoint(folder: Path, wanted: Callable[[dict], bool] = lambda manifest: True) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint that is wanted, and its manifest; damaged ones are named on stderr and left."""
     for path in checkpoint_folders(folder):
         problem, manifest = damage(path)
         if not problem and wanted(manifest):
@@ -744,9 +760,7 @@ def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
     trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])
 
 
-def delete_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -756,7 +770,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
-def halve_rows_on_oom(policy: Policy, work, items: list) -> list:
+def halve_rows_on_oom(policy: Policy, work: Callable[[list], list], items: list) -> list:
     """`work(items)`, which samples; if the GPU runs out of memory, once more with half the sampler's rows."""
     try:
         return work(items)
@@ -770,29 +784,33 @@ def halve_rows_on_oom(policy: Policy, work, items: list) -> list:
     try:
         return work(items)
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory while sampling {rows} rows: set a lower --max-rows or --max-new-tokens") from error
+        raise UserError(f"out of GPU memory while sampling {rows} rows: set a lower --max-rows or "
+                        "--max-new-tokens") from error
 
 
-def halve_batch_on_oom(trainer: Trainer, work):
+def halve_batch_on_oom(trainer: Trainer, work: Callable[[], float]) -> float:
     """`work()`; if the GPU runs out of memory, once more with half the --micro-batch-tokens (one process only)."""
     try:
         return work()
     except torch.cuda.OutOfMemoryError as error:
         trainer.skip()
         if trainer.sharded:
-            raise UserError(f"out of GPU memory in the update: set --micro-batch-tokens below {trainer.micro_batch_tokens}") from error
+            raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
+                            f"{trainer.micro_batch_tokens}") from error
     torch.cuda.empty_cache()
     trainer.micro_batch_tokens = max(1, trainer.micro_batch_tokens // 2)
-    print(f"out of GPU memory in the update: going on with --micro-batch-tokens {trainer.micro_batch_tokens}", file=sys.stderr)
+    print(f"out of GPU memory in the update: going on with --micro-batch-tokens {trainer.micro_batch_tokens}",
+          file=sys.stderr)
     try:
         return work()
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError("out of GPU memory in the update: set --micro-batch-tokens, --max-new-tokens or --group-size lower, or "
-                        "add --offload-optimizer") from error
+        raise UserError("out of GPU memory in the update: set --micro-batch-tokens, --max-new-tokens or --group-size "
+                        "lower, or add --offload-optimizer") from error
 
 
-def memory_plan(config, rows: int, row_tokens: int, micro_batch_tokens: int, weight_bytes: int, offload: bool,
-                checkpointing: bool, processes: int = 1, trust_remote_code: bool = False) -> dict[str, float]:
+def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: int, micro_batch_tokens: int,
+                weight_bytes: int, offload: bool, checkpointing: bool, processes: int = 1,
+                trust_remote_code: bool = False) -> dict[str, float]:
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
 
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
@@ -802,26 +820,35 @@ def memory_plan(config, rows: int, row_tokens: int, micro_batch_tokens: int, wei
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except BROKEN as error:
-        raise UserError(f"--model {config.name_or_path}: its config.json describes no causal language model ({first_line(error)})") from error
+        raise UserError(f"--model {config.name_or_path}: its config.json describes no causal language model "
+                        f"({first_line(error)})") from error
     count = sum(p.numel() for p in model.parameters())
     c = config.get_text_config()
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = (12 * c.hidden_size + 4 * inner) * weight_bytes                       # of one token in one layer
-    layers = c.num_hidden_layers * c.hidden_size * weight_bytes + layer if checkpointing else c.num_hidden_layers * layer
+    layer = (12 * c.hidden_size + 4 * inner) * weight_bytes                     # of one token in one layer
+    layers = c.num_hidden_layers * layer
+    if checkpointing:                                                           # every layer's input, and one layer
+        layers = c.num_hidden_layers * c.hidden_size * weight_bytes + layer
     plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
-    moments = count * (8 if weight_bytes == 4 and not offload else 12)            # and fp32 masters, unless they are the weights
-    plan["host optimizer" if offload else "optimizer"] = moments + (count * weight_bytes if offload else 0)     # and gradients
+    moments = count * (8 if weight_bytes == 4 and not offload else 12)      # and masters, unless the weights are fp32
+    if offload:
+        plan["host optimizer"] = moments + count * weight_bytes                 # and gradients
+    else:
+        plan["optimizer"] = moments
     if processes > 1:           # the weights are a whole replica that samples; beside it the shards, all in fp32
         ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)       # embedding and output layer
         one_layer = (count - ends) / c.num_hidden_layers
-        plan = {"weights": count * weight_bytes, "gradients": 4 * count / processes, "optimizer": 12 * count / processes}
+        plan = {"weights": count * weight_bytes, "gradients": 4 * count / processes,
+                "optimizer": 12 * count / processes}
         if offload:             # the GPU keeps its shard of the masters, the host gets a copy of the gradients
             plan.update({"optimizer": 4 * count / processes, "host optimizer": 16 * count / processes})
-        # In the layers' backward: the ends, gathered, and their gradients; a layer three times (in use, being copied, coming),
-        # its gradient, and two fp32 copies of that being summed. At its end: the ends, their gradients and an fp32 copy.
-        plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8), ends * (2 * weight_bytes + 4))
+        # In the layers' backward: the ends, gathered, and their gradients; a layer three times (in use, being copied,
+        # coming), its gradient, and two fp32 copies of that being summed. At its end: the ends, their gradients and an
+        # fp32 copy.
+        plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8),
+                                       ends * (2 * weight_bytes + 4))
     plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
     plan["activations"] = max(micro_batch_tokens, row_tokens) * layers
     plan["output layer"] = 3 * 4 * 2**26 + c.vocab_size * c.hidden_size * weight_bytes
@@ -837,14 +864,16 @@ def preflight(plan: dict[str, float], device: torch.device) -> str:
         free, total = torch.cuda.mem_get_info(device)
     else:
         free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}" + (f", {host / GIB:.1f} in CPU memory" if host else "")
+    line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}"
+    line += f", {host / GIB:.1f} in CPU memory" if host else ""
     if need <= free:
         return line
     largest = max((k for k in plan if not k.startswith("host")), key=plan.get)
     advice = {"optimizer": "add --offload-optimizer or more processes (torchrun)", "cache": "set --max-rows lower",
               "activations": "set --micro-batch-tokens lower or keep --gradient-checkpointing",
-              "output layer": "set --micro-batch-tokens lower"}.get(largest, "use a smaller model or more processes (torchrun)")
-    return f"{line}. It will probably not fit: {advice}"
+              "output layer": "set --micro-batch-tokens lower"}
+    otherwise = "use a smaller model or more processes (torchrun)"
+    return f"{line}. It will probably not fit: {advice.get(largest, otherwise)}"
 
 
 def peak_memory(device: torch.device) -> float:

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -102,18 +103,19 @@ class Limits:
     top_p: float = 1.0
 
 
-def evaluate(policy, problems: list[Problem], n: int = 1, temperature: float = 0.1, max_new_tokens: int = 3000,
-             seed: int = 0, top_p: float = 1.0) -> list[Record]:
+def evaluate(policy: engine.Policy, problems: list[Problem], n: int = 1, temperature: float = 0.1,
+             max_new_tokens: int = 3000, seed: int = 0, top_p: float = 1.0) -> list[Record]:
     """n graded responses to each problem, problem-major; every process works on a share and gets all of them."""
     return respond(policy, drafts(policy, problems, n), temperature, Limits(max_new_tokens, CONTEXT, seed, top_p))
 
 
-def drafts(policy, problems: list[Problem], n: int) -> list[Draft]:
+def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
     return [Draft(problem, sample, prompt) for problem in problems for prompt in [policy.prompt_ids(problem.question)]
             for sample in range(n)]
 
 
-def respond(policy, drafts: list[Draft], temperature: float, limits: Limits, entropy: bool = False) -> list[Record]:
+def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limits: Limits,
+            entropy: bool = False) -> list[Record]:
     """Sample and grade each draft, in order; with `entropy` also score its tokens."""
     def work(mine: list[Draft]) -> list[Record]:
         ids = sample(policy, mine, temperature, limits) if mine else []
@@ -127,25 +129,24 @@ def respond(policy, drafts: list[Draft], temperature: float, limits: Limits, ent
     return engine.spread(drafts, work)
 
 
-def sample(policy, drafts: list[Draft], temperature: float, limits: Limits) -> list[tuple[list[int], bool]]:
+def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
+           limits: Limits) -> list[tuple[list[int], bool]]:
     """(ids, finished) of each response. Prompt and response fit the context and the model's own maximum together."""
     longest = min(limits.context, getattr(policy.model.config, "max_position_embeddings", None) or limits.context)
     prompts = [d.prompt + d.start for d in drafts]
     most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]
     most = [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)]
-    seeds = [stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts]
+    seeds = [engine.stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts]
 
     def run(_):
         return policy.sampler.sample(prompts, 1, most, temperature, seeds, limits.top_p)
     return [(d.start + s.ids, s.finished) for d, [s] in zip(drafts, engine.halve_rows_on_oom(policy, run, drafts))]
 
 
-def stream(*key) -> int:
-    """A row's 63-bit seed: a function of the run's seed, the problem, the sample's index and the phrase alone."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def add_entropy(policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:
+
+def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:
     """Token entropies under softmax(z / T), T the sampling temperature, and their mean P_i (Eq. 3)."""
     scored = engine.response_logprobs(policy.model, [d.prompt for d in drafts], [r.ids for r in records], temperature,
                                       policy.vocab_size, budget=8192)
@@ -182,7 +183,7 @@ def summarize(records: list[Record]) -> dict:
     return numbers
 
 
-def group(items, key) -> dict:
+def group(items: Iterable, key: Callable) -> dict:
     """Lists of items by key, in the order in which the keys come first."""
     groups = defaultdict(list)
     for item in items:
@@ -270,7 +271,7 @@ def split(rows: list[tuple[float, float, bool]]) -> dict:
                 wrong_below=share(p < a and not math.isclose(p, a) for p, a in wrong))
 
 
-def share(flags) -> float | None:
+def share(flags: Iterable[float]) -> float | None:
     flags = list(flags)
     return sum(flags) / len(flags) if flags else None
 
@@ -324,7 +325,7 @@ def reflection_report(records: list[Record], forced: list[Record]) -> dict:
                 fixed=fixed, mean_fixed=mean_fixed, gain=mean_fixed * wrong / len(records) if fixed else None)
 
 
-def forced_drafts(policy, drafts: list[Draft], records: list[Record]) -> list[Draft]:
+def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Record]) -> list[Draft]:
     """Each incorrect response without its end token, then one of the four phrases, open to be continued."""
     return [Draft(d.problem, d.sample, d.prompt, r.ids[:len(r.ids) - r.finished] + policy.encode(phrase), phrase)
             for d, r in zip(drafts, records) if r.accuracy != 1 for phrase in FORCED]
@@ -386,7 +387,7 @@ def append(path: Path, records: list[Record]) -> None:
         f.writelines(json.dumps(asdict(r)) + "\n" for r in records)
 
 
-def on_main(work):
+def on_main(work: Callable[[], object]):
     """`work()` on the process that prints and writes; every process gets its result."""
     return engine.gather(work() if engine.is_main() else None)[0]
 
@@ -396,7 +397,8 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def complete(policy, drafts: list[Draft], temperature: float, flags, stored: dict, name: str) -> list[Record]:
+def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: argparse.Namespace, stored: dict,
+             name: str) -> list[Record]:
     """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
     limits = Limits(flags.max_new_tokens, flags.context, flags.seed, flags.top_p)
     todo = [d for d in drafts if d.key(temperature) not in stored]
@@ -417,7 +419,7 @@ def complete(policy, drafts: list[Draft], temperature: float, flags, stored: dic
 
 # --- The evaluation of a model ---------------------------------------------------------------------------------------
 
-def run(flags) -> None:
+def run(flags: argparse.Namespace) -> None:
     """Evaluate one model: tables to the screen, responses.jsonl and summary.json to --out."""
     tasks = {task: data.load(task, flags.mirror or None) for task in dict.fromkeys(flags.tasks)}
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code)
@@ -441,19 +443,21 @@ def run(flags) -> None:
     on_main(lambda: write(Path(flags.out) / "summary.json", summary))
 
 
-def digest(items) -> str:
+def digest(items: Iterable) -> str:
+    """A hash of the items in order: bytes as they are, anything else by its repr."""
     found = blake2b(digest_size=8)
     for item in items:
         found.update(item if isinstance(item, bytes) else repr(item).encode())
     return found.hexdigest()
 
 
-def fingerprint(policy) -> str:
+def fingerprint(policy: engine.Policy) -> str:
     """A hash of the first 4096 numbers of every weight: results of one model are never continued with another."""
     return digest(p.detach().flatten()[:4096].float().cpu().numpy().tobytes() for p in policy.model.parameters())
 
 
-def report(policy, records: list[Record], forced: list[Record], removed: set | None, flags, T: float) -> dict:
+def report(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str] | None,
+           flags: argparse.Namespace, T: float) -> dict:
     """Print everything that was asked for at one temperature; returns it as it goes into summary.json."""
     say(f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, at most {flags.max_new_tokens} new tokens, context "
         f"{flags.context}, seed {flags.seed}\n")
@@ -640,9 +644,9 @@ def comparison(runs: list[Run]) -> str:
     return "\n".join([markdown(["method", "n (seeds)", "average", *tasks], rows), "", *below, "", training_table(runs)])
 
 
-TRAINING = {"mixed_groups": "mixed, sampled", "mixed_groups_corrected": "mixed, corrected", "advantage_variance": "var A",
-            "advantage_variance_eda": "var Â", "entropy_sampled": "entropy, sampled", "entropy": "entropy, trained on",
-            "accuracy": "accuracy, sampled", "self_reflection": "self-reflection"}
+TRAINING = {"mixed_groups": "mixed, sampled", "mixed_groups_corrected": "mixed, corrected",
+            "advantage_variance": "var A", "advantage_variance_eda": "var Â", "entropy_sampled": "entropy, sampled",
+            "entropy": "entropy, trained on", "accuracy": "accuracy, sampled", "self_reflection": "self-reflection"}
 
 
 def training_table(runs: list[Run]) -> str:
@@ -654,8 +658,9 @@ def training_table(runs: list[Run]) -> str:
         rows.append([label, *(mean_std(c, len(alike), 1, 3) for c in columns), mean_std(seconds, len(alike), 1, 0)])
     if not rows:
         return ""
-    return "\n".join([markdown(["method", *TRAINING.values(), "seconds"], rows), "", "Means over all steps of training: mean "
-                      "± standard deviation over seeds. Seconds are those of all steps together."])
+    below = ("Means over all steps of training: mean ± standard deviation over seeds. Seconds are those of all steps "
+             "together.")
+    return "\n".join([markdown(["method", *TRAINING.values(), "seconds"], rows), "", below])
 
 
 def known(lines: list[dict], key: str) -> list[float]:
@@ -784,7 +789,7 @@ def draw(runs: list[Run], out: Path, window: int) -> list[Path]:
     return [out / f"{name}.png" for name, _, _ in figures]
 
 
-def draw_figure(path: Path, panels: list, draw_panel, style: dict, note: str | None) -> None:
+def draw_figure(path: Path, panels: list, draw_panel: Callable, style: dict, note: str | None) -> None:
     import matplotlib.pyplot as plt
     columns = min(len(panels), 2)
     height = -(-len(panels) // columns)
@@ -831,7 +836,7 @@ def draw_bars(axis, values: dict, style: dict) -> None:
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-def ranged(kind, low, high=math.inf):
+def ranged(kind: type, low: float, high: float = math.inf) -> Callable:
     """An argparse type: a finite number of that kind in [low, high]."""
     def parse(text: str):
         value = kind(text)
