@@ -2108,8 +2108,9 @@ def _readable(answer: str) -> bool:
 def score_all(responses: list[str], golds: list) -> list[tuple[float, float]]:
     """score of each pair, in order. Long lists are spread over the cores, except for what is quicker done than sent.
 
-    Unlike `score` it waits for a worker that is still starting or gets little processor time, so that a run's rewards do
-    not depend on what else the machine is doing; the worker's own limit, CLOCK seconds of processor time, holds all the same.
+    Unlike `score` it waits for a worker that is still starting or gets little processor time, so that a run's rewards
+    do not depend on what else the machine is doing; the worker's own limit, CLOCK seconds of processor time, holds all
+    the same.
     """
     if len(responses) != len(golds):
         raise ValueError(f"{len(responses)} responses for {len(golds)} golds")
