@@ -1,5 +1,8 @@
-"""How accurate and how fast the grader is: prints, for the public regression cases and the hostile cases in ../shared and for
-the table of test_reward.py, the counts, the accuracy and the latency. Run from the project's root: python tests/bench_reward.py"""
+"""How accurate and how fast the grader is: prints, for the public regression cases and the hostile cases in ../shared
+and for the table of test_reward.py, the counts, the accuracy and the latency.
+
+    python tests/bench_reward.py
+"""
 
 import json
 import sys
@@ -23,7 +26,8 @@ def measure(name: str, cases: list[tuple[str, object, bool]]) -> None:
     shares = "   ".join(f"{label} {sum(hits)}/{len(hits)} right ({sum(hits) / len(hits):.1%})"
                         for label, hits in (("equal", right[True]), ("different", right[False])))
     median, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
-    print(f"{name:8} {shares}   median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   slowest {seconds[-1] * 1e3:.0f} ms")
+    print(f"{name:8} {shares}   median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   "
+          f"slowest {seconds[-1] * 1e3:.0f} ms")
 
 
 def shared_cases(name: str) -> list[tuple[str, object, bool]]:
