@@ -21,14 +21,16 @@ from data import download
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny_model"
-SMALL = ("--steps 1 --questions-per-step 1 --group-size 2 --max-new-tokens 2 --correction-tokens 1 --eval-tasks").split()
+SMALL = "--steps 1 --questions-per-step 1 --group-size 2 --max-new-tokens 2 --correction-tokens 1 --eval-tasks".split()
 
 FLAGS = [
-    ("--stepz 3", "--stepz"), ("tiny", "unrecognized arguments: tiny"), ("--steps", "--steps"), ("--steps 0", "--steps 0"),
-    ("--steps 1.5", "1.5"), ("--steps many", "many"), ("--method ppo", "ppo"), ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
+    ("--stepz 3", "--stepz"), ("tiny", "unrecognized arguments: tiny"), ("--steps", "--steps"),
+    ("--steps 0", "--steps 0"), ("--steps 1.5", "1.5"), ("--steps many", "many"), ("--method ppo", "ppo"),
+    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
     ("--lr -1", "--lr"), ("--temperature 0", "--temperature"), ("--top-p 0", "--top-p"), ("--top-p 1.5", "--top-p 1.5"),
-    ("--group-size 0", "--group-size"), ("--questions-per-step 0", "--questions-per-step"), ("--max-new-tokens 0", "--max-new-tokens"),
-    ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--max-rows -1", "--max-rows"), ("--seed -1", "--seed"), ("--keep 0", "--keep"),
+    ("--group-size 0", "--group-size"), ("--questions-per-step 0", "--questions-per-step"),
+    ("--max-new-tokens 0", "--max-new-tokens"), ("--micro-batch-tokens 0", "--micro-batch-tokens"),
+    ("--max-rows -1", "--max-rows"), ("--seed -1", "--seed"), ("--keep 0", "--keep"),
     ("--max-bad-steps 0", "--max-bad-steps"), ("--eps-low 2", "--eps-low"), ("--format-weight -1", "--format-weight"),
     ("--updates-per-rollout 0", "--updates-per-rollout"), ("--loss mean", "mean"), ("--template chatml", "chatml"),
     ("--correction wait", "wait"), ("--betas 0.9 1", "--betas"), ("--betas 0.9", "--betas"),
@@ -38,16 +40,19 @@ FLAGS = [
     ("--eda-grad --updates-per-rollout 2", "--updates-per-rollout 1"), ("--method sft --eda", "--no-eda"),
     ("--method sft --correction reflect", "--correction none"), ("--method sft --kl 0.1", "--kl 0"),
     ("--resume --overwrite", "one of the two"), ("--device tpu", "--device tpu"), ("--device cpu:x", "--device cpu:x"),
-    ("--device cuda:", "--device cuda:"), ("--out {tmp}/file", "File exists"), ("--out {tmp}/file/below", "Not a directory"),
-    ("--eval-tasks nonsense", "nonsense"), ("--eval-tasks tiny:9", "tiny:9"), ("--eval-tasks {tmp}/null.json", "null.json:1"),
+    ("--device cuda:", "--device cuda:"), ("--out {tmp}/file", "File exists"),
+    ("--out {tmp}/file/below", "Not a directory"), ("--eval-tasks nonsense", "nonsense"),
+    ("--eval-tasks tiny:9", "tiny:9"), ("--eval-tasks {tmp}/null.json", "null.json:1"),
 ]
 DATA = {        # file: (content, what the sentence must hold)
     "broken.json": ('[{"problem": "1+1?", "answer": "2"', "broken.json is not valid JSON"),
     "broken.jsonl": ('{"problem": "1+1?", "answer": "2"}\n{"problem": ', "broken.jsonl:2 is not valid JSON"),
     "latin1.jsonl": (b'{"problem": "caf\xe9?", "answer": "2"}', "not UTF-8"),
     "binary.json": (bytes(range(128, 256)), "not UTF-8"),
-    "empty.jsonl": ("", "holds no problem"), "empty.json": ("[]", "holds no problem"), "blank.jsonl": ("\n\n", "holds no problem"),
-    "no_answer.jsonl": ('{"problem": "1+1?"}', "no field answer"), "no_problem.jsonl": ('{"answer": "2"}', "no field problem"),
+    "empty.jsonl": ("", "holds no problem"), "empty.json": ("[]", "holds no problem"),
+    "blank.jsonl": ("\n\n", "holds no problem"),
+    "no_answer.jsonl": ('{"problem": "1+1?"}', "no field answer"),
+    "no_problem.jsonl": ('{"answer": "2"}', "no field problem"),
     "null.json": ('[{"problem": "1+1?", "answer": null}]', "null.json:1: the answer"),
     "answer_list.jsonl": ('{"problem": "1+1?", "answer": []}', "empty list of answers"),
     "answer_nan.jsonl": ('{"problem": "1+1?", "answer": NaN}', "finite number"),
@@ -55,7 +60,8 @@ DATA = {        # file: (content, what the sentence must hold)
     "answer_empty.jsonl": ('{"problem": "1+1?", "answer": " "}', "the answer is empty"),
     "question_empty.jsonl": ('{"problem": "", "answer": "2"}', "the problem is empty"),
     "question_number.jsonl": ('{"problem": 7, "answer": "2"}', "the problem is of type int"),
-    "rows_are_lists.jsonl": ('["1+1?", "2"]', "JSON"), "object.json": ('{"data": []}', "no field problem"), "number.json": ("3", "JSON int"),
+    "rows_are_lists.jsonl": ('["1+1?", "2"]', "JSON"), "object.json": ('{"data": []}', "no field problem"),
+    "number.json": ("3", "JSON int"),
     "surrogate.jsonl": (r'{"problem": "\ud800", "answer": "2"}', "surrogate"),
     "deep.json": ("[" * 100_000, "not valid JSON"),
     "no_solution.jsonl": ('{"problem": "1+1?", "answer": "2"}', "no reference solution"),
@@ -65,7 +71,7 @@ DATA = {        # file: (content, what the sentence must hold)
 
 @pytest.fixture(autouse=True)
 def one_command_leaves_nothing_behind(monkeypatch):
-    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())        # keep pytest's signal handlers
+    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())       # keep pytest's own handlers
 
 
 def the_sentence(capfd, main, argv) -> str:
@@ -119,7 +125,8 @@ def test_data_that_is_not_a_file(tmp_path, capfd, name, holds):
     assert holds in wrong(tmp_path, capfd, "--data {tmp}/" + name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:", "tiny:9", "tiny:5-3", "tiny:x", "tiny:5:nowhere", "tiny:5:train:long", "tiny:5:a:b:c"])
+@pytest.mark.parametrize("name", ["tiny", "tiny:", "tiny:9", "tiny:5-3", "tiny:x", "tiny:5:nowhere",
+                                  "tiny:5:train:long", "tiny:5:a:b:c"])
 def test_a_tiny_set_that_is_none(tmp_path, capfd, name):
     assert name in wrong(tmp_path, capfd, f"--data {name}")
 
@@ -127,7 +134,8 @@ def test_a_tiny_set_that_is_none(tmp_path, capfd, name):
 def test_sft_needs_solutions_and_reflection_does_not(tmp_path, capfd):
     (tmp_path / "d.jsonl").write_text(DATA["no_solution.jsonl"][0])
     assert "--sft needs" in wrong(tmp_path, capfd, "--method sft --data {tmp}/d.jsonl")
-    assert edge_grpo.main([*SMALL, "--out", str(tmp_path / "ok"), "--data", str(tmp_path / "d.jsonl"), "--method", "force-r"]) == 0
+    argv = [*SMALL, "--out", str(tmp_path / "ok"), "--data", str(tmp_path / "d.jsonl"), "--method", "force-r"]
+    assert edge_grpo.main(argv) == 0
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -184,8 +192,23 @@ def pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
+def with_chat_template(text):
+    return lambda folder: change_json(folder / "tokenizer_config.json", chat_template=text)
+
+
+def cut_off(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:5000])
+
+
+def of_100_tokens(folder):
+    change_json(folder / "config.json", vocab_size=100, eos_token_id=0, pad_token_id=None)
+    weights_with(lambda t: t.update({k: v[:100].clone() for k, v in t.items() if "embed" in k}))(folder)
+
+
 def with_remote_code(folder):
-    change_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"})
+    change_json(folder / "config.json", model_type="mine",
+                auto_map={"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"})
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Mine: pass\nclass Model: pass\n")
 
 
@@ -206,19 +229,18 @@ MODELS = {      # name: (damage to a copy of the tiny model, what the sentence m
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "no tokenizer"),
     "tokenizer broken": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'), "tokenizer"),
     "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("x"), "tokenizer"),
-    "chat template broken": (lambda f: change_json(f / "tokenizer_config.json", chat_template="{% for %}"), "chat template"),
-    "chat template refuses": (lambda f: change_json(f / "tokenizer_config.json", chat_template="{{ raise_exception('no system turn') }}"),
-                              "no system turn"),
+    "chat template broken": (with_chat_template("{% for %}"), "chat template"),
+    "chat template refuses": (with_chat_template("{{ raise_exception('no system turn') }}"), "no system turn"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
     "pickled weights": (pickled, "pickled weights are not loaded"),
-    "weights cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "cannot be loaded"),
+    "weights cut off": (cut_off, "cannot be loaded"),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
     "weights no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096), "cannot be loaded"),
     "a weight missing": (weights_with(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
-    "a weight of another shape": (weights_with(lambda t: t.update({"model.norm.weight": torch.ones(3)})), "model.norm.weight"),
+    "a weight of another shape": (weights_with(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+                                  "model.norm.weight"),
     "other weights": (weights_with(lambda t: (t.clear(), t.update(x=torch.ones(2)))), "weights missing"),
-    "tokenizer of another model": (lambda f: (change_json(f / "config.json", vocab_size=100, eos_token_id=0, pad_token_id=None), weights_with(
-        lambda t: t.update({k: v[:100].clone() for k, v in t.items() if "embed" in k}))(f)), "the tokenizer has ids up to"),
+    "tokenizer of another model": (of_100_tokens, "the tokenizer has ids up to"),
     "remote code": (with_remote_code, "trust"),
     "not a causal model": (encoder, "--model"),
     "not finite": (weights_with(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),
@@ -231,7 +253,8 @@ def test_a_wrong_model_folder(tmp_path, capfd, name):
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     damage(folder)
     if name == "not finite":                                      # found only when it samples: the run has begun
-        said = the_sentence(capfd, edge_grpo.main, [*SMALL, "--out", str(tmp_path / "run"), "--model", str(folder), "--data", "tiny:1:test"])
+        said = the_sentence(capfd, edge_grpo.main, [*SMALL, "--out", str(tmp_path / "run"), "--model", str(folder),
+                                                    "--data", "tiny:1:test"])
     else:
         said = wrong(tmp_path, capfd, "--model {tmp}/model --data tiny:1:test")
     assert holds in said
@@ -239,13 +262,13 @@ def test_a_wrong_model_folder(tmp_path, capfd, name):
 
 
 def test_a_model_without_an_end_token(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(engine, "find_end_ids", lambda *_: set())          # every tokenizer class of transformers adds one by itself
+    monkeypatch.setattr(engine, "find_end_ids", lambda *_: set())       # transformers' tokenizers add one by themselves
     assert "end token" in wrong(tmp_path, capfd, "--data tiny:1:test")
 
 
 @pytest.mark.parametrize("name, holds", [
-    ("{tmp}/nothing", "no such folder"), ("./nothing", "no such folder"), ("nothing", "neither a local folder"), ("a/b/c", "no such folder"),
-    ("~/nothing", "no such folder"), ("{tmp}", "no config.json")])
+    ("{tmp}/nothing", "no such folder"), ("./nothing", "no such folder"), ("nothing", "neither a local folder"),
+    ("a/b/c", "no such folder"), ("~/nothing", "no such folder"), ("{tmp}", "no config.json")])
 def test_a_model_that_is_not_there(tmp_path, capfd, name, holds):
     assert holds in wrong(tmp_path, capfd, f"--data tiny:1:test --model {name}")
 
@@ -269,7 +292,8 @@ def test_with_permission_a_model_brings_its_own_code(tmp_path, capfd):
     """The other side of the refusal above: the flag is what decides."""
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     change_json(folder / "config.json", auto_map={"AutoConfig": "code_of_mine.Mine"}, model_type="mine")
-    (folder / "code_of_mine.py").write_text("from transformers import Qwen2Config\nclass Mine(Qwen2Config):\n    model_type = 'mine'\n")
+    (folder / "code_of_mine.py").write_text("from transformers import Qwen2Config\n"
+                                            "class Mine(Qwen2Config):\n    model_type = 'mine'\n")
     with pytest.raises(data.UserError, match="trust"):
         engine.load_config(str(folder))
     assert type(engine.load_config(str(folder), trust_remote_code=True)).__name__ == "Mine"
@@ -278,11 +302,14 @@ def test_with_permission_a_model_brings_its_own_code(tmp_path, capfd):
 # --- eval.py ---------------------------------------------------------------------------------------------------------
 
 EVAL = [
-    ("--model {tmp}/nothing --tasks tiny:1:test", "no such folder"), ("--model tiny --tasks nonsense", "nonsense"), ("--model tiny --tasks {tmp}/null.json", "null.json:1"),
-    ("--model tiny --tasks tiny:1:test --out {tmp}/file", "file"), ("--model tiny --tasks tiny:1:test --device tpu", "--device tpu"), ("compare {tmp}/nothing", "nothing"),
+    ("--model {tmp}/nothing --tasks tiny:1:test", "no such folder"), ("--model tiny --tasks nonsense", "nonsense"),
+    ("--model tiny --tasks {tmp}/null.json", "null.json:1"),
+    ("--model tiny --tasks tiny:1:test --out {tmp}/file", "file"),
+    ("--model tiny --tasks tiny:1:test --device tpu", "--device tpu"), ("compare {tmp}/nothing", "nothing"),
     ("plot {tmp}/nothing --out {tmp}/figures", "nothing"), ("compare {tmp}", "{tmp}"), ("compare {tmp}/file", "file"),
 ]
-EVAL_FLAGS = ["", "--model tiny --n 0", "--model tiny --temperature -1", "--model tiny --limit 0", "--model tiny --stepz", "compare", "--model tiny --n x"]
+EVAL_FLAGS = ["", "--model tiny --n 0", "--model tiny --temperature -1", "--model tiny --limit 0",
+              "--model tiny --stepz", "compare", "--model tiny --n x"]
 
 
 @pytest.mark.parametrize("flags, holds", EVAL, ids=[flags for flags, _ in EVAL])
