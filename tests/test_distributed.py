@@ -1,4 +1,4 @@
-"""torchrun with 1, 2 and 3 processes: the same rollouts, metrics, weights and checkpoints as one process, and clean ends.
+"""torchrun with 1, 2 and 3 processes: the same rollouts, metrics, weights and checkpoints as one, and clean ends.
 
 This file is also the program that torchrun starts: one launch does several runs (`work`, at the end), because importing
 torch takes longer than a run of the tiny model.
@@ -25,12 +25,12 @@ import engine
 import eval as evaluation
 
 ROOT = Path(__file__).parents[1]
-COMMON = ("--device cpu --steps 2 --questions-per-step 2 --max-new-tokens 48 --correction-tokens 24 --micro-batch-tokens 700 "
-          "--save-every 0 --eval-tasks").split()
+COMMON = ("--device cpu --steps 2 --questions-per-step 2 --max-new-tokens 48 --correction-tokens 24 "
+          "--micro-batch-tokens 700 --save-every 0 --eval-tasks").split()
 RUNS = {                                                        # G = 8 unless it says otherwise
     "base": "--steps 3 --save-every 2 --keep 9",
     "one row": "--method sft --questions-per-step 1",           # fewer rows than processes
-    "two rows": "--questions-per-step 1 --group-size 2 --steps 4",      # and sometimes one of them to go on with, or none
+    "two rows": "--questions-per-step 1 --group-size 2 --steps 4",    # and sometimes one or none of them to go on with
     "nothing to correct": "--method grpo --group-size 7 --format-weight 1 --loss token",
     "eda-grad": "--eda-grad",
     "kl": "--kl 3 --lr 1e-3",
@@ -38,7 +38,8 @@ RUNS = {                                                        # G = 8 unless i
     "offload": "--offload-optimizer --gradient-checkpointing",
 }
 THREE = ("base", "one row", "two rows", "nothing to correct")
-EVAL = "--device cpu --model tiny --tasks tiny:1-3:validation --limit 7 --n 3 --temperature 1 --max-new-tokens 48 --entropy".split()
+EVAL = ("--device cpu --model tiny --tasks tiny:1-3:validation --limit 7 --n 3 --temperature 1 --max-new-tokens 48 "
+        "--entropy").split()
 
 
 def run_of(name: str, out: Path, *more: str) -> list[str]:
@@ -52,8 +53,8 @@ class Launch:
         self.logs = logs
         logs.mkdir(parents=True)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--redirects", "3",
-                   "--log-dir", str(logs / "ranks"), *map(str, program)]
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                   "--redirects", "3", "--log-dir", str(logs / "ranks"), *map(str, program)]
         with open(logs / "torchrun", "w") as f:
             self.process = subprocess.Popen([sys.executable, *command], stdout=f, stderr=f, env=env, cwd=ROOT)
 
@@ -68,12 +69,14 @@ class Launch:
         return "".join(f.read_text() for f in self.logs.glob(f"ranks/*/attempt_0/{rank}/{stream}.log"))
 
     def __str__(self) -> str:
-        return "\n".join(f"--- {f.relative_to(self.logs)}\n{f.read_text()}" for f in sorted(self.logs.rglob("*")) if f.is_file())
+        files = [f for f in sorted(self.logs.rglob("*")) if f.is_file()]
+        return "\n".join(f"--- {f.relative_to(self.logs)}\n{f.read_text()}" for f in files)
 
     def ended_by_itself(self) -> bool:
         """No process had to be killed after torchrun's 30 seconds of patience, and nothing timed out."""
         text = str(self)
-        return "forcefully" not in text and "Timed out" not in text and "timeout" not in text.lower().replace("_timeout", "")
+        timed_out = "Timed out" in text or "timeout" in text.lower().replace("_timeout", "")
+        return "forcefully" not in text and not timed_out
 
 
 def launch_work(processes: int, folder: Path, jobs: list) -> Launch:
@@ -99,13 +102,14 @@ def assert_same(run: Path, expected: Path) -> None:
         for a, b in zip(ours, theirs):
             assert a.keys() == b.keys()
             for key in a:
-                assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(b[key], float) else b[key]), (key, a, b)
+                wanted = pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(b[key], float) else b[key]
+                assert a[key] == wanted, (key, a, b)
     ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, expected))
     start = load_file(engine.TINY_MODEL / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
-    assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)      # there was something to get wrong
+    assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)    # there was something to get wrong
 
 
 def stopped_at_step_2(run: Path, to: Path) -> Path:
@@ -218,11 +222,11 @@ def test_a_signal_to_one_process_saves_once_and_the_run_goes_on_from_there(one, 
 
 
 def test_eval_uses_the_processes_and_gives_the_same(one, two):
-    ours, theirs = ([json.loads(row) for row in (r / "eval" / "responses.jsonl").read_text().splitlines()] for r in (two[0], one))
+    ours, theirs = ([json.loads(row) for row in (r / "eval" / "responses.jsonl").read_text().splitlines()]
+                    for r in (two[0], one))
     assert len(ours) == len(theirs) == 21
     for a, b in zip(ours, theirs):
-        assert {k: v for k, v in a.items() if not isinstance(v, float)} == {k: v for k, v in b.items() if not isinstance(v, float)}
-        assert [v for v in a.values() if isinstance(v, float)] == pytest.approx([v for v in b.values() if isinstance(v, float)], abs=1e-5)
+        assert a == {k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in b.items()}
     assert (two[0] / "eval" / "summary.json").exists()
 
 
@@ -231,8 +235,8 @@ def test_only_the_first_process_prints(two, three):
     for _, launch in (two, three):
         assert "going on from" in launch.text(0, "stdout")
         for rank in (1, 2):
-            told = [line for line in (launch.text(rank, "stdout") + launch.text(rank, "stderr")).splitlines() if "--eda-clamp" not in line]
-            assert told == []
+            told = (launch.text(rank, "stdout") + launch.text(rank, "stderr")).splitlines()
+            assert [line for line in told if "--eda-clamp" not in line] == []
 
 
 def test_an_error_that_every_process_meets_is_told_once(two):
@@ -257,7 +261,8 @@ def test_a_users_mistake_that_only_the_first_process_sees_ends_the_run(folder, o
 
 def test_sigterm_to_torchrun_saves_once_and_ends(folder):
     out = folder / "terminated"
-    launch = Launch(2, folder / "sigterm", ROOT / "edge_grpo.py", *run_of("base", out, "--steps", "1000", "--save-every", "0"))
+    launch = Launch(2, folder / "sigterm", ROOT / "edge_grpo.py",
+                    *run_of("base", out, "--steps", "1000", "--save-every", "0"))
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n")):
         assert launch.process.poll() is None and time.monotonic() < deadline, launch
@@ -307,7 +312,7 @@ def forbid_writing(folder: Path) -> None:
 
 
 def interrupted(argv: list[str]) -> int:
-    """A run whose last process alone gets Ctrl-C during the first step, twice, as from a job manager and then torchrun."""
+    """A run whose last process alone gets Ctrl-C in the first step, twice, as from a job manager and then torchrun."""
     plain = edge_grpo.measure
 
     def measure(*args):
@@ -339,8 +344,8 @@ def check_spread() -> None:
 
 
 def check_gradients() -> None:
-    """A sharded step against autograd on the whole model: tied and untied, fp32 and bf16, recomputed or not, rows that do
-    not divide by the processes, and a last process without any row."""
+    """A sharded step against autograd on the whole model: tied and untied, fp32 and bf16, recomputed or not, rows that
+    do not divide by the processes, and a last process without any row."""
     for dtype, tied, checkpointing in ((torch.float32, True, False), (torch.float32, False, True),
                                        (torch.bfloat16, True, True), (torch.bfloat16, False, False)):
         policy = small_policy(dtype, vocab=61, tied=tied)
