@@ -116,11 +116,13 @@ def test_clipping_on_worked_numbers():
 def test_padding_with_infinite_values_never_enters_the_loss():
     logp, old, advantages, mask = padded()
     dirty = logp.detach().masked_fill(mask == 0, -math.inf)
-    assert eg.policy_loss(dirty, old, advantages, mask) == pytest.approx(eg.policy_loss(logp, old, advantages, mask).item())
+    clean = eg.policy_loss(logp, old, advantages, mask).item()
+    assert eg.policy_loss(dirty, old, advantages, mask) == pytest.approx(clean)
 
 
 def test_kl_penalty_is_zero_at_equality_and_positive_elsewhere():
-    assert eg.kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])).tolist() == pytest.approx([0.0, math.e - 2])
+    penalty = eg.kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
+    assert penalty.tolist() == pytest.approx([0.0, math.e - 2])
 
 
 # --- GEC -------------------------------------------------------------------------------------------------------------
@@ -391,7 +393,8 @@ def test_tokens_per_second_counts_what_was_sampled_and_nothing_else(policy):
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 def test_method_rows_and_overrides():
-    assert (flags_of("--method", "force-r-eda").correction, flags_of("--method", "force-r-eda").eda) == ("reflect", True)
+    force_r_eda = flags_of("--method", "force-r-eda")
+    assert (force_r_eda.correction, force_r_eda.eda) == ("reflect", True)
     gec_only = flags_of("--method", "edge-grpo", "--no-eda")
     assert gec_only.correction == "guided" and not gec_only.eda
     eda_only = flags_of("--method", "grpo", "--eda")
