@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,15 @@ QWEN = SHARED / "tokenizers" / "Qwen2.5-Math-1.5B"
 def small_policy(dtype=torch.float32, hidden=32, layers=2, vocab=64, inner=64, seed=0, tied=True):
     torch.manual_seed(seed)
     config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=inner, vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=4096)
+                         intermediate_size=inner, vocab_size=vocab, tie_word_embeddings=tied,
+                         max_position_embeddings=4096)
     model = Qwen2ForCausalLM(config).to(dtype).eval()
     return engine.Policy(model, None, Sampler(model, {0}), {0}, 0, vocab, torch.device("cpu"), "qwen")
 
 
 def random_rows(n, seed=0, vocab=64, prompt=(3, 20), response=(1, 60)):
     r = random.Random(seed)
-    rows = [([r.randrange(1, vocab) for _ in range(r.randint(*prompt))], [r.randrange(1, vocab) for _ in range(r.randint(*response))])
+    rows = [tuple([r.randrange(1, vocab) for _ in range(r.randint(*length))] for length in (prompt, response))
             for _ in range(n)]
     return [p for p, _ in rows], [x for _, x in rows]
 
@@ -126,8 +127,9 @@ def test_hundred_steps_at_1e_6_move_bf16_weights_as_fp32_training_does():
         p.grad = torch.ones_like(p)
     for _ in range(100):
         optimizer.step()
-    still = [torch.equal(p, frozen[n]) for n, p in naive.model.named_parameters() if "proj.weight" in n]
-    assert sum(torch.eq(p, frozen[n]).float().mean().item() for n, p in naive.model.named_parameters() if "proj.weight" in n) / len(still) > 0.8
+    still = [torch.eq(p, frozen[n]).float().mean().item() for n, p in naive.model.named_parameters()
+             if "proj.weight" in n]
+    assert sum(still) / len(still) > 0.8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,8 +138,21 @@ def test_offload_equals_no_offload_bit_for_bit(dtype):
     train_steps(a, 5, 1e-3)
     trainer = train_steps(b, 5, 1e-3, offload=True)
     assert all(m.data_ptr() != p.data_ptr() for m, p in zip(trainer.masters.values(), trainer.params.values()))
+    blocks = {g.untyped_storage().data_ptr() for g in trainer.host_grads.values()}
+    assert len(blocks) == 1                                 # pinned memory is rounded up to a power of two, block by block
     for x, y in zip(a.model.parameters(), b.model.parameters()):
         assert torch.equal(x, y)
+
+
+def test_a_model_is_saved_in_files_of_bounded_size(tmp_path, monkeypatch):
+    policy = engine.load_policy("tiny", "cpu")
+    size = (engine.TINY_MODEL / "model.safetensors").stat().st_size
+    monkeypatch.setattr(engine, "SHARD_BYTES", size // 3)
+    engine.save_model(policy, tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) >= 3 and max(f.stat().st_size for f in files) < size / 2
+    again = engine.load_policy(str(tmp_path), "cpu").model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in policy.model.state_dict().items())
 
 
 def test_gradient_checkpointing_changes_nothing_and_is_in_force(monkeypatch):
@@ -179,10 +194,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_plan_is_near_what_a_small_model_really_takes(checkpointing):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(ROOT), str(checkpointing)], env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(ROOT), str(checkpointing)], env=env, capture_output=True,
+                         text=True)
     measured = float(run.stdout.strip() or pytest.fail(run.stderr))
-    config = Qwen2Config(**{**small_policy().model.config.to_dict(), "hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 4096,
-                            "intermediate_size": 1024, "layer_types": None})
+    config = Qwen2Config(**{**small_policy().model.config.to_dict(), "hidden_size": 256, "num_hidden_layers": 8,
+                            "vocab_size": 4096, "intermediate_size": 1024, "layer_types": None})
     plan = engine.memory_plan(config, 0, 0, 2048, 4, False, checkpointing)
     planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 2**22     # a CPU takes smaller blocks than a GPU
     print(checkpointing, measured / 2**20, planned / 2**20, {k: v / 2**20 for k, v in plan.items()})
