@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ import data
 import engine
 import eval as evaluation
 from data import Problem, UserError
-from eval import Draft, Record
+from eval import Record
 from rollout import Sample
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -454,7 +454,8 @@ def test_a_task_measured_in_two_ways_has_two_columns_and_no_average(tmp_path):
         (run / "eval" / name / "summary.json").write_text(json.dumps(dict(
             model="x", seed=0, results={temperature: dict(tasks={"math": task})})))
     scores = evaluation.final_scores(evaluation.read_run(run))
-    assert {key: s["accuracy"] for key, s in scores.items()} == {"math (n = 8, T = 1)": 0.5, "math (n = 1, T = 0)": 0.25}
+    accuracies = {key: s["accuracy"] for key, s in scores.items()}
+    assert accuracies == {"math (n = 8, T = 1)": 0.5, "math (n = 1, T = 0)": 0.25}
     assert cells(evaluation.comparison(evaluation.read_runs([run])).split("\n\n")[0])["grpo"][1] == "–"
 
 
