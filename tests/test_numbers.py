@@ -41,7 +41,8 @@ def run(tmp_path, problems):
     def start(*flags):
         return eg.main([*SMALL, "--data", str(problems), "--out", str(out), *flags])
     start.out = out
-    start.metrics = lambda: [json.loads(line, parse_constant=not_json) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    start.metrics = lambda: [json.loads(line, parse_constant=not_json)
+                             for line in (out / "metrics.jsonl").read_text().splitlines()]
     start.checkpoints = lambda: [f.name for f in engine.checkpoint_folders(out / "checkpoints")]
     return start
 
@@ -164,7 +165,8 @@ def test_a_signal_among_bad_steps_saves_the_run_and_keeps_the_last_good_checkpoi
 def test_each_of_several_updates_is_judged_by_itself(run, monkeypatch):
     calls = []
     norm = engine.Trainer.gradient_norm
-    monkeypatch.setattr(engine.Trainer, "gradient_norm", lambda t: float("nan") if calls.append(0) or len(calls) == 2 else norm(t))
+    monkeypatch.setattr(engine.Trainer, "gradient_norm",
+                        lambda t: float("nan") if calls.append(0) or len(calls) == 2 else norm(t))
     assert run("--updates-per-rollout", "3", "--steps", "1") == 0
     assert run.metrics()[0]["skipped_updates"] == 1
 
@@ -177,7 +179,8 @@ def test_weights_that_explode_stop_the_run_in_one_sentence(run, capsys):
 
 def test_not_even_a_nan_makes_a_metrics_line_that_is_no_json(tmp_path):
     eg.append(tmp_path / "x.jsonl", [dict(a=float("nan"), b=float("-inf"), c=1.5, d="NaN", e=None, f=3)])
-    assert json.loads((tmp_path / "x.jsonl").read_text(), parse_constant=not_json) == dict(a=None, b=None, c=1.5, d="NaN", e=None, f=3)
+    row = json.loads((tmp_path / "x.jsonl").read_text(), parse_constant=not_json)
+    assert row == dict(a=None, b=None, c=1.5, d="NaN", e=None, f=3)
 
 
 # --- rows at the edge ------------------------------------------------------------------------------------------------
@@ -300,7 +303,8 @@ def test_groups_whose_rows_are_all_alike_teach_nothing(run, monkeypatch, accurac
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 def out_of_memory(*_, **__):
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity of 79 GiB")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\n"
+                                      "GPU 0 has a total capacity of 79 GiB")
 
 
 def no_times(lines):
@@ -333,11 +337,12 @@ def test_out_of_memory_while_sampling_halves_the_rows_once(run, expected, monkey
     assert run.metrics()[0]["loss"] == pytest.approx(expected[0]["loss"], abs=1e-5)
 
 
-def test_out_of_memory_in_the_update_halves_the_micro_batch_once_and_counts_no_gradient_twice(run, expected, monkeypatch, capsys):
+def test_out_of_memory_in_the_update_halves_the_micro_batch_once_and_counts_no_gradient_twice(
+        run, expected, monkeypatch, capsys):
     gradients, budgets = eg.gradients, []
 
     def scarce(trainer, *rest):
-        loss = gradients(trainer, *rest)                                   # the gradients are there when the memory runs out
+        loss = gradients(trainer, *rest)                            # the gradients are there when the memory runs out
         budgets.append(trainer.micro_batch_tokens)
         return out_of_memory() if budgets[-1] > 256 else loss
     monkeypatch.setattr(eg, "gradients", scarce)
@@ -348,8 +353,8 @@ def test_out_of_memory_in_the_update_halves_the_micro_batch_once_and_counts_no_g
         assert m["grad_norm"] == pytest.approx(e["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("where, flag", [("gradients", "--micro-batch-tokens"), ("sample", "--max-rows"), ("score", "--micro-batch-tokens"),
-                                         ("load", "--offload-optimizer")])
+@pytest.mark.parametrize("where, flag", [("gradients", "--micro-batch-tokens"), ("sample", "--max-rows"),
+                                         ("score", "--micro-batch-tokens"), ("load", "--offload-optimizer")])
 def test_out_of_memory_again_stops_with_the_flag_to_set(run, monkeypatch, capsys, where, flag):
     if where == "sample":
         load = engine.load_policy
