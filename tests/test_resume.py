@@ -24,8 +24,9 @@ import edge_grpo
 import engine
 
 ROOT = Path(__file__).parents[1]
-RUN = ("--steps 4 --save-every 1 --keep 2 --questions-per-step 1 --group-size 4 --max-new-tokens 16 --correction-tokens 8 "
-       "--micro-batch-tokens 512 --eval-max-new-tokens 8").split()        # + --data and --eval-tasks, by the fixture `server`
+RUN = ("--steps 4 --save-every 1 --keep 2 --questions-per-step 1 --group-size 4 --max-new-tokens 16 "
+       "--correction-tokens 8 --micro-batch-tokens 512 --eval-max-new-tokens 8"
+       ).split()                                            # + --data and --eval-tasks, by the fixture `server`
 TIMES = ("seconds_", "tokens_per_second", "peak_memory_gib")
 
 
@@ -42,7 +43,8 @@ def server(tmp_path_factory):
     """The process that the runs are forked from: one thread, and all imported that a run imports."""
     for name, rows in (("train", data.load("tiny:1-2")[:9]), ("held-out", data.load("tiny:1:validation")[:2])):
         path = tmp_path_factory.mktemp("data") / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(dict(problem=p.question, answer=p.answers[0], solution=p.solution)) + "\n" for p in rows))
+        path.write_text("".join(json.dumps(dict(problem=p.question, answer=p.answers[0], solution=p.solution)) + "\n"
+                                for p in rows))
         RUN.extend(["--data" if name == "train" else "--eval-tasks", str(path)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -90,8 +92,8 @@ def fingerprint(folder) -> dict[str, str]:
 
 def result(out) -> dict:
     """All that a run leaves, but for its times and what tells them (the flags, the size of the log)."""
-    files = {k: v for k, v in fingerprint(out).items() if not k.endswith(("metrics.jsonl", "config.json.unfinished", "checkpoint.json"))}
-    files = {k: v for k, v in files.items() if k != "config.json"}
+    timed = ("metrics.jsonl", "config.json.unfinished", "checkpoint.json")
+    files = {k: v for k, v in fingerprint(out).items() if not k.endswith(timed) and k != "config.json"}
     return dict(metrics=metrics(out), files=files)
 
 
@@ -338,7 +340,8 @@ def test_loading_a_checkpoint_unpickles_nothing_and_reads_only_what_was_verified
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 def newest_is_whole(out, name):
-    return engine.checkpoint_folders(out / "checkpoints")[0].name == name and not engine.damage(out / "checkpoints" / name)[0]
+    newest = engine.checkpoint_folders(out / "checkpoints")[0]
+    return newest.name == name and not engine.damage(newest)[0]
 
 
 def limit_file_size(size):
@@ -354,8 +357,8 @@ def test_a_file_that_cannot_be_written_whole_is_one_sentence(tmp_path):
     assert run(out, "--resume") == 0
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
-                         ids=["python", "native"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   SafetensorError("I/O error: No space left on device")], ids=["python", "native"])
 def test_a_full_disk_while_saving_leaves_the_newest_checkpoint(copy, capsys, monkeypatch, error):
     def full(*_):
         raise error
@@ -406,7 +409,8 @@ def test_overwrite_starts_over_and_deletes_only_what_a_run_writes(copy, referenc
     assert result(copy) == reference
 
 
-@pytest.mark.parametrize("flag", ["--lr 1e-5", "--seed 7", "--steps 9", "--method grpo", "--data tiny:1-2", "--eda-clamp 0.5 2"])
+@pytest.mark.parametrize("flag", ["--lr 1e-5", "--seed 7", "--steps 9", "--method grpo", "--data tiny:1-2",
+                                  "--eda-clamp 0.5 2"])
 def test_resume_with_flags_of_another_run_is_refused(copy, capsys, flag):
     before = fingerprint(copy)
     assert edge_grpo.main([*RUN, "--out", str(copy), "--resume", *flag.split()]) == 2
