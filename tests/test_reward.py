@@ -961,8 +961,8 @@ def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert "eval" not in called
-    assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm", "SIGALRM",
-                        "ITIMER_REAL"}           # a worker may limit its own processor time, nothing rings in this process
+    assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm",
+                        "SIGALRM", "ITIMER_REAL"}   # a worker may limit its own processor time; nothing rings here
 
 
 @pytest.mark.parametrize("text", [
