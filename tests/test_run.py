@@ -1,4 +1,5 @@
-"""Short runs from the command line to the final model: every method on the tiny model, and on the paper's data and tokenizer."""
+"""Short runs from the command line to the final model: every method on the tiny model, and on the paper's data and
+tokenizer."""
 import json
 import math
 import os
@@ -19,11 +20,12 @@ from data import download
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 QWEN, UPSTREAM = SHARED / "tokenizers" / "Qwen2.5-Math-1.5B", SHARED / "upstream"
-SMALL = ("--steps 3 --questions-per-step 2 --group-size 4 --max-new-tokens 16 --correction-tokens 8 --micro-batch-tokens 512 "
-         "--eval-tasks tiny:1:validation --eval-limit 4 --eval-max-new-tokens 8").split()
-KEYS = set("step loss grad_norm lr reward accuracy accuracy_corrected format mixed_groups mixed_groups_corrected advantage_variance "
-           "advantage_variance_eda entropy entropy_sampled response_tokens truncated reflected answered referenced reflect_fixed logprob_gap "
-           "tokens_per_second seconds_sample seconds_grade seconds_correct seconds_update peak_memory_gib skipped_updates".split())
+SMALL = ("--steps 3 --questions-per-step 2 --group-size 4 --max-new-tokens 16 --correction-tokens 8 "
+         "--micro-batch-tokens 512 --eval-tasks tiny:1:validation --eval-limit 4 --eval-max-new-tokens 8").split()
+KEYS = set("step loss grad_norm lr reward accuracy accuracy_corrected format mixed_groups mixed_groups_corrected "
+           "advantage_variance advantage_variance_eda entropy entropy_sampled response_tokens truncated reflected "
+           "answered referenced reflect_fixed logprob_gap tokens_per_second seconds_sample seconds_grade "
+           "seconds_correct seconds_update peak_memory_gib skipped_updates".split())
 UNDEFINED_FOR_SFT = set("accuracy format mixed_groups entropy_sampled response_tokens truncated logprob_gap".split())
 
 
@@ -94,11 +96,13 @@ def test_every_method_runs_from_its_flag_to_its_model(tmp_path, problems, capsys
 
 
 def test_the_ablations_that_no_table_of_the_paper_has(tmp_path, problems):
-    """GEC alone and EDA alone, the other losses, KL, several updates, masked injections, the gradient through the entropies."""
-    for k, flags in enumerate(["--no-eda --injected-weight 0", "--correction none --eda-clamp 0.5 2", "--loss token --kl 0.1 --eda-grad",
-                               "--loss constant --updates-per-rollout 2 --format-weight 1 --top-p 0.9 --gradient-checkpointing"]):
+    """GEC alone, EDA alone, the other losses, KL, several updates, masked injections, EDA's gradient."""
+    for k, flags in enumerate(["--no-eda --injected-weight 0", "--correction none --eda-clamp 0.5 2",
+                               "--loss token --kl 0.1 --eda-grad", "--loss constant --updates-per-rollout 2 "
+                               "--format-weight 1 --top-p 0.9 --gradient-checkpointing"]):
         out = tmp_path / str(k)
-        assert edge_grpo.main([*SMALL, "--data", problems, "--steps", "2", "--out", str(out), "--eval-tasks", *flags.split()]) == 0, flags
+        argv = [*SMALL, "--data", problems, "--steps", "2", "--out", str(out), "--eval-tasks", *flags.split()]
+        assert edge_grpo.main(argv) == 0, flags
         check_run(out, 2, 8)
 
 
@@ -118,7 +122,8 @@ def test_evaluations_during_training_and_samples_that_can_be_read(tmp_path, prob
 def test_the_command_line_from_another_folder(tmp_path, problems):
     """The one test that starts the program as a user does."""
     command = [sys.executable, str(ROOT / "edge_grpo.py"), *SMALL, "--data", problems, "--steps", "2", "--eval-tasks"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     check_run(tmp_path / "runs" / "tiny-edge-grpo-seed42", 2, 8)
     assert "prompt of the first problem: '<|im_start|>" in done.stdout and not done.stderr
@@ -135,30 +140,34 @@ def qwen(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QWEN / name, folder)
     torch.manual_seed(0)
-    config = Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
-                         vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=151643, bos_token_id=151643)
+    config = Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=32, vocab_size=151936, tie_word_embeddings=True,
+                         max_position_embeddings=4096, eos_token_id=151643, bos_token_id=151643)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 
-QWEN_RUN = ("--steps 2 --questions-per-step 2 --group-size 3 --max-new-tokens 8 --correction-tokens 4 --max-corrected-tokens 120 "
-            "--micro-batch-tokens 1024 --lr 1e-3 --save-every 0").split()
+QWEN_RUN = ("--steps 2 --questions-per-step 2 --group-size 3 --max-new-tokens 8 --correction-tokens 4 "
+            "--max-corrected-tokens 120 --micro-batch-tokens 1024 --lr 1e-3 --save-every 0").split()
 
 
 @pytest.mark.parametrize("method", ["edge-grpo", "sft"])
 def test_the_papers_data_with_its_tokenizer_and_vocabulary(tmp_path, monkeypatch, capsys, qwen, method):
     monkeypatch.setattr(download, "CACHE", tmp_path / "cache")
     out = tmp_path / "run"
-    argv = [*QWEN_RUN, "--model", str(qwen), "--data", "deepscaler-hard-1k", "--mirror", str(UPSTREAM), "--method", method, "--out", str(out)]
+    argv = [*QWEN_RUN, "--model", str(qwen), "--data", "deepscaler-hard-1k", "--mirror", str(UPSTREAM),
+            "--method", method, "--out", str(out)]
     assert edge_grpo.main(argv) == 0, capsys.readouterr().err
     metrics, samples, _ = check_run(out, 2, 2 if method == "sft" else 6)
     config = json.loads((out / "config.json").read_text())
     assert config["problems"] == 1000 and config["problems_left_out"] == []
-    prompt = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt of the first problem"))
-    assert r"<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>user\n" in prompt
+    said = capsys.readouterr().out.splitlines()
+    prompt = next(line for line in said if line.startswith("prompt of the first problem"))
+    assert (r"<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>"
+            r"\n<|im_start|>user\n") in prompt
     assert prompt.endswith(r"<|im_end|>\n<|im_start|>assistant\n'")
     if method == "edge-grpo":
         assert all(m["logprob_gap"] < 1e-4 and m["response_tokens"] <= 8 for m in metrics)
         assert sum(m["reflected"] + m["answered"] + m["referenced"] for m in metrics) == 12
-        assert all(m["entropy_sampled"] <= math.log(151665) for m in metrics)        # padded rows of the embedding have no share
+        assert all(m["entropy_sampled"] <= math.log(151665) for m in metrics)     # the embedding's padding has no share
     assert all(s["source"].startswith("deepscaler-hard-1k:") for s in samples)
