@@ -497,15 +497,17 @@ class Trainer:
         """fp32 master of a weight: the weight itself where it is fp32 already and stays where it is."""
         if weight.dtype == torch.float32 and not self.offload:
             return weight.detach()
-        master = weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
-        return master.pin_memory() if self.offload and weight.is_cuda else master
+        return weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
 
     def _copy_gradients_during_backward(self) -> None:
         """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
         cuda = self.policy.device.type == "cuda"
         self.stream = torch.cuda.Stream() if cuda else None
-        for name, p in self.params.items():
-            self.host_grads[name] = torch.empty_like(local(p), device="cpu", pin_memory=cuda)
+        sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
+        # One block, because each is rounded up to a power of two (7B: 16 GiB instead of 27).
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
+        for (name, p), part in zip(self.params.items(), block.split(sizes)):
+            self.host_grads[name] = part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
 
             def copy_out(p, name=name):
                 if self.last_backward:
@@ -571,8 +573,10 @@ class Trainer:
             adam.param_groups[0]["lr"] = lr
             adam.step()
             master.grad = None
-            if master.data_ptr() != weight.data_ptr():
-                weight.copy_(master, non_blocking=True)
+            if self.offload:            # back by the same pinned memory, rounded first: half the traffic
+                weight.copy_(gradient.copy_(master), non_blocking=True)
+            elif master.data_ptr() != weight.data_ptr():
+                weight.copy_(master)
         if self.offload and self.stream is not None:
             torch.cuda.current_stream().synchronize()
 
@@ -602,7 +606,7 @@ class Trainer:
                 for part in ("exp_avg", "exp_avg_sq"):
                     moment = torch.zeros_like(master)
                     moment.copy_(share(read(f"{part}.{name}"), p))
-                    adam.state[master][part] = moment.pin_memory() if master.is_pinned() else moment
+                    adam.state[master][part] = moment
             local(p).copy_(master)
         refresh(self.policy.model, self.params)
 
@@ -617,7 +621,7 @@ SHARD_BYTES = 4 * GIB
 
 def save_model(policy: Policy, folder: Path) -> None:
     """Model and tokenizer in Hugging Face format."""
-    policy.model.save_pretrained(folder)
+    policy.model.save_pretrained(folder, max_shard_size=SHARD_BYTES)        # a file is gathered in CPU memory
     policy.tokenizer.save_pretrained(folder)
 
 
@@ -794,6 +798,7 @@ def halve_batch_on_oom(trainer: Trainer, work: Callable[[], float]) -> float:
         return work()
     except torch.cuda.OutOfMemoryError as error:
         trainer.skip()
+        trainer.policy.sampler.release()
         if trainer.sharded:
             raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
                             f"{trainer.micro_batch_tokens}") from error
