@@ -691,12 +691,14 @@ class Stop:
 
 
 class Clock:
-    """Seconds by phase: `lap(name)` adds the time since the last lap to `name`."""
+    """Seconds by phase: `lap(name)` adds the time since the last lap to `name`, once the GPU has done its work."""
 
     def __init__(self):
         self.last, self.seconds = time.perf_counter(), {}
 
     def lap(self, name: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
 
@@ -719,6 +721,7 @@ def evaluate(policy: engine.Policy, tasks: dict[str, list[Problem]], flags: Flag
             truncated=s["truncated"])])
         say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} "
             f"({s['problems']} problems)")
+    policy.sampler.release()            # its cache took most of the free memory, which the update needs
 
 
 def say(line: str) -> None:

@@ -865,12 +865,12 @@ def preflight(plan: dict[str, float], device: torch.device) -> str:
     host = sum(v for k, v in plan.items() if k.startswith("host")) if device.type == "cuda" else 0
     need = sum(plan.values()) - host
     text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.items())
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (ram, ram)
     line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}"
-    line += f", {host / GIB:.1f} in CPU memory" if host else ""
+    line += f", {host / GIB:.1f} of {ram / GIB:.1f} in CPU memory" if host else ""
+    if host > ram:
+        return f"{line}. It will probably not fit: use more CPU memory, a smaller model or --no-offload-optimizer"
     if need <= free:
         return line
     largest = max((k for k in plan if not k.startswith("host")), key=plan.get)

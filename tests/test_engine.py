@@ -214,10 +214,14 @@ def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
     assert sum(v for k, v in offloaded.items() if not k.startswith("host")) < 44 * engine.GIB
 
 
-def test_preflight_says_which_flag_to_change():
+def test_preflight_says_which_flag_to_change(monkeypatch):
     line = engine.preflight({"weights": 2.0**30, "optimizer": 2.0**60}, torch.device("cpu"))
     assert "--offload-optimizer" in line
     assert "fit" not in engine.preflight({"weights": 2.0**20}, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
+    assert "fit" not in engine.preflight({"weights": 2.0**30, "host optimizer": 2.0**20}, torch.device("cuda"))
+    line = engine.preflight({"weights": 2.0**30, "host optimizer": 2.0**60}, torch.device("cuda"))
+    assert "CPU memory. It will probably not fit" in line
 
 
 # --- prompts and end tokens ------------------------------------------------------------------------------------------

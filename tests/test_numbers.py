@@ -317,6 +317,13 @@ def expected(run):
     return run.metrics()
 
 
+def test_no_cache_of_an_evaluation_stands_in_the_way_of_the_update(tmp_path):
+    flags, policy = eg.parse_flags(["--out", str(tmp_path)]), engine.load_policy("tiny", "cpu")
+    policy.sampler.fixed = True                             # as on a GPU, where the cache outlives the call
+    eg.evaluate(policy, {"easy": data.load("tiny:1-3:validation")[:2]}, flags, 0)
+    assert policy.sampler.slots is None and json.loads((tmp_path / "evals.jsonl").read_text())["problems"] == 2
+
+
 def test_out_of_memory_while_sampling_halves_the_rows_once(run, expected, monkeypatch, capsys):
     load, tried = engine.load_policy, []
 
