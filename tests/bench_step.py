@@ -1,0 +1,263 @@
+"""
+A whole training step: ours by phase, and TRL's GRPOTrainer on the same work if trl is installed. Not a test.
+
+    OMP_NUM_THREADS=1 python tests/bench_step.py                                    # CPU, two models, in pairs with TRL
+    python tests/bench_step.py --device cuda --shape 7b --rows 8 --tokens 1024      # one GPU, ours alone
+
+On a CPU the work is 8 prompts x 8 responses of at most 128 new tokens, fp32, no KL, no gradient checkpointing. The
+weights are random and the same on both sides, and a fixed share of the vocabulary ends a response, so that lengths are
+geometric with a mean of about 40% of the limit. Rewards say whether a length is odd: nearly every group is mixed, and
+grading costs nothing. Ours does more than TRL's: it also scores the responses for EDA before it updates. Each run is a
+process of its own (the first step warms up and is not counted), runs take turns, a ratio is of two neighbours.
+
+On a GPU every response has exactly --tokens tokens. MFU is the share of the GPU's dense bf16 peak that 6 (update) or 2
+(sampling, scoring) floating-point operations per weight and token make up; recomputed activations do not count as work.
+"""
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import edge_grpo  # noqa: E402
+import engine  # noqa: E402
+from bench_rollout import SHAPES, build  # noqa: E402
+from data import Problem  # noqa: E402
+from rollout import Sampler  # noqa: E402
+
+PROMPTS, GROUP, LIMIT = 8, 8, 128
+HAZARD = 1 / 57                 # chance of ending at each token: a mean of 51 tokens, 40% of the limit
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}        # dense bf16, from data sheets
+MIB = 2 ** 20
+
+
+def words(vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the ids: "w7 w3" is [7, 3]. Its chat template is the question alone."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w1", padding_side="left",
+                                   chat_template="{{ messages[-1]['content'] }}")
+
+
+def questions(vocab: int, count: int, step: int) -> list[str]:
+    """The prompts of a step, 16 to 48 tokens each."""
+    draw = random.Random(step)
+    return [" ".join(f"w{draw.randrange(2, vocab)}" for _ in range(draw.randint(16, 48))) for _ in range(count)]
+
+
+def end_ids(vocab: int) -> list[int]:
+    """w0 and enough other ids that a random model ends a response with probability HAZARD at each token."""
+    return [0, *range(2, 1 + round(vocab * HAZARD))]
+
+
+def reward_of(ids: list[int]) -> float:
+    return float(len(ids) % 2)
+
+
+def seconds(device: str) -> float:
+    """CPU seconds of this process, or wall seconds of a GPU that has finished its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def highest(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- Ours ------------------------------------------------------------------------------------------------------------
+
+def our_step(policy, trainer, problems, flags, step: int) -> tuple[dict, list[int]]:
+    """The training loop of edge_grpo.py without correction and files: seconds by phase, and the responses' lengths."""
+    device, phases = policy.device.type, {}
+    start = seconds(device)
+
+    def lap(name):
+        nonlocal start
+        now = seconds(device)
+        phases[name], start = now - start, now
+
+    responses = edge_grpo.sample(policy, problems, flags, step)
+    lap("sample")
+    for r in responses:
+        policy.decode(r.ids)
+        r.accuracy, r.format = reward_of(r.ids), 0.0
+    lap("grade")
+    edge_grpo.score_tokens(policy, responses, flags)
+    A = edge_grpo.group_advantages(edge_grpo.rewards(responses, flags))
+    P = edge_grpo.response_entropy(responses, flags.group_size)
+    A_hat = edge_grpo.entropy_driven_advantages(A, P)
+    lap("score")
+    edge_grpo.update(trainer, None, responses, A, A_hat, P, flags, flags.lr)
+    lap("update")
+    return phases, [len(r.ids) for r in responses]
+
+
+def ours(args) -> dict:
+    vocab, gpu = SHAPES[args.shape]["vocab_size"], args.device != "cpu"
+    tokens, groups, rows = (args.tokens, 1, args.rows) if gpu or args.rows else (LIMIT, PROMPTS, GROUP)
+    flags = edge_grpo.parse_flags(
+        f"--model random --data none --method grpo --eda --temperature 1 --max-new-tokens {tokens} "
+        f"--questions-per-step {groups} --group-size {rows} --micro-batch-tokens {args.micro_batch_tokens} "
+        f"--device {args.device} --seed {args.seed} --{'' if gpu else 'no-'}gradient-checkpointing "
+        f"--{'' if args.offload else 'no-'}offload-optimizer".split())
+    model = build(args.shape, args.device, torch.bfloat16 if gpu else torch.float32)
+    ends = set() if args.rows else set(end_ids(vocab))
+    policy = engine.Policy(model, words(vocab), Sampler(model, ends, vocab), ends, 0, vocab, torch.device(args.device),
+                           "qwen")
+    trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), offload=flags.offload_optimizer,
+                             checkpointing=flags.gradient_checkpointing)
+    before, steps, lengths = highest(args.device), [], []
+    for step in range(args.steps + 1):
+        problems = [Problem(q, (), None, "bench") for q in questions(vocab, groups, step)]
+        phases, T = our_step(policy, trainer, problems, flags, step)
+        steps.append(phases)
+        lengths.append(T)
+    return dict(phases=steps[1:], seconds=[sum(p.values()) for p in steps[1:]], lengths=lengths[1:],
+                extra=highest(args.device) - before, peak=highest(args.device),
+                weights=sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel())
+
+
+# --- TRL's -----------------------------------------------------------------------------------------------------------
+
+def trl_trainer(args, lengths: list, times: list):
+    """GRPOTrainer on the same model, prompts and rewards; it fills `lengths` and `times`, a step an entry."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append(-seconds("cpu"))
+
+        def on_step_end(self, *_, **__):
+            times[-1] += seconds("cpu")
+
+    def odd_length(completion_ids, **_):
+        lengths.append([len(ids) for ids in completion_ids])
+        return [reward_of(ids) for ids in completion_ids]
+
+    vocab = SHAPES[args.shape]["vocab_size"]
+    model = build(args.shape)
+    model.generation_config.eos_token_id = end_ids(vocab)
+    rows = PROMPTS * GROUP
+    config = GRPOConfig(
+        output_dir="unused", max_steps=args.steps + 1, num_generations=GROUP, max_completion_length=LIMIT, beta=0.0,
+        per_device_train_batch_size=args.trl_rows, gradient_accumulation_steps=rows // args.trl_rows, temperature=1.0,
+        loss_type="grpo", gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none",
+        disable_tqdm=True, shuffle_dataset=False, seed=args.seed, logging_steps=1000)
+    data = Dataset.from_dict({"prompt": [q for s in range(args.steps + 1) for q in questions(vocab, PROMPTS, s)]})
+    return GRPOTrainer(model, odd_length, args=config, train_dataset=data, processing_class=words(vocab),
+                       callbacks=[Watch()])
+
+
+def trl(args) -> dict:
+    lengths, times = [], []
+    trainer = trl_trainer(args, lengths, times)
+    before = highest("cpu")
+    trainer.train()
+    assert len(times) == len(lengths) == args.steps + 1, "one call for rewards a step"
+    return dict(seconds=times[1:], lengths=lengths[1:], extra=highest("cpu") - before, peak=highest("cpu"))
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+def mean_length(run: dict) -> float:
+    return statistics.mean(n for step in run["lengths"] for n in step)
+
+
+def step_seconds(run: dict) -> float:
+    return statistics.median(run["seconds"])
+
+
+def report_phases(run: dict, args) -> None:
+    """One line a phase: seconds of a step (median), share, tokens/s and, on a known GPU, MFU."""
+    step, tokens = step_seconds(run), mean_length(run) * len(run["lengths"][0])
+    name = torch.cuda.get_device_name() if args.device != "cpu" else ""
+    peak = next((t for key, t in PEAK_TFLOPS.items() if key in name), None)
+    for phase in run["phases"][0]:
+        took = statistics.median(p[phase] for p in run["phases"])
+        line = f"  {phase:7}{took:9.3f} s{took / step:8.1%}"
+        work = {"sample": 2, "score": 2, "update": 6}.get(phase)
+        if work and took:
+            line += f"{tokens / took:12.0f} tokens/s"
+            line += f"{work * run['weights'] * tokens / took / peak / 1e12:9.1%} MFU" if peak else ""
+        print(line)
+    print(f"  step   {step:9.3f} s for {tokens:.0f} response tokens; peak {run['peak'] / MIB:.0f} MiB, "
+          f"{run['extra'] / MIB:.0f} of them added by the steps")
+
+
+def child(side: str, args) -> dict:
+    """One run in a process of its own."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in ("one", "offload", "pairs")]
+    command = [sys.executable, __file__, "--one", side, *flags, *["--offload"] * args.offload]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def compare(args) -> None:
+    """Pairs of runs of one shape, and their ratios."""
+    runs = [(child("ours", args), child("trl", args)) for args.seed in range(args.pairs)]
+    report_phases(runs[-1][0], args)
+    for name, side in (("ours", 0), ("TRL", 1)):
+        mine = [pair[side] for pair in runs]
+        peak, extra = (statistics.median(run[key] for run in mine) / MIB for key in ("peak", "extra"))
+        print(f"  {name:5}{statistics.median(map(step_seconds, mine)):8.3f} CPU s a step; responses of "
+              f"{statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, {extra:.0f} by the steps")
+    ratios = [step_seconds(b) / step_seconds(a) for a, b in runs]
+    per_token = [r * mean_length(a) / mean_length(b) for r, (a, b) in zip(ratios, runs)]
+    unscored = [statistics.median(sum(p.values()) - p["score"] for p in a["phases"]) for a, _ in runs]
+    no_scoring = [step_seconds(b) / mine for mine, (_, b) in zip(unscored, runs)]
+    for name, values in (("a step", ratios), ("a response token", per_token), ("a step, scoring left out", no_scoring)):
+        print(f"  TRL / ours, time of {name}: {' '.join(f'{v:.2f}' for v in values)}; "
+              f"median {statistics.median(values):.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", choices=SHAPES, help="default: small and 27m")
+    parser.add_argument("--rows", type=int, default=0, help="one question, this many responses of full length, no TRL")
+    parser.add_argument("--tokens", type=int, default=1024, help="their length")
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU")
+    parser.add_argument("--offload", action="store_true", help="master weights and moments in CPU memory")
+    parser.add_argument("--steps", type=int, default=3, help="steps counted in a run")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
+    parser.add_argument("--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one", choices=["ours", "trl"], help="run one side here and print it as JSON")
+    args = parser.parse_args()
+    args.micro_batch_tokens = args.micro_batch_tokens or (1024 if args.device == "cpu" else 8192)
+    if args.device != "cpu":
+        args.rows = args.rows or 8
+    if args.one:
+        print(json.dumps(ours(args) if args.one == "ours" else trl(args)))
+        return
+    try:
+        import trl as installed
+        version = f"trl {installed.__version__}"
+    except ImportError:
+        version = "trl is not installed, so only ours is timed"
+    print(f"torch {torch.__version__}, {version}, {torch.get_num_threads()} threads")
+    for args.shape in [args.shape] if args.shape else ["small", "27m"]:
+        print(f"{args.shape}, {args.device}:")
+        if args.rows or "not installed" in version:
+            report_phases(ours(args) if args.device != "cpu" else child("ours", args), args)
+        else:
+            compare(args)
+
+
+if __name__ == "__main__":
+    main()
