@@ -10,15 +10,16 @@ all tokens: it is summed in fp32 and rounded once, so a bf16 model needs no fp32
 The entropy is the token entropy H_t of the paper, H_t = -sum_v p_t(v) log p_t(v) with p_t = softmax(z_t / T) in nats,
 and `mean_entropy` is its Eq. 3.
 
-Cost: four matrix products of tokens x vocabulary x hidden (logits, logits again, two gradients) against three in plain
-autograd, and far fewer passes over memory. tests/bench_entropy.py, 2048 tokens x 151,936 in fp32 on one CPU core, hidden
-size 256: 1.29x the speed of log_softmax with autograd and 55x less memory beyond the gradients. The fourth product weighs
-more as the hidden size grows: 0.85x the speed at 896, with 46x less memory. Not measured on a GPU.
+Cost: four matrix products of tokens x vocabulary x hidden (logits, logits again, two gradients) against three in
+plain autograd, and far fewer passes over memory. By tests/bench_entropy.py, with 2048 tokens x 151,936 in fp32 on one
+CPU core and hidden size 256, it is 1.29x as fast as log_softmax with autograd and needs 55x less memory beyond the
+gradients. The fourth product weighs more as the hidden size grows: at 896 it is 0.85x as fast, with 46x less memory.
+Not measured on a GPU.
 
 Tried and left out: the "fused" form, which makes the gradient in the forward pass and needs three products. It has to
-know each token's factor in the loss beforehand, so it fits only one update per rollout with entropies known by then; and
-it must go through the tokens in blocks and add up the weight's gradient in fp32. It took 9.1 s where this takes 9.3
-(hidden size 256, blocks of 256 tokens), with 5 times the memory.
+know each token's factor in the loss beforehand, so it fits only one update per rollout with entropies known by then;
+and it must go through the tokens in blocks and add up the weight's gradient in fp32. It took 9.1 s where this takes
+9.3 (hidden size 256, blocks of 256 tokens), with 5 times the memory.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -91,6 +92,7 @@ def default_chunk(hidden: torch.Tensor) -> int:
 
 
 class _LogprobEntropy(torch.autograd.Function):
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocab_size, entropy_grad, chunk):
         blocks, target_logit = _blocks(vocab_size, chunk), hidden.new_zeros(len(targets), dtype=_wide(hidden))
