@@ -91,9 +91,9 @@ def test_a_target_may_occur_twice_and_rows_do_not_mix():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(dtype):
     """Against float64 of the same rounded numbers: values as exact as fp32, gradients as exact as their own dtype."""
-    hidden, weight, targets = inputs(dtype)
+    hidden, weight, targets = inputs(dtype, scale=0.1)
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    got = gradients(logprob_entropy, hidden, weight, targets, 0.6, 95, True, chunk=30)
+    got = gradients(logprob_entropy, hidden, weight, targets, 0.6, 95, True, chunk=1)     # as many sums as can be
     want = gradients(reference, *exact, targets, 0.6, 95)
     assert_equal(got[:2], want[:2])
     assert got[2].dtype == got[3].dtype == dtype
