@@ -39,6 +39,7 @@ import engine
 import eval as evaluation
 import reward
 from data import Problem, UserError
+from entropy import mean_entropy
 from engine import stream
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -316,8 +317,7 @@ def score_tokens(policy: engine.Policy, responses: list[Response], flags: Flags)
 
 def response_entropy(responses: list[Response], group_size: int) -> Tensor:
     """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (Q, G); an empty response has P = 0."""
-    P = [r.entropy.double().mean() if len(r.ids) else torch.zeros((), dtype=torch.float64) for r in responses]
-    return torch.stack(P).view(-1, group_size)
+    return mean_entropy([r.entropy for r in responses]).double().view(-1, group_size)
 
 
 def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
