@@ -834,8 +834,8 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     layer = (12 * c.hidden_size + 4 * inner) * weight_bytes                     # of one token in one layer
     layers = c.num_hidden_layers * layer
-    if checkpointing:                                                           # every layer's input, and one layer
-        layers = c.num_hidden_layers * c.hidden_size * weight_bytes + layer
+    if checkpointing:                                       # every layer's input, and one layer with its gradients
+        layers = c.num_hidden_layers * c.hidden_size * weight_bytes + 2 * layer
     plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
     moments = count * (8 if weight_bytes == 4 and not offload else 12)      # and masters, unless the weights are fp32
     if offload:

@@ -31,7 +31,7 @@ RUNS = {                                                        # G = 8 unless i
     "base": "--steps 3 --save-every 2 --keep 9",
     "one row": "--method sft --questions-per-step 1",           # fewer rows than processes
     "two rows": "--questions-per-step 1 --group-size 2 --steps 4",    # and sometimes one or none of them to go on with
-    "nothing to correct": "--method grpo --group-size 7 --format-weight 1 --loss token",
+    "nothing to correct": "--method grpo --data tiny:1-3 --group-size 7 --format-weight 1 --loss token",
     "eda-grad": "--eda-grad",
     "kl": "--kl 3 --lr 1e-3",
     "two updates": "--updates-per-rollout 2 --loss constant",
