@@ -962,7 +962,10 @@ def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert "eval" not in called
     assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm",
-                        "SIGALRM", "ITIMER_REAL"}   # a worker may limit its own processor time; nothing rings here
+                        "SIGALRM", "ITIMER_REAL"}
+    work, = (node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "_work")
+    timers = lambda part: [node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"]
+    assert timers(tree) == timers(work) == ["setitimer"]            # only the worker limits itself; nothing rings here
 
 
 @pytest.mark.parametrize("text", [
