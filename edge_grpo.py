@@ -205,13 +205,13 @@ class Response:
     ids: list[int]                          # the end token included, once finished
     injected: list[bool]                    # origin of each token: False sampled by the policy, True put there by GEC
     logprobs: list[float]                   # the sampler's log-probability of each token; NaN where injected
+    entropies: list[float]                  # and the policy's entropy there; NaN where injected, until it is scored
     finished: bool = False                  # ended by an end token, not cut by a limit
     correction: str = ""                    # "", "reflect", "answer" or "reference"
     text: str = ""                          # of ids, once graded
     accuracy: float | None = None           # 0.0 or 1.0 once graded
     format: float | None = None
-    logp: Tensor | None = None              # (T,) the trainer's log-probabilities before the update
-    entropy: Tensor | None = None           # (T,) the trainer's token entropies before the update
+    logp: Tensor | None = None              # (T,) the trainer's log-probabilities, from the first update's forward
 
 
 # Every random choice of a run is `stream` of (seed, step, what, row), so nothing random needs to be saved, and the
@@ -232,7 +232,7 @@ def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: i
     responses = []
     for problem in problems:
         prompt = policy.prompt_ids(problem.question)
-        responses += [Response(problem, prompt, [], [], []) for _ in range(flags.group_size)]
+        responses += [Response(problem, prompt, [], [], [], []) for _ in range(flags.group_size)]
     extend(policy, responses, flags.max_new_tokens, flags, (step, "sample"))
     return responses
 
@@ -255,13 +255,13 @@ def extend(policy: engine.Policy, responses: list[Response], limit: int, flags: 
     with sampling(flags):
         samples = engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))
     for r, s in zip(responses, samples):
-        r.ids, r.logprobs = r.ids + s.ids, r.logprobs + s.logprobs
+        r.ids, r.logprobs, r.entropies = r.ids + s.ids, r.logprobs + s.logprobs, r.entropies + s.entropies
         r.injected, r.finished = r.injected + [False] * len(s.ids), s.finished
 
 
 def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]:
     """SFT: the reference solution of each problem, as a response whose every token is injected."""
-    return [replaced(Response(p, policy.prompt_ids(p.question), [], [], []), "reference", policy) for p in problems]
+    return [replaced(Response(p, policy.prompt_ids(p.question), [], [], [], []), "reference", policy) for p in problems]
 
 
 def grade(policy: engine.Policy, responses: list[Response]) -> None:
@@ -307,17 +307,18 @@ def score(model: nn.Module, policy: engine.Policy, responses: list[Response],
                                     policy.vocab_size, flags.micro_batch_tokens)
 
 
-def score_tokens(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
-    """The scoring pass: log-probability and entropy of every token under the policy before the update."""
-    new = list({id(r): r for r in responses if r.logp is None}.values())
+def score_injected(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
+    """A forward pass over the rows that hold injected tokens, for their entropies. Those of all other rows are known
+    from sampling: to score them too would take 15 to 20% of a step (tests/bench_step.py --score)."""
+    new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
     scored = engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))
-    for r, (logp, entropy) in zip(new, scored):
-        r.logp, r.entropy = logp, entropy
+    for r, (_, entropy) in zip(new, scored):
+        r.entropies = entropy.tolist()
 
 
 def response_entropy(responses: list[Response], group_size: int) -> Tensor:
     """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (Q, G); an empty response has P = 0."""
-    return mean_entropy([r.entropy for r in responses]).double().view(-1, group_size)
+    return mean_entropy([torch.tensor(r.entropies) for r in responses]).double().view(-1, group_size)
 
 
 def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
@@ -369,6 +370,7 @@ def replaced(response: Response, branch: str, policy: engine.Policy) -> Response
     return Response(response.problem, response.prompt, response.ids[:kept] + added,
                     response.injected[:kept] + [True] * len(added),
                     response.logprobs[:kept] + [float("nan")] * len(added),
+                    response.entropies[:kept] + [float("nan")] * len(added),
                     finished=branch != "reflect", correction=branch)
 
 
@@ -392,7 +394,8 @@ def cut(response: Response, limit: int) -> None:
     """Cut a corrected response to `limit` tokens, in place."""
     if response.correction and len(response.ids) > limit:
         response.ids, response.injected = response.ids[:limit], response.injected[:limit]
-        response.logprobs, response.finished = response.logprobs[:limit], False
+        response.logprobs, response.entropies = response.logprobs[:limit], response.entropies[:limit]
+        response.finished = False
 
 
 # --- The loss and the update -----------------------------------------------------------------------------------------
@@ -440,15 +443,15 @@ def update(trainer: engine.Trainer, reference: nn.Module | None, responses: list
            P: Tensor, flags: Flags, lr: float) -> dict:
     """The step's optimizer updates on all B responses; the gradient does not depend on the cut into micro-batches.
 
-    Each row gets its weight in the whole step's loss first; micro-batches and processes then only add up.
+    Each row gets its weight in the whole step's loss first; micro-batches and processes then only add up. The first
+    update's forward also tells the responses' `logp`, and entropies that are not known yet.
     Returns loss and gradient norm (means over the updates) and how many updates were skipped as not finite.
     """
     lengths = [len(r.ids) for r in responses]
     row_weights = token_weights(lengths, flags.loss, flags.max_new_tokens)
     weights = [[w * (flags.injected_weight if x and not flags.sft else 1.0) for x in r.injected]
                for w, r in zip(row_weights, responses)]
-    columns = dict(weight=weights, old_logp=[r.logp for r in responses],
-                   advantage=[[a] * n for a, n in zip(A_hat.flatten().tolist(), lengths)])
+    columns = dict(weight=weights, advantage=[[a] * n for a, n in zip(A_hat.flatten().tolist(), lengths)])
     if flags.eda_grad:
         slope = entropy_gradient(A, P, torch.tensor([sum(w) for w in weights]).view_as(A), flags)
         columns["entropy_weight"] = [[g / max(n, 1)] * n for g, n in zip(slope.flatten().tolist(), lengths)]
@@ -457,16 +460,22 @@ def update(trainer: engine.Trainer, reference: nn.Module | None, responses: list
     if flags.kl:
         columns["reference_logp"] = [logp for logp, _ in score(reference, trainer.policy, mine, flags)]
     losses, norms, bad = [], [], 0
-    for _ in range(flags.updates_per_rollout):
-        loss = engine.halve_batch_on_oom(trainer, lambda: gradients(trainer, mine, columns, flags))
+    for k in range(flags.updates_per_rollout):
+        loss, scored = engine.halve_batch_on_oom(trainer, lambda: gradients(trainer, mine, columns, flags))
+        if k == 0:                                                         # still the policy that sampled
+            columns["old_logp"] = [logp for logp, _ in scored]
+            for r, (r.logp, entropy) in zip(responses, engine.spread(responses, lambda mine: scored)):
+                r.entropies = [h if math.isnan(known) else known for known, h in zip(r.entropies, entropy.tolist())]
         norm = trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip()
         losses, norms, bad = losses + [loss], norms + [norm], bad + (not math.isfinite(norm))
     return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped_updates": bad}
 
 
-def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict, flags: Flags) -> float:
-    """Accumulate the gradient of the step's loss over the micro-batches; returns the loss."""
-    policy, total = trainer.policy, 0.0
+def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
+              flags: Flags) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+    """Accumulate the gradient of the step's loss over the micro-batches; returns the loss, and of each response
+    (logp (T,), entropy (T,)) under the weights as they were."""
+    policy, total, scored = trainer.policy, 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
     batches = engine.micro_batches([r.prompt for r in responses], [r.ids for r in responses],
                                    trainer.micro_batch_tokens, policy.device)
     for batch, last in trainer.in_step(batches):
@@ -476,8 +485,8 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
         column = {name: batch.flat(values) for name, values in columns.items()}         # each (N,)
         if flags.sft:
             token_loss = -logp
-        else:       # with one update per rollout the ratio is 1 by definition, and only its gradient matters
-            old = column["old_logp"] if flags.updates_per_rollout > 1 else logp.detach()
+        else:       # in the first update after sampling the ratio is 1, and only its gradient matters
+            old = column["old_logp"] if "old_logp" in column else logp.detach()
             token_loss = clipped_surrogate(logp, old, column["advantage"], flags.eps_low, flags.eps_high)
         if flags.kl:
             token_loss = token_loss + flags.kl * kl_penalty(logp, column["reference_logp"])
@@ -486,7 +495,9 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
             loss = loss + (column["entropy_weight"] * (entropy - entropy.detach())).sum()
         trainer.backward(loss, last)
         total += loss.item()
-    return sum(engine.gather(total))
+        for i, *told in zip(batch.index, batch.by_row(logp), batch.by_row(entropy)):
+            scored[i] = tuple(told)
+    return sum(engine.gather(total)), scored
 
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------
@@ -521,7 +532,7 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
              reflect_fixed=sum(r.accuracy for r in corrected if r.correction == "reflect"),
              self_reflection=mean(REFLECT.strip() in r.text for r in responses),
              over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
-             logprob_gap=logprob_gap(responses) if flags.top_p == 1 else None)
+             logprob_gap=logprob_gap(corrected) if flags.top_p == 1 else None)
     if flags.sft:                               # nothing was sampled, so what describes samples and groups is undefined
         for key in ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
                     "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
@@ -531,7 +542,8 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
 
 
 def logprob_gap(responses: list[Response]) -> float | None:
-    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens; 0 but for rounding."""
+    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens among those trained on; 0 but for
+    rounding."""
     sampled = [(torch.tensor(r.logprobs), r.logp) for r in responses if r.ids]
     return torch.cat([(a - b).abs() for a, b in sampled]).nanmean().item() if sampled else None
 
@@ -784,13 +796,15 @@ def train(flags: Flags) -> int:
         clock.lap("correct")
         grade(policy, corrected)
         clock.lap("grade")
-        score_tokens(policy, responses + corrected, flags)
+        if flags.eda:
+            score_injected(policy, corrected, flags)
         A = group_advantages(rewards(corrected, flags))                                        # (Q, G)
         P = response_entropy(corrected, A.shape[1])                                            # (Q, G), Eq. 3
         A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None) if flags.eda else A   # (Q, G), Eq. 6-7
         lr = flags.lr * (1 - step / flags.steps)
         stats = update(trainer, reference, corrected, A, A_hat, P, flags, lr)
         clock.lap("update")
+        P = response_entropy(corrected, A.shape[1])         # without EDA injected tokens are seen by the update first
 
         bad_steps = bad_steps + 1 if stats["skipped_updates"] else 0
         if bad_steps:

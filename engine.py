@@ -422,6 +422,11 @@ class Batch:
         parts = [torch.as_tensor(values[i], dtype=torch.float32) for i in self.index]
         return torch.cat(parts or [torch.zeros(0)]).to(self.ids.device)
 
+    def by_row(self, values: Tensor) -> list[Tensor]:
+        """The inverse: one value per response token (N,) -> a (T_i,) tensor on the CPU for each row of this batch."""
+        counts = torch.bincount(self.rows, minlength=len(self.index)).tolist()
+        return list(values.detach().cpu().split(counts)) if self.index else []
+
 
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int,
                   device: torch.device) -> list[Batch]:
@@ -457,9 +462,8 @@ def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: lis
     scorer = Scorer(model)
     for batch in micro_batches(prompts, responses, budget, next(model.parameters()).device):
         logp, entropy = scorer(batch.ids, batch.rows, batch.columns, temperature, vocab_size)
-        lengths = [len(responses[i]) for i in batch.index]
-        for i, row_logp, row_entropy in zip(batch.index, logp.cpu().split(lengths), entropy.cpu().split(lengths)):
-            scored[i] = (row_logp, row_entropy)
+        for i, *told in zip(batch.index, batch.by_row(logp), batch.by_row(entropy)):
+            scored[i] = tuple(told)
     return scored
 
 
@@ -792,7 +796,7 @@ def halve_rows_on_oom(policy: Policy, work: Callable[[list], list], items: list)
                         "--max-new-tokens") from error
 
 
-def halve_batch_on_oom(trainer: Trainer, work: Callable[[], float]) -> float:
+def halve_batch_on_oom(trainer: Trainer, work: Callable[[], object]) -> object:
     """`work()`; if the GPU runs out of memory, once more with half the --micro-batch-tokens (one process only)."""
     try:
         return work()

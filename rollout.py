@@ -32,10 +32,12 @@ GROWTH = 64               # on a CPU the cache gets this many positions more at 
 @dataclass
 class Sample:
     """ids: the sampled tokens, with the end id if one was drawn; logprobs: of each token, natural logarithm, under the
-    distribution it was drawn from; finished: an end id was drawn before the limit was reached."""
+    distribution it was drawn from; finished: an end id was drawn before the limit was reached; entropies: at each token
+    that of softmax(logits / temperature), in nats, over the whole vocabulary whatever top_p is."""
     ids: list[int]
     logprobs: list[float]
     finished: bool
+    entropies: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Row:
     seed: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
 
 # ---- 1. Sampling ----------------------------------------------------------------------------------------------------
@@ -102,20 +105,21 @@ class Rule:
     knobs: Tensor
     vocab_size: int
 
-    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (B, V), which may be overwritten; seeds, positions (B,) -> ids (B,), logprobs (B,) float32."""
+    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (B, V), which may be overwritten; seeds, positions (B,) -> ids, logprobs and entropies, each (B,)."""
         logits = logits.float()
         logits[:, self.vocab_size:] = -torch.inf             # rows of the embedding that belong to no token
         if self.greedy:
             best, ids = logits.max(-1)
-            return ids, best - best                          # 0, a point mass; NaN if the logits are not finite
+            return ids, best - best, best - best             # 0, a point mass; NaN if the logits are not finite
         p = torch.softmax(logits.mul_(self.knobs[0]), -1)
+        entropies = torch.special.entr(p).sum(-1)            # of -p log p: no second forward pass has to tell it
         if self.nucleus:
             sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
             outside = sorted_p.cumsum(-1) - sorted_p >= self.knobs[1]    # those before it already hold top_p
             outside[:, 0] = False
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-        return _invert(p, uniform(seeds, positions))
+        return *_invert(p, uniform(seeds, positions)), entropies
 
 
 # ---- The layers of the Llama family, shared by prefill and decode ---------------------------------------------------
@@ -231,9 +235,9 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int, reach: int) 
         return attention(q, slots.keys[i][:rows, :, :reach], slots.values[i][:rows, :, :reach], valid, scale)
 
     hidden = run_layers(model, slots.token[:rows, None], position[:, None], attend)
-    ids, logprobs = rule.draw(model.lm_head(hidden[:, 0]), slots.seed[:rows], length)
+    ids, logprobs, entropies = rule.draw(model.lm_head(hidden[:, 0]), slots.seed[:rows], length)
     slots.ids[at, length] = ids                      # a finished row writes behind its end, where nobody reads
-    slots.logprobs[at, length] = logprobs
+    slots.logprobs[at, length], slots.entropies[at, length] = logprobs, entropies
     slots.token[:rows] = torch.where(alive, ids, slots.token[:rows])
     length += alive
     alive &= (length < slots.stop[:rows]) & ~slots.is_end[ids]
@@ -256,7 +260,7 @@ class Slots:
         self.length = torch.ones_like(self.index)
         self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.ids = torch.zeros(slots, 0, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(slots, 0, device=self.device)
+        self.logprobs, self.entropies = torch.zeros(2, slots, 0, device=self.device)
         self.keys: list[Tensor] = [None] * len(model.model.layers)
         self.values: list[Tensor] = [None] * len(model.model.layers)
         self.reserve(slots, capacity)
@@ -270,7 +274,8 @@ class Slots:
                 if used:
                     new[:used, :, :before] = cache[i][:used]
                 cache[i] = new
-        self.ids, self.logprobs = (F.pad(t, (0, capacity + 1 - t.shape[1])) for t in (self.ids, self.logprobs))
+        self.ids, self.logprobs, self.entropies = (F.pad(t, (0, capacity + 1 - t.shape[1]))
+                                                   for t in (self.ids, self.logprobs, self.entropies))
         self.capacity, self.index_of_position = capacity, torch.arange(capacity, device=self.device)
 
     def _empty(self, slots: int, capacity: int, attn: nn.Module) -> Tensor:
@@ -322,7 +327,7 @@ class Slots:
         left = count - len(done)
         moves = list(zip([slot for slot in range(left, count) if alive[slot]], [slot for slot in done if slot < left]))
         self._copy((*self.keys, *self.values, self.token, self.length, self.stop, self.seed, self.alive, self.ids,
-                    self.logprobs), moves)
+                    self.logprobs, self.entropies), moves)
         for source, to in moves:
             self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
         del self.rows[left:], self.lengths[left:]
@@ -330,9 +335,10 @@ class Slots:
 
     def _read_out(self, done: list[int]) -> None:
         at, reach = torch.tensor(done, device=self.device), max(self.lengths[slot] for slot in done)
-        for slot, ids, logprobs in zip(done, self.ids[at, :reach].tolist(), self.logprobs[at, :reach].tolist()):
-            row, end = self.rows[slot], self.lengths[slot]
-            row.ids, row.logprobs = ids[len(row.prompt):end], logprobs[len(row.prompt):end]
+        told = (t[at, :reach].tolist() for t in (self.ids, self.logprobs, self.entropies))
+        for slot, *of_row in zip(done, *told):
+            row = self.rows[slot]
+            row.ids, row.logprobs, row.entropies = (t[len(row.prompt):self.lengths[slot]] for t in of_row)
 
 
 # ---- 5. Graphs ------------------------------------------------------------------------------------------------------
@@ -386,10 +392,11 @@ def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: se
     while live:
         seeds = torch.tensor([row.seed for row in live], device=device)
         lengths = torch.tensor([len(row.prompt) + len(row.ids) for row in live], device=device)
-        ids, logprobs = rule.draw(logits, seeds, lengths)
-        for row, id_, logprob in zip(live, ids.tolist(), logprobs.tolist()):
+        ids, logprobs, entropies = rule.draw(logits, seeds, lengths)
+        for row, id_, logprob, entropy in zip(live, ids.tolist(), logprobs.tolist(), entropies.tolist()):
             row.ids.append(id_)
             row.logprobs.append(logprob)
+            row.entropies.append(entropy)
         going = [i for i, row in enumerate(live) if len(row.ids) < row.limit and row.ids[-1] not in end_ids]
         live = [live[i] for i in going]
         if not live or cache is None:
@@ -471,7 +478,8 @@ class Sampler:
                     sample_by_forward(self.model, wave, rule, self.end_ids)
         if any(math.isnan(logprob) for row in rows for logprob in row.logprobs):
             raise ValueError("the model's logits are not finite, so there is nothing to sample from; check its weights")
-        samples = [Sample(row.ids, row.logprobs, bool(row.ids) and row.ids[-1] in self.end_ids) for row in rows]
+        samples = [Sample(row.ids, row.logprobs, bool(row.ids) and row.ids[-1] in self.end_ids, row.entropies)
+                   for row in rows]
         return [samples[i:i + n] for i in range(0, len(samples), n)]
 
     def _rows(self, prompts, n: int, limits, seeds) -> list[Row]:

@@ -7,8 +7,9 @@ A whole training step: ours by phase, and TRL's GRPOTrainer on the same work if 
 On a CPU the work is 8 prompts x 8 responses of at most 128 new tokens, fp32, no KL, no gradient checkpointing. The
 weights are random and the same on both sides, and a fixed share of the vocabulary ends a response, so that lengths are
 geometric with a mean of about 40% of the limit. Rewards say whether a length is odd: nearly every group is mixed, and
-grading costs nothing. Ours does more than TRL's: it also scores the responses for EDA before it updates. Each run is a
-process of its own (the first step warms up and is not counted), runs take turns, a ratio is of two neighbours.
+grading costs nothing. Ours does more than TRL's: EDA. (--score adds a forward pass over all responses before the update,
+what their entropies would cost if the sampler did not tell them.) Each run is a process of its own (the first step
+warms up and is not counted), runs take turns, a ratio is of two neighbours.
 
 On a GPU every response has exactly --tokens tokens. MFU is the share of the GPU's dense bf16 peak that 6 (update) or 2
 (sampling, scoring) floating-point operations per weight and token make up; recomputed activations do not count as work.
@@ -79,7 +80,7 @@ def highest(device: str) -> int:
 
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
-def our_step(policy, trainer, problems, flags, step: int) -> tuple[dict, list[int]]:
+def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[dict, list[int]]:
     """The training loop of edge_grpo.py without correction and files: seconds by phase, and the responses' lengths."""
     device, phases = policy.device.type, {}
     start = seconds(device)
@@ -95,11 +96,12 @@ def our_step(policy, trainer, problems, flags, step: int) -> tuple[dict, list[in
         policy.decode(r.ids)
         r.accuracy, r.format = reward_of(r.ids), 0.0
     lap("grade")
-    edge_grpo.score_tokens(policy, responses, flags)
+    if score:
+        edge_grpo.score(policy.model, policy, responses, flags)
+        lap("score")
     A = edge_grpo.group_advantages(edge_grpo.rewards(responses, flags))
     P = edge_grpo.response_entropy(responses, flags.group_size)
     A_hat = edge_grpo.entropy_driven_advantages(A, P)
-    lap("score")
     edge_grpo.update(trainer, None, responses, A, A_hat, P, flags, flags.lr)
     lap("update")
     return phases, [len(r.ids) for r in responses]
@@ -122,7 +124,7 @@ def ours(args) -> dict:
     before, steps, lengths = highest(args.device), [], []
     for step in range(args.steps + 1):
         problems = [Problem(q, (), None, "bench") for q in questions(vocab, groups, step)]
-        phases, T = our_step(policy, trainer, problems, flags, step)
+        phases, T = our_step(policy, trainer, problems, flags, step, args.score)
         steps.append(phases)
         lengths.append(T)
     return dict(phases=steps[1:], seconds=[sum(p.values()) for p in steps[1:]], lengths=lengths[1:],
@@ -201,8 +203,9 @@ def report_phases(run: dict, args) -> None:
 
 def child(side: str, args) -> dict:
     """One run in a process of its own."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in ("one", "offload", "pairs")]
-    command = [sys.executable, __file__, "--one", side, *flags, *["--offload"] * args.offload]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in ("one", "offload", "score", "pairs")]
+    flags += ["--offload"] * args.offload + ["--score"] * args.score
+    command = [sys.executable, __file__, "--one", side, *flags]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -218,9 +221,7 @@ def compare(args) -> None:
               f"{statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, {extra:.0f} by the steps")
     ratios = [step_seconds(b) / step_seconds(a) for a, b in runs]
     per_token = [r * mean_length(a) / mean_length(b) for r, (a, b) in zip(ratios, runs)]
-    unscored = [statistics.median(sum(p.values()) - p["score"] for p in a["phases"]) for a, _ in runs]
-    no_scoring = [step_seconds(b) / mine for mine, (_, b) in zip(unscored, runs)]
-    for name, values in (("a step", ratios), ("a response token", per_token), ("a step, scoring left out", no_scoring)):
+    for name, values in (("a step", ratios), ("a response token", per_token)):
         print(f"  TRL / ours, time of {name}: {' '.join(f'{v:.2f}' for v in values)}; "
               f"median {statistics.median(values):.2f}x")
 
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="their length")
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU")
     parser.add_argument("--offload", action="store_true", help="master weights and moments in CPU memory")
+    parser.add_argument("--score", action="store_true", help="add a scoring pass over all responses, as a phase")
     parser.add_argument("--steps", type=int, default=3, help="steps counted in a run")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64")

@@ -136,7 +136,9 @@ def wrong_and_right(policy, n=40):
         ids = policy.encode("(1)1+1=2\nThe answer is \\boxed{%s}" % (data.gold_text(p) if right else "1000"))
         finished = k % 2 == 0
         ids = ids + [policy.end_id] * finished
-        rows.append(eg.Response(p, policy.prompt_ids(p.question), ids, [False] * len(ids), [-0.5] * len(ids), finished))
+        unknown = [math.nan] * len(ids)
+        rows.append(eg.Response(p, policy.prompt_ids(p.question), ids, [False] * len(ids), [-0.5] * len(ids), unknown,
+                                finished))
     eg.grade(policy, rows)
     assert [r.accuracy for r in rows] == [float(k % 4 == 0) for k in range(n)]
     return rows
@@ -169,7 +171,7 @@ def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
             continue
         kept = len(r.ids) - r.finished
         assert c.correction in eg.BRANCHES and c.accuracy is None
-        assert len(c.ids) == len(c.injected) == len(c.logprobs)
+        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
         assert all(math.isnan(p) == x for p, x in zip(c.logprobs, c.injected))
         if c.correction == "reference":
             assert c.ids == policy.encode(r.problem.solution) + [policy.end_id] and all(c.injected) and c.finished
@@ -232,7 +234,7 @@ def test_caps_of_reflection_and_of_corrected_length(policy):
 
 # --- the update ------------------------------------------------------------------------------------------------------
 
-def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None):
+def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None, score=True):
     """The gradient of one step as {name: tensor}, without an optimizer step."""
     model = copy.deepcopy(policy.model)
     own = replace(policy, model=model)
@@ -244,7 +246,8 @@ def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=N
         trainer.skip()
         return 1.0
     trainer.step = catch
-    eg.score_tokens(own, responses, flags)
+    if score:
+        eg.score_injected(own, responses, flags)
     if A is None:
         A = eg.group_advantages(eg.rewards(responses, flags))
     P = eg.response_entropy(responses, A.shape[1])
@@ -300,6 +303,25 @@ def test_eda_grad_equals_autograd_through_the_whole_expression(policy):
     assert any(not torch.allclose(grads[n], plain[n], atol=1e-5) for n in grads)
 
 
+def test_entropies_come_from_the_sampler_and_a_pass_over_injected_rows_only(policy, monkeypatch):
+    """Three sources, one function: what a scoring pass over everything would tell. Without EDA the update tells it."""
+    flags, scored, plain = flags_of("--questions-per-step", "4", "--max-new-tokens", "30"), [], eg.score
+    responses = eg.sample(policy, data.load("tiny:1-3")[:4], flags, step=0)
+    eg.grade(policy, responses)
+    corrected = eg.correct_errors(policy, responses, flags, step=0)
+    eg.grade(policy, corrected)
+    assert {r.correction for r in corrected} == {"", *eg.BRANCHES}
+    expected = [entropy.tolist() for _, entropy in plain(policy.model, policy, corrected, flags)]
+    unscored = [copy.copy(r) for r in corrected]
+    monkeypatch.setattr(eg, "score", lambda m, p, rows, f: scored.extend(rows) or plain(m, p, rows, f))
+    eg.score_injected(policy, corrected, flags)
+    assert len(scored) == sum(any(r.injected) for r in corrected) < len(corrected)
+    step_gradient(policy, flags_of("--no-eda"), unscored, score=False)
+    for r, u, entropies in zip(corrected, unscored, expected):
+        assert r.entropies == pytest.approx(entropies, abs=1e-5) == u.entropies
+        assert len(u.logp) == len(u.ids)
+
+
 def test_injected_weight_zero_leaves_only_sampled_tokens(policy):
     responses = graded_groups(policy)
     flags = flags_of("--injected-weight", "0", "--no-eda")
@@ -320,7 +342,7 @@ def test_ratios_differ_from_one_only_after_the_first_of_several_updates(policy, 
                         or plain(logp, old, *rest))
     flags, responses = flags_of("--updates-per-rollout", "3", "--micro-batch-tokens", "100000"), graded_groups(policy)
     own = replace(policy, model=copy.deepcopy(policy.model))
-    eg.score_tokens(own, responses, flags)
+    eg.score_injected(own, responses, flags)
     A = eg.group_advantages(eg.rewards(responses, flags))
     eg.update(engine.Trainer(own, flags.micro_batch_tokens), None, responses, A, A, None, flags, lr=1e-3)
     assert len(seen) == 3 and seen[0] < 1e-5 and seen[1] > 1e-3 and seen[2] > seen[1]

@@ -110,7 +110,7 @@ def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
 # --- correction and scoring ------------------------------------------------------------------------------------------
 
 def graded(policy, problem, rows):
-    responses = [eg.Response(problem, policy.prompt_ids(problem.question), row, [False] * len(row), [0.0] * len(row),
+    responses = [eg.Response(problem, policy.prompt_ids(problem.question), row, [False] * len(row), [0.0] * len(row), [math.nan] * len(row),
                              finished=bool(row) and row[-1] in policy.end_ids) for row in rows]
     eg.grade(policy, responses)
     return responses
@@ -125,16 +125,18 @@ def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, sol
     responses = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
     corrected = eg.correct_errors(policy, responses, flags, seed % 7)
     eg.grade(policy, corrected)
-    eg.score_tokens(policy, responses + corrected, flags)
+    eg.score_injected(policy, responses + corrected, flags)
     A = eg.group_advantages(eg.rewards(corrected, flags))
     P = eg.response_entropy(corrected, 2)
     A_hat = eg.entropy_driven_advantages(A, P)
     assert A_hat.isfinite().all()
-    for r, c, row in zip(responses, corrected, rows):
+    scored = eg.score(policy.model, policy, corrected, flags)
+    for r, c, row, (logp, entropy) in zip(responses, corrected, rows, scored):
         assert r.ids == row and (c is r or c.correction)
-        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.logp) == len(c.entropy)
-        assert c.logp.isfinite().all() and (c.logp <= 1e-4).all()
-        assert c.entropy.isfinite().all() and (c.entropy >= -1e-4).all()
+        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
+        assert logp.isfinite().all() and (logp <= 1e-4).all()
+        assert c.entropies == pytest.approx(entropy.tolist(), abs=1e-4) and min(c.entropies, default=0) >= -1e-4
+        c.logp = logp                                                           # as the update would tell it
         assert all(math.isnan(x) == y for x, y in zip(c.logprobs, c.injected))
     metrics = eg.measure(responses, corrected, A, A_hat, P, flags)
     assert all(v is None or math.isfinite(v) for v in metrics.values())

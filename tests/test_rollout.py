@@ -68,10 +68,17 @@ def flat(samples):
 
 
 def forward_logprobs(model, prompt, ids, temperature=1.0, vocab_size=V):
-    """What training computes: one forward over prompt and response."""
+    """What training computes, by one forward over prompt and response: log-probabilities and entropies."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1, :vocab_size]
-    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    logp = (logits.double() / temperature).log_softmax(-1)
+    return logp.gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist(), (-logp.exp() * logp).sum(-1).tolist()
+
+
+def check_numbers(sample, model, prompt, *rest):
+    logprobs, entropies = forward_logprobs(model, prompt, sample.ids, *rest)
+    assert sample.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert sample.entropies == pytest.approx(entropies, abs=1e-4)
 
 
 # ---- exactness -------------------------------------------------------------------------------------------------------
@@ -86,16 +93,16 @@ def test_greedy_equals_generate(name):
                                   do_sample=False, max_new_tokens=20, eos_token_id=list(ENDS), pad_token_id=0)
         for sample in samples:
             assert sample.ids == expected[0, len(prompt):].tolist()
-            assert sample.logprobs == [0.0] * len(sample.ids)
+            assert sample.logprobs == sample.entropies == [0.0] * len(sample.ids)
             assert sample.finished == (sample.ids[-1] in ENDS)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logprobs_equal_the_training_forward(name):
+def test_logprobs_and_entropies_equal_the_training_forward(name):
     model = model_of(name)
     for prompt, samples in zip(PROMPTS, Sampler(model, ENDS).sample(PROMPTS, 3, 20, 0.8, seed=2)):
         for sample in samples:
-            assert sample.logprobs == pytest.approx(forward_logprobs(model, prompt, sample.ids, 0.8), abs=1e-4)
+            check_numbers(sample, model, prompt, 0.8)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gpt2", "mamba"])
@@ -123,6 +130,7 @@ def test_fixed_addresses_buckets_and_rare_looks_give_the_same(qwen):
         assert ids_of(out) == ids_of(expected)
         for a, b in zip(flat(out), flat(expected)):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.finished == b.finished
+            assert a.entropies == pytest.approx(b.entropies, abs=1e-4)
 
 
 def test_a_cut_row_continues_as_it_was(qwen):
@@ -177,6 +185,7 @@ def test_frequencies_fit_the_distribution(name, top_p):
     chi_square_is_plausible([sample.ids[0] for sample in drawn], nucleus)
     for sample in drawn[:200]:
         assert sample.logprobs[0] == pytest.approx(nucleus[sample.ids[0]].log().item(), abs=1e-4)
+        assert sample.entropies[0] == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)     # before the cut
 
 
 def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
@@ -239,8 +248,7 @@ def test_padded_vocabulary_is_outside_the_distribution(name, temperature):
         for sample in samples:
             assert max(sample.ids) < size
             if temperature:
-                assert sample.logprobs == pytest.approx(
-                    forward_logprobs(model, prompt, sample.ids, temperature, size), abs=1e-4)
+                check_numbers(sample, model, prompt, temperature, size)
 
 
 def test_nothing_to_do():
@@ -325,7 +333,7 @@ def test_a_subclass_takes_its_own_forward():
     model.load_state_dict(model_of("qwen2").state_dict())
     assert not has_llama_layers(model)
     sample = Sampler(model, set()).sample([PROMPTS[0]], 1, 8, 1.0, seed=14)[0][0]
-    assert sample.logprobs == pytest.approx(forward_logprobs(model, PROMPTS[0], sample.ids), abs=1e-4)
+    check_numbers(sample, model, PROMPTS[0])
 
 
 def test_dynamic_rope_takes_its_own_forward():
