@@ -403,7 +403,7 @@ class Scorer(nn.Module):
 
         No mask is needed: with padding on the right, causal attention never looks at it from a real position.
         """
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state       # (b, S, H)
+        hidden = self.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state   # (b, S - 1, H)
         hidden = hidden[rows, columns - 1]                                                      # (N, H)
         weight = self.model.get_output_embeddings().weight                                      # (V, H)
         return logprob_entropy(hidden, weight, ids[rows, columns], temperature, vocab_size, entropy_grad)

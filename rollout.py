@@ -105,21 +105,24 @@ class Rule:
     knobs: Tensor
     vocab_size: int
 
-    def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits (B, V), which may be overwritten; seeds, positions (B,) -> ids, logprobs and entropies, each (B,)."""
+    def draw(self, logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (B, V), which may be overwritten; u (B,) in [0, 1) -> ids, logprobs and entropies, each (B,)."""
         logits = logits.float()
         logits[:, self.vocab_size:] = -torch.inf             # rows of the embedding that belong to no token
         if self.greedy:
             best, ids = logits.max(-1)
             return ids, best - best, best - best             # 0, a point mass; NaN if the logits are not finite
-        p = torch.softmax(logits.mul_(self.knobs[0]), -1)
-        entropies = torch.special.entr(p).sum(-1)            # of -p log p: no second forward pass has to tell it
-        if self.nucleus:
-            sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
-            outside = sorted_p.cumsum(-1) - sorted_p >= self.knobs[1]    # those before it already hold top_p
-            outside[:, 0] = False
-            p = p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-        return *_invert(p, uniform(seeds, positions)), entropies
+        logp = torch.log_softmax(logits.mul_(self.knobs[0]), -1)
+        p = logp.exp()
+        entropies = -torch.linalg.vecdot(p[:, :self.vocab_size], logp[:, :self.vocab_size])
+        return *_invert(self._cut(p) if self.nucleus else p, u), entropies
+
+    def _cut(self, p: Tensor) -> Tensor:
+        """p (B, V) with 0 for all but the fewest most likely tokens that hold top_p."""
+        sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
+        outside = sorted_p.cumsum(-1) - sorted_p >= self.knobs[1]        # those before it already hold top_p
+        outside[:, 0] = False
+        return p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
 
 
 # ---- The layers of the Llama family, shared by prefill and decode ---------------------------------------------------
@@ -149,12 +152,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((-b, a), -1), sin)
 
 
-def run_layers(model: nn.Module, ids: Tensor, positions: Tensor, attend) -> Tensor | None:
-    """ids, positions (B, S) -> last hidden state (B, S, H), after the final norm.
+def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor | None:
+    """ids (B, S), cos and sin of their positions (B or 1, S, 1, D) -> last hidden state (B, S, H), after the final norm.
     attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) -> (B, S, heads, D), or None to stop there."""
     base = model.model
     x = base.embed_tokens(ids)                                                # (B, S, H)
-    cos, sin = (t.unsqueeze(2) for t in base.rotary_emb(x, positions))        # (B, S, 1, D)
     for i, layer in enumerate(base.layers):
         attn = layer.self_attn
         h = _norm(layer.input_layernorm, x)
@@ -195,7 +197,7 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
                 return None
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
-        run_layers(model, ids, torch.arange(width, device=slots.device)[None], attend)
+        run_layers(model, ids, slots.cos[None, :width], slots.sin[None, :width], attend)
 
 
 # ---- 3. Decode ------------------------------------------------------------------------------------------------------
@@ -207,14 +209,15 @@ def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
-def attend_flash(q: Tensor, keys: Tensor, values: Tensor, used: Tensor, scale: float) -> Tensor:
-    """The same by the FlashAttention that PyTorch ships. used (B,) int32, each row's number of valid positions, lies on
-    the device and bounds what is read; L is that of the whole cache, whose address and size a graph may keep."""
-    rows, _, length, _ = keys.shape
-    starts = torch.arange(rows + 1, device=q.device, dtype=torch.int32)
+def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: float) -> Tensor:
+    """The same by the FlashAttention that PyTorch ships. valid: each row's number of valid positions (B,), which lies on
+    the device and bounds what is read; 0, 1 … B (B + 1,); 0, L … B L (B + 1,), all int32. L is that of the whole cache,
+    whose address and size a graph may keep."""
+    used, starts, starts_in_cache = valid
     keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (keys, values))  # (B * L, kv heads, D), no copy
-    return torch.ops.aten._flash_attention_forward(q[:, 0], keys, values, starts, starts * length, 1, length, 0.0,
-                                                   False, False, scale=scale, seqused_k=used)[0][:, None]
+    return torch.ops.aten._flash_attention_forward(q[:, 0], keys, values, starts, starts_in_cache, 1,
+                                                   len(keys) // len(q), 0.0, False, False, scale=scale,
+                                                   seqused_k=used)[0][:, None]
 
 
 def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int, reach: int) -> None:
@@ -223,9 +226,10 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int, reach: int) 
     at, length, alive = slots.index[:rows], slots.length[:rows], slots.alive[:rows]
     position = length - 1                            # of the last token, which has no keys and values yet
     if slots.flash:
-        attention, valid = attend_flash, length.int()
+        starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
+        attention, valid = attend_flash, (length.int(), starts, starts * reach)
     else:
-        beyond = slots.index_of_position[:reach] >= length[:, None]           # (B, L)
+        beyond = slots.positions[:reach] >= length[:, None]                   # (B, L)
         attention = attend_masked
         valid = torch.zeros_like(beyond, dtype=slots.dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
 
@@ -234,8 +238,8 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int, reach: int) 
         slots.values[i][at, :, position] = v[:, 0]
         return attention(q, slots.keys[i][:rows, :, :reach], slots.values[i][:rows, :, :reach], valid, scale)
 
-    hidden = run_layers(model, slots.token[:rows, None], position[:, None], attend)
-    ids, logprobs, entropies = rule.draw(model.lm_head(hidden[:, 0]), slots.seed[:rows], length)
+    hidden = run_layers(model, slots.token[:rows, None], slots.cos[position, None], slots.sin[position, None], attend)
+    ids, logprobs, entropies = rule.draw(model.lm_head(hidden[:, 0]), slots.uniforms[at, length])
     slots.ids[at, length] = ids                      # a finished row writes behind its end, where nobody reads
     slots.logprobs[at, length], slots.entropies[at, length] = logprobs, entropies
     slots.token[:rows] = torch.where(alive, ids, slots.token[:rows])
@@ -256,7 +260,7 @@ class Slots:
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
         self.lengths: list[int] = []                                          # theirs, as the host last saw them
         self.index = torch.arange(slots, device=self.device)
-        self.token, self.stop, self.seed = (torch.zeros_like(self.index) for _ in range(3))
+        self.token, self.stop = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
         self.length = torch.ones_like(self.index)
         self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.ids = torch.zeros(slots, 0, dtype=torch.int64, device=self.device)
@@ -276,7 +280,16 @@ class Slots:
                 cache[i] = new
         self.ids, self.logprobs, self.entropies = (F.pad(t, (0, capacity + 1 - t.shape[1]))
                                                    for t in (self.ids, self.logprobs, self.entropies))
-        self.capacity, self.index_of_position = capacity, torch.arange(capacity, device=self.device)
+        self.capacity, self.positions = capacity, torch.arange(capacity + 1, device=self.device)
+        # What depends on a position alone is computed once, not at every step: rotations, and the rows' random numbers.
+        base = self.model.model
+        self.cos, self.sin = (t[0, :, None] for t in base.rotary_emb(base.embed_tokens.weight, self.positions[None]))
+        self.uniforms = torch.zeros(slots, capacity + 1, dtype=torch.float64, device=self.device)
+        self._set_uniforms(0)
+
+    def _set_uniforms(self, first: int) -> None:
+        seeds = torch.tensor([row.seed for row in self.rows[first:]], dtype=torch.int64, device=self.device)
+        self.uniforms[first:first + len(seeds)] = uniform(seeds[:, None], self.positions)
 
     def _empty(self, slots: int, capacity: int, attn: nn.Module) -> Tensor:
         """(slots, kv heads, capacity, D), zeros because NaN survives a mask. In memory a position's heads lie together
@@ -304,10 +317,11 @@ class Slots:
         prefill(self.model, self, [prompt for prompt, _ in fresh.values()], [to for _, to in fresh.values()])
         self._copy((*self.keys, *self.values), copies)
         here = slice(first, first + len(rows))
-        state = torch.tensor([(r.prompt[-1], len(r.prompt), len(r.prompt) + r.limit, r.seed) for r in rows])
-        self.token[here], self.length[here], self.stop[here], self.seed[here] = state.T.to(self.device)
+        state = torch.tensor([(row.prompt[-1], len(row.prompt), len(row.prompt) + row.limit) for row in rows])
+        self.token[here], self.length[here], self.stop[here] = state.T.to(self.device)
         self.alive[here] = True
         self.rows += rows
+        self._set_uniforms(first)
         self.lengths += [len(row.prompt) for row in rows]
 
     def _copy(self, tensors, moves: list[tuple[int, int]]) -> None:
@@ -326,8 +340,10 @@ class Slots:
         self._read_out(done)
         left = count - len(done)
         moves = list(zip([slot for slot in range(left, count) if alive[slot]], [slot for slot in done if slot < left]))
-        self._copy((*self.keys, *self.values, self.token, self.length, self.stop, self.seed, self.alive, self.ids,
-                    self.logprobs, self.entropies), moves)
+        reach = max(self.lengths)
+        self._copy([cache[:, :, :reach] for cache in (*self.keys, *self.values)], moves)
+        self._copy((self.token, self.length, self.stop, self.uniforms, self.alive, self.ids, self.logprobs,
+                    self.entropies), moves)
         for source, to in moves:
             self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
         del self.rows[left:], self.lengths[left:]
@@ -392,7 +408,7 @@ def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: se
     while live:
         seeds = torch.tensor([row.seed for row in live], device=device)
         lengths = torch.tensor([len(row.prompt) + len(row.ids) for row in live], device=device)
-        ids, logprobs, entropies = rule.draw(logits, seeds, lengths)
+        ids, logprobs, entropies = rule.draw(logits, uniform(seeds, lengths))
         for row, id_, logprob, entropy in zip(live, ids.tolist(), logprobs.tolist(), entropies.tolist()):
             row.ids.append(id_)
             row.logprobs.append(logprob)

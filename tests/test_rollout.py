@@ -449,7 +449,9 @@ def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch
     expected = rollout.attend_masked(q, keys, values, mask, 0.3)
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-        assert torch.allclose(rollout.attend_flash(q, keys, values, used, 0.3), expected, atol=1e-5)
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        valid = used, starts, starts * length
+        assert torch.allclose(rollout.attend_flash(q, keys, values, valid, 0.3), expected, atol=1e-5)
 
 
 def test_flash_attention_still_takes_these_arguments():
