@@ -8,8 +8,11 @@ slots (where rows lie, come and go) and graphs (the decode step, recorded on a G
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight from the model's own modules: an
 optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes through
-its own forward (`sample_by_forward`): same distribution, same random streams, less speed. A factor such as (x 1.5) is
-what a trick brings on a CPU, by the ablations of tests/bench_rollout.py. The CUDA path has not been measured.
+its own forward (`sample_by_forward`): same distribution, same random streams, less speed.
+
+A factor such as (x 1.2 / 1.3) is what a trick brings to a model of 1M / 30M parameters on a CPU, by the ablations of
+tests/bench_rollout.py. Not worth keeping there: attention as two matrix products, fewer rows at a time so that their
+cache fits the processor's, keys and values side by side in one tensor. The CUDA path has not been measured.
 """
 import hashlib
 import inspect
@@ -84,7 +87,7 @@ def _pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """p (B, V) float32 >= 0, u (B,) -> ids (B,), logprobs (B,) of p normalised. One uniform a row instead of one a
-    token, and a cumulative sum over blocks and then within one, instead of over the vocabulary: x 1.1."""
+    token (x 1.1 / 1.2), and a cumulative sum over blocks and then within one, not over the vocabulary (x 1.0 / 1.1)."""
     width = 128
     if p.shape[1] % width:
         p = F.pad(p, (0, -p.shape[1] % width))
@@ -153,7 +156,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor | None:
-    """ids (B, S), cos and sin of their positions (B or 1, S, 1, D) -> last hidden state (B, S, H), after the final norm.
+    """ids (B, S), cos and sin of their positions (B or 1, S, 1, D) -> last hidden state (B, S, H), after the last norm.
     attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) -> (B, S, heads, D), or None to stop there."""
     base = model.model
     x = base.embed_tokens(ids)                                                # (B, S, H)
@@ -176,8 +179,8 @@ def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) 
 
 def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], targets: list[list[int]]) -> None:
     """Writes the keys and values of each prompt, but for its last token, which the first decode step feeds, into all of
-    its target slots: one forward for all samples of a prompt (x 1.2). Padding is on the right, where a causal model
-    never looks, so no mask is needed. The last layer stops at its keys and values."""
+    its target slots: one forward for all samples of a prompt (x 1.2 / 1.3). Padding is on the right, where a causal
+    model never looks, so no mask is needed. The last layer stops at its keys and values."""
     longest_first = sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))
     while longest_first:
         width = len(prompts[longest_first[0]]) - 1
@@ -204,14 +207,14 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
 
 def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q (B, 1, heads, D), keys and values (B, kv heads, L, D), mask (B, 1, 1, L) to be added -> (B, 1, heads, D).
-    The heads that share keys stand as so many queries, so keys and values are not expanded."""
+    The heads that share keys stand as so many queries, so keys and values are not expanded (x 1.4 / 2.0)."""
     grouped = q.view(len(q), keys.shape[1], -1, q.shape[3])                   # (B, kv heads, group, D)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
 def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: float) -> Tensor:
-    """The same by the FlashAttention that PyTorch ships. valid: each row's number of valid positions (B,), which lies on
-    the device and bounds what is read; 0, 1 … B (B + 1,); 0, L … B L (B + 1,), all int32. L is that of the whole cache,
+    """The same by the FlashAttention that PyTorch ships. valid: each row's number of valid positions (B,), which lies
+    on the device and bounds what is read; 0, 1 … B; and 0, L … B L (B + 1,), all int32. L is that of the whole cache,
     whose address and size a graph may keep."""
     used, starts, starts_in_cache = valid
     keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (keys, values))  # (B * L, kv heads, D), no copy
@@ -251,7 +254,8 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int, reach: int) 
 
 class Slots:
     """Row i's tokens, keys and values lie in slot i of each tensor, from position 0 on. Live rows are contiguous from
-    slot 0, so a step works on `tensor[:rows]`: nothing is concatenated (x 1.5) and no finished row computed (x 2.1)."""
+    slot 0, so a step works on `tensor[:rows]`: nothing is concatenated (x 1.4 / 1.1), no finished row computed (x 2.3 /
+    2.4)."""
 
     def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int):
         self.model, self.is_end, self.device = model, is_end, is_end.device

@@ -7,9 +7,9 @@ A whole training step: ours by phase, and TRL's GRPOTrainer on the same work if 
 On a CPU the work is 8 prompts x 8 responses of at most 128 new tokens, fp32, no KL, no gradient checkpointing. The
 weights are random and the same on both sides, and a fixed share of the vocabulary ends a response, so that lengths are
 geometric with a mean of about 40% of the limit. Rewards say whether a length is odd: nearly every group is mixed, and
-grading costs nothing. Ours does more than TRL's: EDA. (--score adds a forward pass over all responses before the update,
-what their entropies would cost if the sampler did not tell them.) Each run is a process of its own (the first step
-warms up and is not counted), runs take turns, a ratio is of two neighbours.
+grading costs nothing. Ours does more than TRL's: EDA. (--score adds a forward pass over all responses before the
+update, what their entropies would cost if the sampler did not tell them.) Each run is a process of its own (the first
+step warms up and is not counted), runs take turns, a ratio is of two neighbours.
 
 On a GPU every response has exactly --tokens tokens. MFU is the share of the GPU's dense bf16 peak that 6 (update) or 2
 (sampling, scoring) floating-point operations per weight and token make up; recomputed activations do not count as work.
@@ -203,7 +203,8 @@ def report_phases(run: dict, args) -> None:
 
 def child(side: str, args) -> dict:
     """One run in a process of its own."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in ("one", "offload", "score", "pairs")]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()
+             if k not in ("one", "offload", "score", "pairs")]
     flags += ["--offload"] * args.offload + ["--score"] * args.score
     command = [sys.executable, __file__, "--one", side, *flags]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
