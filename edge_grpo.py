@@ -763,9 +763,9 @@ class Progress:
 
 def train(flags: Flags) -> int:
     """The whole run; returns the exit code."""
-    say(preflight(flags))
-    policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows or None,
-                                flags.trust_remote_code)
+    needs, max_rows = preflight(flags)
+    say(needs)
+    policy = engine.load_policy(flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
     tasks = load_tasks(flags)
     checkpoint = open_run(flags, problems)
@@ -833,8 +833,8 @@ def train(flags: Flags) -> int:
     return 0
 
 
-def preflight(flags: Flags) -> str:
-    """What the run will need, before any weight is loaded."""
+def preflight(flags: Flags) -> tuple[str, int | None]:
+    """What the run will need, before any weight is loaded; and how many rows to sample at a time (None: any number)."""
     device = engine.start_processes(flags.device)
     B = 0 if flags.sft else flags.questions_per_step * flags.group_size
     rows = min(-(-B // engine.world_size()), flags.max_rows or B)
@@ -845,7 +845,11 @@ def preflight(flags: Flags) -> str:
                               flags.gradient_checkpointing, engine.world_size(), flags.trust_remote_code)
     if flags.kl:
         plan["reference"] = plan["weights"]
-    return engine.preflight(plan, device)
+    fit = engine.rows_that_fit(plan, rows, torch.cuda.mem_get_info(device)[0]) if cuda and rows else rows
+    if fit == rows:
+        return engine.preflight(plan, device), flags.max_rows or None
+    plan["cache"] *= fit / rows
+    return engine.preflight(plan, device) + f"; sampling {fit} of {rows} rows at a time", fit
 
 
 def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:

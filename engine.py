@@ -864,6 +864,13 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     return plan
 
 
+def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
+    """Of the `rows` rows that plan["cache"] is for, how many at a time leave room for all else of the plan, which comes
+    after the cache, in nine tenths of the `free` bytes; at least 1."""
+    others = sum(v for k, v in plan.items() if k != "cache" and not k.startswith("host"))
+    return max(1, min(rows, int((0.9 * free - others) / plan["cache"] * rows)))
+
+
 def preflight(plan: dict[str, float], device: torch.device) -> str:
     """One line: what the run will need where, what is there, and which flag to change if it does not fit."""
     host = sum(v for k, v in plan.items() if k.startswith("host")) if device.type == "cuda" else 0

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
+import edge_grpo
 import engine
 from data import UserError
 from rollout import Sampler
@@ -222,6 +223,19 @@ def test_preflight_says_which_flag_to_change(monkeypatch):
     assert "fit" not in engine.preflight({"weights": 2.0**30, "host optimizer": 2.0**20}, torch.device("cuda"))
     line = engine.preflight({"weights": 2.0**30, "host optimizer": 2.0**60}, torch.device("cuda"))
     assert "CPU memory. It will probably not fit" in line
+
+
+def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch):
+    """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it is made."""
+    plan = {"weights": 10.0, "gradients": 10.0, "optimizer": 40.0, "cache": 64.0, "host optimizer": 1e6}
+    assert [engine.rows_that_fit(plan, 32, free) for free in (1000.0, 100.0, 70.0, 5.0)] == [32, 15, 1, 1]
+    flags = edge_grpo.parse_flags(["--model", "tiny", "--group-size", "512"])
+    monkeypatch.setattr(engine, "start_processes", lambda device: torch.device("cuda"))
+    for free, all_fit in ((2**40, True), (2**30, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        line, rows = edge_grpo.preflight(flags)
+        assert rows is None if all_fit else f"sampling {rows} of 4096 rows" in line and 1 < rows < 4096
+        assert "not fit" not in line
 
 
 # --- prompts and end tokens ------------------------------------------------------------------------------------------
