@@ -224,7 +224,7 @@ def test_gemma_without_a_cap_and_granite_without_a_scale_are_accepted():
     check_output_layer(tiny("Granite", logits_scaling=1.0))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_bf16_on_a_gpu():
     hidden, weight, targets = inputs(torch.bfloat16)
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()

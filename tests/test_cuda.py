@@ -1,0 +1,135 @@
+"""What only a GPU can show: python -m pytest --cuda. Without that flag all of it is skipped. Bounds are those of bf16;
+what is exact is pinned on the CPU by the other files."""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import edge_grpo
+import engine
+import rollout
+from rollout import Sampler
+from test_engine import random_rows
+
+pytestmark = pytest.mark.cuda
+DEVICE = "cuda"
+
+
+def bf16_model(seed=0):
+    torch.manual_seed(seed)
+    config = Qwen2Config(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         vocab_size=500, intermediate_size=512, max_position_embeddings=1024,
+                         tie_word_embeddings=False)
+    return Qwen2ForCausalLM(config).to(DEVICE, torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("heads, shared, dim", [(28, 4, 128), (12, 2, 128), (32, 8, 64)])
+@pytest.mark.parametrize("rows, length", [(1, 1664), (8, 1792), (96, 3584)])
+def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, rows, length):
+    """Recorded once, replayed with other lengths: the numbers on the device count, not those at recording."""
+    like = dict(device=DEVICE, dtype=torch.bfloat16)
+    keys, values = (torch.randn(rows, length, shared, dim, **like).transpose(1, 2) for _ in range(2))
+    q, used = torch.randn(rows, 1, heads, dim, **like), torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+    attend = lambda: rollout.attend_flash(q, keys, values, (used, starts, starts * length), dim ** -0.5)
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = attend()
+    for _ in range(20):
+        used.copy_(torch.randint(1, length + 1, (rows,)))
+        graph.replay()
+        beyond = torch.arange(length, device=DEVICE) >= used[:, None, None, None]
+        mask = torch.zeros(rows, 1, 1, length, device=DEVICE).masked_fill(beyond, -torch.inf)
+        exact = rollout.attend_masked(q.float(), keys.float(), values.float(), mask, dim ** -0.5)
+        assert (out.float() - exact).abs().max() < 0.02
+
+
+def test_samples_fit_the_model_and_come_again():
+    """Graphs, slots fewer than rows, padded vocabulary: the numbers are those of the model's own forward."""
+    model, prompts = bf16_model(), random_rows(12, vocab=480)[0]
+    sampler = Sampler(model, {0}, vocab_size=480, max_rows=20)
+    assert sampler.fixed
+    first = sampler.sample(prompts, 4, 60, 1.0, seed=1)
+    assert [[s.ids for s in row] for row in sampler.sample(prompts, 4, 60, 1.0, seed=1)] == \
+        [[s.ids for s in row] for row in first]
+    gaps = []
+    for prompt, row in zip(prompts, first):
+        for s in row:
+            assert max(s.ids) < 480 and (s.ids[-1] == 0) == s.finished and (s.finished or len(s.ids) == 60)
+            logits = model(torch.tensor([prompt + s.ids], device=DEVICE)).logits[0, len(prompt) - 1:-1, :480]
+            logp = logits.float().log_softmax(-1).cpu()
+            gaps += (logp[range(len(s.ids)), s.ids] - torch.tensor(s.logprobs)).abs().tolist()
+            gaps += (-(logp.exp() * logp).sum(-1) - torch.tensor(s.entropies)).abs().tolist()
+    assert sum(gaps) / len(gaps) < 0.02 and max(gaps) < 0.3
+
+
+def test_graphs_see_an_update_in_place():
+    model = bf16_model()
+    sampler = Sampler(model, set())
+    sampler.sample([[1, 2, 3]], 2, 20, 1.0, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    [[sample]] = sampler.sample([[1, 2, 3]], 1, 20, 1.0, seed=0)
+    assert sample.entropies == pytest.approx([math.log(500)] * 20, abs=1e-3)
+
+
+def test_offload_trains_as_without():
+    """CPU and GPU AdamW round differently, and gradients reach the CPU while the backward pass runs."""
+    masters = []
+    for offload in (False, True):
+        model = bf16_model()
+        policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
+        trainer = engine.Trainer(policy, 200, offload=offload, checkpointing=True)
+        prompts, responses = random_rows(12)
+        for _ in range(3):
+            for batch, last in trainer.in_step(engine.micro_batches(prompts, responses, 200, policy.device)):
+                logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, 500)
+                trainer.backward(-logp.sum() / 100, last)
+            trainer.step(1e-4, 1.0)
+        masters.append({name: m.float().cpu() for name, m in trainer.masters.items()})
+        assert all(torch.equal(p.cpu(), trainer.masters[name].to(torch.bfloat16).cpu())
+                   for name, p in trainer.params.items())
+    start = dict(bf16_model().named_parameters())
+    moved = [(m - start[name].float().cpu()).norm() for name, m in masters[0].items()]
+    apart = [(a - b).norm() for a, b in zip(masters[0].values(), masters[1].values())]
+    assert sum(apart) < 0.05 * sum(moved) and sum(moved) > 0
+
+
+def test_a_run_on_the_gpu_and_its_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())
+    argv = (f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 --max-new-tokens 40 "
+            f"--eval-limit 8 --out {tmp_path / 'run'}").split()
+    assert edge_grpo.main(argv) == 0
+    before = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["logprob_gap"] < 0.05 and math.isfinite(m["grad_norm"]) for m in before) and len(before) == 4
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
+    assert edge_grpo.main([*argv, "--resume"]) == 0
+    after = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert after[:2] == before[:2] and [m["step"] for m in after] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_running_out_of_memory_in_the_update_is_survived(monkeypatch):
+    """The first try fails as the allocator does; the second, with half the budget, gives the whole gradient."""
+    model = bf16_model()
+    policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
+    trainer = engine.Trainer(policy, 400)
+    prompts, responses = random_rows(12)
+    tries = []
+
+    def work():
+        tries.append(trainer.micro_batch_tokens)
+        for batch, last in trainer.in_step(engine.micro_batches(prompts, responses, tries[-1], policy.device)):
+            logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, 500)
+            trainer.backward(-logp.sum() / 100, last)
+            if len(tries) == 1:
+                torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
+        return trainer.gradient_norm()
+    norm = engine.halve_batch_on_oom(trainer, work)
+    trainer.skip()
+    assert tries == [400, 200] and norm == pytest.approx(work(), rel=0.02)
