@@ -319,7 +319,7 @@ class Slots:
             else:
                 fresh.setdefault(row.prompt_index, (row.prompt, []))[1].append(slot)
         prefill(self.model, self, [prompt for prompt, _ in fresh.values()], [to for _, to in fresh.values()])
-        self._copy((*self.keys, *self.values), copies)
+        self._copy(self._cache(max(len(row.prompt) for row in rows)), copies)
         here = slice(first, first + len(rows))
         state = torch.tensor([(row.prompt[-1], len(row.prompt), len(row.prompt) + row.limit) for row in rows])
         self.token[here], self.length[here], self.stop[here] = state.T.to(self.device)
@@ -327,6 +327,9 @@ class Slots:
         self.rows += rows
         self._set_uniforms(first)
         self.lengths += [len(row.prompt) for row in rows]
+
+    def _cache(self, reach: int) -> list[Tensor]:
+        return [cache[:, :, :reach] for cache in (*self.keys, *self.values)]
 
     def _copy(self, tensors, moves: list[tuple[int, int]]) -> None:
         if moves:
@@ -344,10 +347,8 @@ class Slots:
         self._read_out(done)
         left = count - len(done)
         moves = list(zip([slot for slot in range(left, count) if alive[slot]], [slot for slot in done if slot < left]))
-        reach = max(self.lengths)
-        self._copy([cache[:, :, :reach] for cache in (*self.keys, *self.values)], moves)
-        self._copy((self.token, self.length, self.stop, self.uniforms, self.alive, self.ids, self.logprobs,
-                    self.entropies), moves)
+        self._copy((*self._cache(max(self.lengths)), self.token, self.length, self.stop, self.uniforms, self.alive,
+                    self.ids, self.logprobs, self.entropies), moves)
         for source, to in moves:
             self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
         del self.rows[left:], self.lengths[left:]
