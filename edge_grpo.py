@@ -542,10 +542,11 @@ def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_h
 
 
 def logprob_gap(responses: list[Response]) -> float | None:
-    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens among those trained on; 0 but for
-    rounding."""
-    sampled = [(torch.tensor(r.logprobs), r.logp) for r in responses if r.ids]
-    return torch.cat([(a - b).abs() for a, b in sampled]).nanmean().item() if sampled else None
+    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens among those trained on, 0 but for
+    rounding; None if there are none."""
+    gaps = torch.cat([(torch.tensor(r.logprobs) - r.logp).abs() for r in responses])
+    sampled = gaps[~gaps.isnan()]
+    return sampled.mean().item() if len(sampled) else None
 
 
 def readable(step: int, responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor,
