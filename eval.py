@@ -818,6 +818,8 @@ def draw_curve(axis, curves: dict, style: dict) -> None:
         colour, line = style[label]
         axis.plot(steps, mean, line, color=colour, label=label, marker="o" if len(steps) < 15 else None, markersize=3)
         axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    if max(high for points in curves.values() for *_, high in points) > 20:     # a variance after EDA, of first steps
+        axis.set_yscale("symlog", linthresh=1)
 
 
 def draw_bars(axis, values: dict, style: dict) -> None:
