@@ -391,6 +391,20 @@ def test_the_cache_grows_with_the_rows_and_is_given_back():
     assert sampler.slots is None
 
 
+def test_a_cache_that_grew_goes_on_with_the_same_rows(monkeypatch):
+    """Through several growths, rows finishing on the way: the tokens, numbers and random streams of a roomy cache."""
+    limits = [20, 90, 150, 240] * len(PROMPTS)
+    draw = lambda: flat(Sampler(model_of("qwen2"), set()).sample(PROMPTS, 4, limits, 1.5, seed=19))
+    roomy, tight = [], []
+    for growth, out in ((1000, roomy), (8, tight)):
+        monkeypatch.setattr(rollout, "GROWTH", growth)
+        out += draw()
+    assert [sample.ids for sample in tight] == [sample.ids for sample in roomy]
+    assert [len(sample.ids) for sample in roomy] == limits
+    for a, b in zip(tight, roomy):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.entropies == pytest.approx(b.entropies, abs=1e-4)
+
+
 def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
     sampler = Sampler(qwen[0], ENDS)
     sampler.fixed = True
