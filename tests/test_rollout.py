@@ -438,34 +438,53 @@ def test_a_call_that_failed_midway_leaves_nothing_to_the_next(monkeypatch):
     assert ids_of(sampler.sample(PROMPTS[2:], 2, 12, 1.0, seed=3)) == expected
 
 
+def plain_flash(q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k):
+    """A plain reading of the arguments of PyTorch's flash kernel, which needs a GPU: packed rows, each's used part."""
+    assert (max_q, dropout, causal, debug) == (1, 0.0, False, False)
+    assert k.shape == v.shape == (len(q) * max_k, *k.shape[1:]) and starts_q.tolist() == list(range(len(q) + 1))
+    assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
+    out = torch.empty_like(q)
+    for i in range(len(q)):
+        own = slice(int(starts_k[i]), int(starts_k[i] + seqused_k[i]))
+        assert own.stop <= int(starts_k[i + 1])
+        k_i, v_i = (t[own].repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))        # (used, heads, D)
+        out[i] = torch.einsum("hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i)
+    return out, None
+
+
 def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch):
-    """The call for the GPU, with a plain reading of its arguments in place of the kernel: packed rows, of each the used
-    part. The kernel itself needs a GPU."""
     torch.manual_seed(0)
     rows, heads, shared, length, dim = 3, 6, 2, 10, 8
     used = torch.tensor([1, 10, 4], dtype=torch.int32)
     q = torch.randn(rows, 1, heads, dim)
     keys, values = (torch.randn(5, length, shared, dim).transpose(1, 2)[:rows] for _ in range(2))    # as on a GPU
 
-    def flash(q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k):
-        assert (max_q, max_k, dropout, causal, debug) == (1, length, 0.0, False, False)
-        assert q.shape == (rows, heads, dim) and k.shape == v.shape == (rows * length, shared, dim)
-        assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32 and starts_q.tolist() == [0, 1, 2, 3]
+    def flash(q, k, v, *args, **kwargs):
         assert k.data_ptr() == keys.data_ptr()                                # a view of the cache, not a copy
-        out = torch.empty_like(q)
-        for i in range(rows):
-            own = slice(int(starts_k[i]), int(starts_k[i] + seqused_k[i]))
-            k_i, v_i = (t[own].repeat_interleave(heads // shared, 1) for t in (k, v))             # (used, heads, D)
-            out[i] = torch.einsum("hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i)
-        return out, None
+        return plain_flash(q, k, v, *args, **kwargs)
 
     mask = torch.zeros(rows, 1, 1, length).masked_fill(torch.arange(length) >= used[:, None, None, None], -torch.inf)
     expected = rollout.attend_masked(q, keys, values, mask, 0.3)
+    starts = torch.arange(rows + 1, dtype=torch.int32)
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-        starts = torch.arange(rows + 1, dtype=torch.int32)
-        valid = used, starts, starts * length
-        assert torch.allclose(rollout.attend_flash(q, keys, values, valid, 0.3), expected, atol=1e-5)
+        found = rollout.attend_flash(q, keys, values, (used, starts, starts * length), 0.3)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_decoding_by_flash_attention_samples_the_same(qwen, monkeypatch):
+    """What decode hands to the kernel, with the kernel's plain reading in its place."""
+    expected = qwen[1](ENDS, max_rows=7).sample(PROMPTS, 3, 30, 1.0, seed=20)
+    made = rollout.Slots.__init__
+
+    def with_flash(self, *args):
+        made(self, *args)
+        self.flash = True
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout.Slots, "__init__", with_flash)
+        patch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
+        out = qwen[1](ENDS, max_rows=7).sample(PROMPTS, 3, 30, 1.0, seed=20)
+    assert ids_of(out) == ids_of(expected)
 
 
 def test_flash_attention_still_takes_these_arguments():

@@ -77,6 +77,7 @@ def test_every_method_runs_from_its_flag_to_its_model(tmp_path, problems, capsys
     flags = json.loads((out / "config.json").read_text())["flags"]
     assert (flags["correction"], flags["eda"], flags["sft"]) == METHODS[method]
     total = {k: sum(m[k] for m in metrics) for k in ("reflected", "answered", "referenced")}
+    assert all(0 < m["entropy"] < math.log(308) for m in metrics)
     if method == "sft":
         assert all(m[k] is None for m in metrics for k in UNDEFINED_FOR_SFT) and total["referenced"] == 6
         assert all(m["loss"] > 0 for m in metrics)
