@@ -495,8 +495,8 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
             loss = loss + (column["entropy_weight"] * (entropy - entropy.detach())).sum()
         trainer.backward(loss, last)
         total += loss.item()
-        for i, *told in zip(batch.index, batch.by_row(logp), batch.by_row(entropy)):
-            scored[i] = tuple(told)
+        for i, told in zip(batch.index, batch.by_row(logp, entropy)):
+            scored[i] = told
     return sum(engine.gather(total)), scored
 
 

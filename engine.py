@@ -422,10 +422,11 @@ class Batch:
         parts = [torch.as_tensor(values[i], dtype=torch.float32) for i in self.index]
         return torch.cat(parts or [torch.zeros(0)]).to(self.ids.device)
 
-    def by_row(self, values: Tensor) -> list[Tensor]:
-        """The inverse: one value per response token (N,) -> a (T_i,) tensor on the CPU for each row of this batch."""
+    def by_row(self, *columns: Tensor) -> list[tuple[Tensor, ...]]:
+        """The inverse: columns of one value per response token (N,) -> for each row of this batch its part of each,
+        (T_i,) tensors on the CPU."""
         counts = torch.bincount(self.rows, minlength=len(self.index)).tolist()
-        return list(values.detach().cpu().split(counts)) if self.index else []
+        return list(zip(*(column.detach().cpu().split(counts) for column in columns))) if self.index else []
 
 
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int,
@@ -462,8 +463,8 @@ def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: lis
     scorer = Scorer(model)
     for batch in micro_batches(prompts, responses, budget, next(model.parameters()).device):
         logp, entropy = scorer(batch.ids, batch.rows, batch.columns, temperature, vocab_size)
-        for i, *told in zip(batch.index, batch.by_row(logp), batch.by_row(entropy)):
-            scored[i] = tuple(told)
+        for i, told in zip(batch.index, batch.by_row(logp, entropy)):
+            scored[i] = told
     return scored
 
 

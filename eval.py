@@ -143,9 +143,6 @@ def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
     return [(d.start + s.ids, s.finished) for d, [s] in zip(drafts, engine.halve_rows_on_oom(policy, run, drafts))]
 
 
-
-
-
 def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:
     """Token entropies under softmax(z / T), T the sampling temperature, and their mean P_i (Eq. 3)."""
     scored = engine.response_logprobs(policy.model, [d.prompt for d in drafts], [r.ids for r in records], temperature,

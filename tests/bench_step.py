@@ -157,8 +157,9 @@ def trl_trainer(args, lengths: list, times: list):
     model.generation_config.eos_token_id = end_ids(vocab)
     rows = PROMPTS * GROUP
     config = GRPOConfig(
-        output_dir=tempfile.gettempdir(), max_steps=args.steps + 1, num_generations=GROUP, max_completion_length=LIMIT, beta=0.0,
-        per_device_train_batch_size=args.trl_rows, gradient_accumulation_steps=rows // args.trl_rows, temperature=1.0,
+        output_dir=tempfile.gettempdir(), max_steps=args.steps + 1, num_generations=GROUP,
+        max_completion_length=LIMIT, beta=0.0, temperature=1.0,
+        per_device_train_batch_size=args.trl_rows, gradient_accumulation_steps=rows // args.trl_rows,
         loss_type="grpo", gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none",
         disable_tqdm=True, shuffle_dataset=False, seed=args.seed, logging_steps=1000)
     data = Dataset.from_dict({"prompt": [q for s in range(args.steps + 1) for q in questions(vocab, PROMPTS, s)]})

@@ -229,7 +229,8 @@ def test_caps_of_reflection_and_of_corrected_length(policy):
             assert added <= 2
     capped = eg.correct_errors(policy, rows, flags_of("--max-corrected-tokens", "9"), step=0)
     for r, c in zip(rows, capped):
-        assert (len(c.ids) <= 9 and len(c.injected) == len(c.ids)) if c.correction else c is r
+        same = len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
+        assert (len(c.ids) <= 9 and same) if c.correction else c is r
 
 
 # --- the update ------------------------------------------------------------------------------------------------------

@@ -141,6 +141,9 @@ def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, sol
         assert all(math.isnan(x) == y for x, y in zip(c.logprobs, c.injected))
     metrics = eg.measure(responses, corrected, A, A_hat, P, flags)
     assert all(v is None or math.isfinite(v) for v in metrics.values())
+    for key, of in (("entropy_sampled", responses), ("entropy", corrected)):
+        means = [sum(h.tolist()) / max(len(h), 1) for _, h in eg.score(policy.model, policy, of, flags)]
+        assert metrics[key] == pytest.approx(sum(means) / 2, abs=1e-4)
     for row in eg.readable(1, responses, corrected, A, A_hat, P):
         json.loads(json.dumps(row).encode())
 

@@ -172,3 +172,15 @@ def test_the_papers_data_with_its_tokenizer_and_vocabulary(tmp_path, monkeypatch
         assert sum(m["reflected"] + m["answered"] + m["referenced"] for m in metrics) == 12
         assert all(m["entropy_sampled"] <= math.log(151665) for m in metrics)     # the embedding's padding has no share
     assert all(s["source"].startswith("deepscaler-hard-1k:") for s in samples)
+
+
+def test_the_sampler_takes_as_many_rows_as_preflight_allows(tmp_path, monkeypatch):
+    """Rows wait in its queue then, and draw what they would have drawn all together."""
+    policies, lines, load = [], [], engine.load_policy
+    monkeypatch.setattr(engine, "load_policy", lambda *args: policies.append(load(*args)) or policies[-1])
+    for rows in (None, 3):
+        monkeypatch.setattr(edge_grpo, "preflight", lambda flags: ("", rows))
+        assert edge_grpo.main([*SMALL, "--device", "cpu", "--out", str(tmp_path / str(rows))]) == 0
+        lines.append([json.loads(line) for line in (tmp_path / str(rows) / "metrics.jsonl").read_text().splitlines()])
+    assert [policy.sampler.max_rows for policy in policies] == [None, 3]
+    assert [m["response_tokens"] for m in lines[0]] == [m["response_tokens"] for m in lines[1]]
