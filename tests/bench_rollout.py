@@ -24,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -118,6 +119,11 @@ def expand_heads(q, keys, values, mask, scale):
     return attend_masked(q, keys, values, mask, scale)
 
 
+def attend_by_sdpa(q, keys, values, mask, scale):
+    grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
+
+
 def draw_multinomial(p, u):
     ids = torch.multinomial(p, 1)
     return ids[:, 0], p.gather(-1, ids)[:, 0].log()
@@ -143,6 +149,8 @@ ABLATIONS = [
     ("static cache -> a longer one every step", "rollout.Slots.make_room", concatenate),
     ("one prefill a prompt -> one a sample", "rollout.Sampler._rows", one_prefill_a_row),
     ("grouped heads -> keys and values expanded", "rollout.attend_masked", expand_heads),
+    ("attention as two products -> scaled_dot_product_attention", "rollout.attend_masked", attend_by_sdpa),
+    ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
     ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
     ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
     ("fused RMSNorm -> the model's module", "rollout._norm", lambda norm, x: norm(x)),
