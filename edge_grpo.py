@@ -4,7 +4,7 @@ The method of arXiv 2507.21848 in plain PyTorch, in one file, in the order of th
 group advantages, EDA, GEC, the loss, the training loop. The pieces live beside it: rollout.py samples, reward.py
 grades, entropy.py scores tokens, engine.py holds weights, optimizer and checkpoints, eval.py measures.
 
-    python edge_grpo.py                                    # the tiny model on CPU, about two minutes
+    python edge_grpo.py                                    # the tiny model on CPU, about a minute
     python edge_grpo.py --model Qwen2.5-Math-7B            # the paper's run
     python edge_grpo.py --method grpo --seed 1             # a baseline; --help lists every flag
 
@@ -103,7 +103,7 @@ class Flags:
     offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
     seed: int = flag(42, "seed of everything", 0)
     out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-seedN)")
-    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --out; without a run there, start one")
     overwrite: bool = flag(False, "delete an existing run in --out first")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     save_every: int = flag(100, "steps between checkpoints; 0: only at the end", 0)

@@ -290,6 +290,8 @@ def load_config(name: str, trust_remote_code: bool = False) -> transformers.Pret
     """The model's configuration, with one clear sentence for whatever is wrong with it."""
     try:
         return AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
+    except UserError:                           # find_model's own sentence
+        raise
     except BROKEN as error:
         raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub "
                         "id while the hub can be reached") from error

@@ -15,6 +15,7 @@ keeps torchrun from reading --n as its own).
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -911,6 +912,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                     # `| head` has read enough; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
               "same command again", file=sys.stderr)

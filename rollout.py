@@ -11,8 +11,8 @@ optimizer step is seen at once and no weight is copied. Every other causal langu
 its own forward (`sample_by_forward`): same distribution, same random streams, less speed.
 
 A factor such as (x 1.2 / 1.3) is what a trick brings to a model of 1M / 30M parameters on a CPU, by the ablations of
-tests/bench_rollout.py. Not worth keeping there: attention as two matrix products, fewer rows at a time so that their
-cache fits the processor's, keys and values side by side in one tensor. The CUDA path has not been measured.
+tests/bench_rollout.py. Not worth keeping there: fewer rows at a time so that their cache fits the processor's, keys
+and values side by side in one tensor. The CUDA path has not been measured.
 """
 import hashlib
 import inspect

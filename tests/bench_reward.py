@@ -4,6 +4,7 @@ and for the table of test_reward.py, the counts, the accuracy and the latency.
     python tests/bench_reward.py
 """
 
+import argparse
 import json
 import sys
 import time
@@ -36,6 +37,7 @@ def shared_cases(name: str) -> list[tuple[str, object, bool]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     measure("table", [(box(answer), gold, equal) for kind in pairs().values() for gold, answer, equal in kind])
     if SHARED.exists():
         measure("dev", shared_cases("dev.jsonl"))

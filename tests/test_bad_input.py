@@ -270,7 +270,8 @@ def test_a_model_without_an_end_token(tmp_path, capfd, monkeypatch):
     ("{tmp}/nothing", "no such folder"), ("./nothing", "no such folder"), ("nothing", "neither a local folder"),
     ("a/b/c", "no such folder"), ("~/nothing", "no such folder"), ("{tmp}", "no config.json")])
 def test_a_model_that_is_not_there(tmp_path, capfd, name, holds):
-    assert holds in wrong(tmp_path, capfd, f"--data tiny:1:test --model {name}")
+    said = wrong(tmp_path, capfd, f"--data tiny:1:test --model {name}")
+    assert holds in said and said.count("--model") == 1                  # not one message inside another
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-of-that-name", "Qwen2.5-Math-0.1B"])

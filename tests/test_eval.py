@@ -628,3 +628,13 @@ def test_importing_eval_draws_in_neither_matplotlib_nor_the_training_program():
     imported = lambda nodes: {name.name for n in nodes if isinstance(n, ast.Import) for name in n.names} | {
         n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     assert "matplotlib" not in imported(tree.body) and "edge_grpo" not in imported(ast.walk(tree))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`eval.py compare ... | head`: the pipe is closed before anything is written."""
+    root = Path(evaluation.__file__).parent
+    runs = sorted(map(str, (root / "results" / "tiny").iterdir()))
+    process = subprocess.Popen([sys.executable, "eval.py", "compare", *runs], cwd=root, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
