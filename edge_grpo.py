@@ -114,7 +114,7 @@ class Flags:
     eval_limit: int = flag(0, "problems of each of these tasks; 0: all", 0)
     eval_n: int = flag(1, "responses per problem in these evaluations", 1)
     eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
-    eval_max_new_tokens: int = flag(3000, "tokens per response in these evaluations", 1)
+    eval_max_new_tokens: int = flag(3000, "tokens per response there, with its prompt at most 4096", 1)
     template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
@@ -122,8 +122,8 @@ class Flags:
 
 LISTS = {"eda_clamp": (float, ("LO", "HI")), "guided_probs": (float, ("REFLECT", "ANSWER", "REFERENCE")),
          "betas": (float, ("B1", "B2")), "eval_tasks": (str, "TASK")}
-MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "max_rows",
-                        "mirror"}
+MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "mirror",
+                        "max_rows", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer"}    # memory only
 
 
 def option(name: str) -> str:
@@ -178,6 +178,8 @@ def check_flags(flags: Flags) -> None:
         raise UserError(f"--eda-clamp {lo_hi[0]} {lo_hi[1]}: needs 0 < LO < HI")
     if lo_hi and not flags.eda:
         raise UserError("--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp")
+    if probs != Flags().guided_probs and flags.correction != "guided":
+        raise UserError("--guided-probs belongs to --correction guided: add that, or drop --guided-probs")
     if abs(sum(probs) - 1) > 1e-6:
         raise UserError(f"--guided-probs {' '.join(map(str, probs))}: must sum to 1, not {sum(probs):g}")
     if max(flags.betas) >= 1:
@@ -191,6 +193,8 @@ def check_flags(flags: Flags) -> None:
                         "--no-eda")
     if flags.sft and flags.kl:
         raise UserError("--sft has no KL penalty: set --kl 0")
+    if flags.sft and flags.injected_weight != 1:
+        raise UserError("--sft trains on references alone, with weight 1: drop --injected-weight")
     if flags.resume and flags.overwrite:
         raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
 
@@ -233,15 +237,16 @@ def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: i
     for problem in problems:
         prompt = policy.prompt_ids(problem.question)
         responses += [Response(problem, prompt, [], [], [], []) for _ in range(flags.group_size)]
-    extend(policy, responses, flags.max_new_tokens, flags, (step, "sample"))
+    extend(policy, dict(enumerate(responses)), flags.max_new_tokens, flags, (step, "sample"))
     return responses
 
 
-def extend(policy: engine.Policy, responses: list[Response], limit: int, flags: Flags, key: tuple) -> None:
-    """Let the policy continue each response in place, by at most `limit` tokens; rows are spread over the processes."""
+def extend(policy: engine.Policy, responses: dict[int, Response], limit: int, flags: Flags, key: tuple) -> None:
+    """Let the policy continue each response (by its row in the step) in place, by at most `limit` tokens; they are
+    spread over the processes."""
     context = getattr(policy.model.config, "max_position_embeddings", None) or 10**9
     requests = []
-    for row, r in enumerate(responses):
+    for row, r in responses.items():
         ids = r.prompt + r.ids
         requests.append((ids, max(0, min(limit, context - len(ids))), stream(flags.seed, *key, row)))
 
@@ -254,7 +259,7 @@ def extend(policy: engine.Policy, responses: list[Response], limit: int, flags: 
 
     with sampling(flags):
         samples = engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))
-    for r, s in zip(responses, samples):
+    for r, s in zip(responses.values(), samples):
         r.ids, r.logprobs, r.entropies = r.ids + s.ids, r.logprobs + s.logprobs, r.entropies + s.entropies
         r.injected, r.finished = r.injected + [False] * len(s.ids), s.finished
 
@@ -382,7 +387,7 @@ def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flag
         branch = draw_branch(probabilities, stream(flags.seed, step, "branch", row) / 2**63)
         if r.accuracy == 0 and branch:
             corrected[row] = replaced(r, branch, policy)
-    reflected = [r for r in corrected if r.correction == "reflect"]
+    reflected = {row: r for row, r in enumerate(corrected) if r.correction == "reflect"}
     extend(policy, reflected, flags.correction_tokens, flags, (step, "reflect"))
     if flags.max_corrected_tokens:
         for r in corrected:
@@ -635,11 +640,15 @@ def check_same_run(flags: Flags, problems: list[Problem], out: Path) -> None:
 def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
     """config.json: every flag, versions, commit, device: what is needed to run it again."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:                             # a machine without git
+        commit = "unknown"
     processor = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if policy.device.type == "cuda" else processor
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit.stdout.strip() or "unknown",
+    config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit,
                   versions=versions, device=f"{policy.device.type}: {device}", processes=engine.world_size(),
                   threads=torch.get_num_threads(), parameters=sum(p.numel() for p in policy.model.parameters()),
                   problems=len(problems), problems_fingerprint=fingerprint(problems), problems_left_out=left_out)
@@ -782,8 +791,8 @@ def train(flags: Flags) -> int:
     elif flags.resume:
         say(f"no checkpoint in {out} yet: starting at the first step")
     introduce(flags, policy, problems, left_out)
-    if first_step == 0:
-        evaluate(policy, tasks, flags, 0)
+    if evaluation_due(flags, first_step):
+        evaluate(policy, tasks, flags, first_step)
 
     progress = Progress(flags.steps, first_step)
     for step in range(first_step, flags.steps):
@@ -816,8 +825,6 @@ def train(flags: Flags) -> int:
         append(out / "metrics.jsonl", [line])
         append(out / "samples.jsonl", readable(step + 1, responses, corrected, A, A_hat, P))
         progress.show(line)
-        if flags.eval_every and (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            evaluate(policy, tasks, flags, step + 1)
         stopping = max(engine.gather(stop.signal))
         if bad_steps >= flags.max_bad_steps:
             raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the last good "
@@ -828,10 +835,18 @@ def train(flags: Flags) -> int:
             save(trainer, flags, step + 1, bad_steps)
         if stopping:
             return 128 + stopping
+        if evaluation_due(flags, step + 1):             # after saving: a failure here loses no step
+            evaluate(policy, tasks, flags, step + 1)
     progress.bar.close()
     engine.save_final(policy, out / "final")
+    evaluate(policy, tasks, flags, flags.steps)
     conclude(flags)
     return 0
+
+
+def evaluation_due(flags: Flags, step: int) -> bool:
+    """Whether the weights of before step + 1 are to be evaluated; `train` evaluates the final ones in any case."""
+    return step == 0 or step < flags.steps and flags.eval_every > 0 and step % flags.eval_every == 0
 
 
 def preflight(flags: Flags) -> tuple[str, int | None]:

@@ -62,6 +62,8 @@ def start_processes(device: str) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
                         "take --device cpu, or install a CUDA build of torch")
+    if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if kind == "cuda":
@@ -236,10 +238,14 @@ def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, 
         messages = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
     else:
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
+    if tokenizer.chat_template is None and template == "llama":
+        raise UserError(f"--model {tokenizer.name_or_path}: its tokenizer has no chat template, which a Llama prompt "
+                        "needs; take the Instruct model, or --template qwen")
     if tokenizer.chat_template is None:
         return QWEN_TEMPLATE.replace("{question}", question)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                             date_string="26 Jul 2024")       # Llama 3 would put today's date
     except (jinja2.TemplateError, TypeError) as error:
         raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the "
                         "template, or try another --template") from error
@@ -788,7 +794,8 @@ def halve_rows_on_oom(policy: Policy, work: Callable[[list], list], items: list)
     except ValueError as error:                     # the sampler's own sentence, for example about logits that are NaN
         raise UserError(str(error)) from error
     except torch.cuda.OutOfMemoryError:
-        rows = max(1, min(policy.sampler.max_rows or len(items), len(items)) // 2)
+        sampler, most = policy.sampler, len(items)          # which may have had fewer slots than it was asked for
+        rows = max(1, min(sampler.max_rows or most, sampler.last_slots or most, most) // 2)
     torch.cuda.empty_cache()
     print(f"out of GPU memory while sampling: going on with --max-rows {rows}", file=sys.stderr)
     policy.sampler.max_rows = rows

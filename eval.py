@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
+
 import data
 import engine
 import reward
@@ -146,6 +148,7 @@ def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
 
 def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:
     """Token entropies under softmax(z / T), T the sampling temperature, and their mean P_i (Eq. 3)."""
+    policy.sampler.release()                                        # its cache holds most of a GPU's memory
     scored = engine.response_logprobs(policy.model, [d.prompt for d in drafts], [r.ids for r in records], temperature,
                                       policy.vocab_size, budget=8192)
     for r, (_, entropies) in zip(records, scored):
@@ -914,10 +917,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:                     # `| head` has read enough; Python would complain again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if argv[:1] in (["compare"], ["plot"]) else 141        # an evaluation it ended is not complete
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
               "same command again", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {engine.first_line(error)} Set --max-rows or --batch lower; the same command goes on where it "
+              "was", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)

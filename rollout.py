@@ -264,7 +264,9 @@ class Slots:
         """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to."""
         self.model, self.is_end, self.device, self.longest = model, is_end, is_end.device, longest
         self.dtype = model.model.embed_tokens.weight.dtype
-        self.flash = self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+        self.flash = (self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+                      and torch.cuda.get_device_capability(self.device)[0] >= 8             # Ampere or newer
+                      and model.model.layers[0].self_attn.head_dim <= 256)
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
         self.lengths: list[int] = []                                          # theirs, as the host last saw them
         self.index = torch.arange(slots, device=self.device)
@@ -467,6 +469,7 @@ class Sampler:
         self.is_end = torch.zeros(self.embeddings, dtype=torch.bool, device=model.device)
         self.is_end[list(self.end_ids)] = True
         self.knobs = torch.ones(2, device=model.device)
+        self.last_slots: int | None = None                    # of the last cache with fixed addresses
         self.fixed = model.device.type == "cuda"              # fixed addresses and graphs; tests set it on a CPU too
         self.release()
 
@@ -562,7 +565,8 @@ class Sampler:
             capacity = -(-needed // 128) * 128
             fit = slots_that_fit(self.model, capacity) if self.model.device.type == "cuda" else wanted
             self.weights, self.most = weights, wanted if fit >= wanted else math.inf    # no more fit: do not try again
-            self.slots = Slots(self.model, self.is_end, min(wanted, fit), capacity, capacity)
+            self.last_slots = min(wanted, fit)
+            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity)
         kind = rule.greedy, rule.nucleus
         if kind not in self.graphs:
             self.graphs[kind] = Graphs(self.model, self.slots, rule)

@@ -34,6 +34,8 @@ FLAGS = [
     ("--max-bad-steps 0", "--max-bad-steps"), ("--eps-low 2", "--eps-low"), ("--format-weight -1", "--format-weight"),
     ("--updates-per-rollout 0", "--updates-per-rollout"), ("--loss mean", "mean"), ("--template chatml", "chatml"),
     ("--correction wait", "wait"), ("--betas 0.9 1", "--betas"), ("--betas 0.9", "--betas"),
+    ("--method force-r --guided-probs 0.2 0.4 0.4", "belongs to --correction guided"),
+    ("--method sft --injected-weight 0", "drop --injected-weight"),
     ("--guided-probs 0.5 0.5 0.5", "must sum to 1, not 1.5"), ("--guided-probs 1 0", "--guided-probs"),
     ("--guided-probs -1 1 1", "--guided-probs"), ("--eda-clamp 2 1", "LO < HI"), ("--eda-clamp 0 1", "0 < LO"),
     ("--eda-clamp 0.5 2 --no-eda", "--eda-clamp"), ("--eda-grad --no-eda", "--eda-grad"),

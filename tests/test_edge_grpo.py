@@ -209,7 +209,7 @@ def test_force_r_reflects_on_every_wrong_response_and_none_on_nothing(policy):
 
 
 def test_a_corrected_row_does_not_depend_on_the_others(policy):
-    """Same row of the same step, continued among others or with another number of sampler rows: the same tokens."""
+    """Same row of the same step, continued among other rows or with another number of sampler rows: the same tokens."""
     flags, rows = flags_of("--method", "force-r"), wrong_and_right(policy)
     together = eg.correct_errors(policy, rows, flags, step=5)
     policy.sampler.max_rows = 3
@@ -218,6 +218,10 @@ def test_a_corrected_row_does_not_depend_on_the_others(policy):
     finally:
         policy.sampler.max_rows = None
     assert [c.ids for c in together] == [c.ids for c in again]
+    wrong = [i for i, r in enumerate(rows) if not r.accuracy]
+    rows[wrong[0]].accuracy = 1.0
+    fewer = eg.correct_errors(policy, rows, flags, step=5)
+    assert [fewer[i].ids for i in wrong[1:]] == [together[i].ids for i in wrong[1:]]
 
 
 def test_caps_of_reflection_and_of_corrected_length(policy):
@@ -300,8 +304,8 @@ def test_eda_grad_equals_autograd_through_the_whole_expression(policy):
     A_hat = eg.entropy_driven_advantages(A, P.view_as(A))
     naive_loss(model, responses, A_hat, flags)[0].backward()
     for name, p in model.named_parameters():
-        assert torch.allclose(grads[name].double(), p.grad, atol=2e-6, rtol=1e-3), name
-    assert any(not torch.allclose(grads[n], plain[n], atol=1e-5) for n in grads)
+        assert (grads[name].double() - p.grad).norm() < 1e-4 * p.grad.norm(), name
+        assert (plain[name].double() - p.grad).norm() > 0.1 * p.grad.norm(), name       # the flag does something
 
 
 def test_entropies_come_from_the_sampler_and_a_pass_over_injected_rows_only(policy, monkeypatch):

@@ -260,6 +260,38 @@ def test_llama_gets_the_instruction_in_the_user_turn():
         def apply_chat_template(self, messages, **_):
             return messages
     assert engine.prompt_text(Fake(), "Q", "llama") == [{"role": "user", "content": f"Q {engine.INSTRUCTION}"}]
+    Fake.chat_template, Fake.name_or_path = None, "base"
+    with pytest.raises(UserError, match="take the Instruct model"):
+        engine.prompt_text(Fake(), "Q", "llama")
+
+
+def test_a_prompt_does_not_change_with_the_day():
+    """Llama 3's template asks for the date unless it is told one."""
+    tiny = engine.load_policy("tiny", "cpu")
+    tiny.tokenizer.chat_template = ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+                                    "{{ messages[0]['content'] }}")
+    assert engine.prompt_text(tiny.tokenizer, "Q", "llama").startswith("26 Jul 2024Q")
+
+
+def test_several_processes_do_not_share_one_gpu_by_a_flag(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="under torchrun"):
+        engine.start_processes("cuda:1")
+
+
+def test_half_the_rows_means_half_of_those_that_were_in_the_cache(capsys):
+    """What was asked for may be far above what fitted, and half of it too."""
+    tiny = engine.load_policy("tiny", "cpu")
+    tiny.sampler.last_slots, tried = 60, []
+
+    def scarce(items):
+        tried.append(tiny.sampler.max_rows)
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return items
+    assert engine.halve_rows_on_oom(tiny, scarce, [0] * 256) == [0] * 256
+    assert tried == [None, 30] and "--max-rows 30" in capsys.readouterr().err
 
 
 def test_bare_names():

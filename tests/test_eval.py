@@ -630,7 +630,7 @@ def test_importing_eval_draws_in_neither_matplotlib_nor_the_training_program():
     assert "matplotlib" not in imported(tree.body) and "edge_grpo" not in imported(ast.walk(tree))
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     """`eval.py compare ... | head`: the pipe is closed before anything is written."""
     root = Path(evaluation.__file__).parent
     runs = sorted(map(str, (root / "results" / "tiny").iterdir()))
@@ -638,3 +638,17 @@ def test_a_reader_that_has_seen_enough_is_no_error():
                                stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+    evaluated = subprocess.Popen([sys.executable, "eval.py", *command(tmp_path)], cwd=root, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE)
+    evaluated.stdout.close()
+    evaluated.stderr.read()
+    assert evaluated.wait() == 141, "an evaluation that was ended is no success"
+
+
+def test_a_gpu_that_is_full_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    monkeypatch.setattr(engine, "response_logprobs", full)
+    assert evaluation.main([*command(tmp_path), "--entropy"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: CUDA out of memory") and "--max-rows" in said

@@ -419,6 +419,45 @@ def test_resume_with_flags_of_another_run_is_refused(copy, capsys, flag):
     assert fingerprint(copy) == before
 
 
+def no_evaluation(*_):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def fail_at_the_last_evaluation():
+    evaluate = edge_grpo.evaluate
+    edge_grpo.evaluate = lambda *args: (no_evaluation if args[-1] == 4 else evaluate)(*args)
+
+
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, reference):
+    """The whole run with one checkpoint at the end: it stands before the last evaluation begins."""
+    out = tmp_path / "run"
+    assert run(out, "--save-every", "0", prepare=fail_at_the_last_evaluation) == 2 and "out of memory" in said(out)
+    assert (out / "checkpoints" / "step-4").exists() and len((out / "evals.jsonl").read_text().splitlines()) > 0
+    assert run(out, "--resume", "--save-every", "0") == 0
+    assert result(out)["metrics"] == reference["metrics"]
+    assert result(out)["files"]["evals.jsonl"] == reference["files"]["evals.jsonl"]
+
+
+def test_what_only_moves_memory_may_change_on_resume(tmp_path, reference):
+    """As the out-of-memory messages advise: the same run, up to rounding."""
+    out = tmp_path / "run"
+    assert run(out, prepare=fail_at_the_last_evaluation) == 2
+    shutil.rmtree(out / "checkpoints" / "step-4")
+    assert run(out, "--resume", "--micro-batch-tokens", "300", "--offload-optimizer", "--gradient-checkpointing") == 0
+    for a, b in zip(metrics(out), reference["metrics"], strict=True):
+        assert a["reward"] == b["reward"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def without_git(path):
+    os.environ["PATH"] = path
+
+
+def test_a_machine_without_git_trains(tmp_path):
+    out = tmp_path / "run"
+    assert run(out, "--steps", "1", prepare=without_git, arguments=(str(tmp_path),)) == 0, said(out)
+    assert json.loads((out / "config.json").read_text())["commit"] == "unknown"
+
+
 def test_resume_with_other_problems_under_the_same_name_is_refused(copy, capsys, monkeypatch):
     load = edge_grpo.data.load
     monkeypatch.setattr(edge_grpo.data, "load", lambda *argv: load(*argv)[::-1])
