@@ -377,3 +377,4 @@ def check_gradients() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     work(Path(sys.argv[1]))
+    engine.leave(0)
