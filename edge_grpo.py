@@ -97,7 +97,7 @@ class Flags:
     max_new_tokens: int = flag(1024, "tokens sampled per response", 1)
     correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", 0)
     max_corrected_tokens: int = flag(0, "cut corrected responses to this length; 0: never (longer ones are counted)", 0)
-    micro_batch_tokens: int = flag(8192, "tokens, padding included, in one forward and backward pass", 1)
+    micro_batch_tokens: int = flag(8192, "tokens in one forward and backward pass, each response with its prompt", 1)
     max_rows: int = flag(0, "rows sampled at a time; 0: as many as fit the memory", 0)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
@@ -481,13 +481,11 @@ def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
     """Accumulate the gradient of the step's loss over the micro-batches; returns the loss, and of each response
     (logp (T,), entropy (T,)) under the weights as they were."""
     policy, total, scored = trainer.policy, 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
-    batches = engine.micro_batches([r.prompt for r in responses], [r.ids for r in responses],
-                                   trainer.micro_batch_tokens, policy.device)
+    batches = trainer.micro_batches([r.prompt for r in responses], [r.ids for r in responses])
     for batch, last in trainer.in_step(batches):
         temperature = 1.0 if flags.sft else flags.temperature
-        logp, entropy = trainer.scorer(batch.ids, batch.rows, batch.columns, temperature, policy.vocab_size,
-                                       flags.eda_grad)
-        column = {name: batch.flat(values) for name, values in columns.items()}         # each (N,)
+        logp, entropy = trainer.scorer(batch, temperature, policy.vocab_size, flags.eda_grad)           # each (M,)
+        column = {name: batch.flat(values) for name, values in columns.items()}
         if flags.sft:
             token_loss = -logp
         else:       # in the first update after sampling the ratio is 1, and only its gradient matters

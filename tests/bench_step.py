@@ -122,6 +122,7 @@ def ours(args) -> dict:
                            "qwen")
     trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), offload=flags.offload_optimizer,
                              checkpointing=flags.gradient_checkpointing)
+    trainer.scorer.packed &= not args.padded
     before, steps, lengths = highest(args.device), [], []
     for step in range(args.steps + 1):
         problems = [Problem(q, (), None, "bench") for q in questions(vocab, groups, step)]
@@ -206,8 +207,8 @@ def report_phases(run: dict, args) -> None:
 def child(side: str, args) -> dict:
     """One run in a process of its own."""
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()
-             if k not in ("one", "offload", "score", "pairs")]
-    flags += ["--offload"] * args.offload + ["--score"] * args.score
+             if k not in ("one", "offload", "score", "padded", "pairs")]
+    flags += ["--offload"] * args.offload + ["--score"] * args.score + ["--padded"] * args.padded
     command = [sys.executable, __file__, "--one", side, *flags]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(out.stdout.splitlines()[-1])
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU")
     parser.add_argument("--offload", action="store_true", help="master weights and moments in CPU memory")
     parser.add_argument("--score", action="store_true", help="add a scoring pass over all responses, as a phase")
+    parser.add_argument("--padded", action="store_true", help="update on padded rows, as for models that cannot be packed")
     parser.add_argument("--steps", type=int, default=3, help="steps counted in a run")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64")

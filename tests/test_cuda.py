@@ -77,6 +77,28 @@ def test_graphs_see_an_update_in_place():
     assert sample.entropies == pytest.approx([math.log(500)] * 20, abs=1e-3)
 
 
+def test_a_packed_batch_scores_and_learns_as_its_rows_alone():
+    """The prompt's part of the gradient is summed over its responses in bf16, in any order."""
+    model = bf16_model().requires_grad_()
+    scorer = engine.Scorer(model)
+    prompts, responses = random_rows(8)
+    prompts = [prompts[i // 4] for i in range(8)]
+    told, gradients = [], []
+    for budget in (1, 10_000):
+        batches = engine.micro_batches(prompts, responses, budget, DEVICE, scorer.packed)
+        logp = [(b.index, b.by_row(*scorer(b, 0.7, 500))) for b in batches]
+        told.append([row[0] for _, row in sorted((i, row) for index, rows in logp for i, row in zip(index, rows))])
+        model.zero_grad()
+        for b in batches:
+            scorer(b, 0.7, 500)[0].sum().backward()
+        gradients.append({name: p.grad.float() for name, p in model.named_parameters()})
+    assert scorer.packed and len(batches) == 1
+    for a, b in zip(*told):
+        assert (a - b).abs().mean() < 0.02
+    for name, alone in gradients[0].items():
+        assert (gradients[1][name] - alone).norm() < 0.05 * alone.norm(), name
+
+
 def test_offload_trains_as_without():
     """CPU and GPU AdamW round differently, and gradients reach the CPU while the backward pass runs."""
     masters = []
@@ -86,8 +108,8 @@ def test_offload_trains_as_without():
         trainer = engine.Trainer(policy, 200, offload=offload, checkpointing=True)
         prompts, responses = random_rows(12)
         for _ in range(3):
-            for batch, last in trainer.in_step(engine.micro_batches(prompts, responses, 200, policy.device)):
-                logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, 500)
+            for batch, last in trainer.in_step(trainer.micro_batches(prompts, responses)):
+                logp, _ = trainer.scorer(batch, 1.0, 500)
                 trainer.backward(-logp.sum() / 100, last)
             trainer.step(1e-4, 1.0)
         masters.append({name: m.float().cpu() for name, m in trainer.masters.items()})
@@ -124,8 +146,8 @@ def test_running_out_of_memory_in_the_update_is_survived(monkeypatch):
 
     def work():
         tries.append(trainer.micro_batch_tokens)
-        for batch, last in trainer.in_step(engine.micro_batches(prompts, responses, tries[-1], policy.device)):
-            logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, 500)
+        for batch, last in trainer.in_step(trainer.micro_batches(prompts, responses)):
+            logp, _ = trainer.scorer(batch, 1.0, 500)
             trainer.backward(-logp.sum() / 100, last)
             if len(tries) == 1:
                 torch.empty(2**50, dtype=torch.uint8, device=DEVICE)

@@ -33,7 +33,7 @@ RUNS = {                                                        # G = 8 unless i
     "two rows": "--questions-per-step 1 --group-size 2 --steps 4",    # and sometimes one or none of them to go on with
     "nothing to correct": "--method grpo --data tiny:1-3 --group-size 7 --format-weight 1 --loss token",
     "eda-grad": "--eda-grad",
-    "kl": "--kl 3 --lr 1e-3",
+    "kl": "--kl 3 --lr 5e-4",
     "two updates": "--updates-per-rollout 2 --loss constant",
     "offload": "--offload-optimizer --gradient-checkpointing",
 }
@@ -95,14 +95,15 @@ def samples(run: Path) -> list[dict]:
 
 
 def assert_same(run: Path, expected: Path) -> None:
-    """The same numbers, rounding aside, the same texts, and the same weights within 1e-5."""
+    """The same numbers, rounding aside (which EDA makes larger where it divides by entropies near 0), the same texts,
+    and the same weights within 1e-5."""
     for read in (metrics, samples):
         ours, theirs = read(run), read(expected)
         assert len(ours) == len(theirs) > 0
         for a, b in zip(ours, theirs):
             assert a.keys() == b.keys()
             for key in a:
-                wanted = pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(b[key], float) else b[key]
+                wanted = pytest.approx(b[key], abs=1e-5, rel=5e-5) if isinstance(b[key], float) else b[key]
                 assert a[key] == wanted, (key, a, b)
     ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, expected))
     start = load_file(engine.TINY_MODEL / "model.safetensors")
@@ -351,13 +352,13 @@ def check_gradients() -> None:
         policy = small_policy(dtype, vocab=61, tied=tied)
         alone, (prompts, responses) = engine.Scorer(copy.deepcopy(policy.model)), random_rows(1, vocab=61)
         [batch] = engine.micro_batches(prompts, responses, 1000, "cpu")
-        logp = alone(batch.ids, batch.rows, batch.columns, 0.7, 61)[0]
+        logp = alone(batch, 0.7, 61)[0]
         logp.mean().backward()
 
         trainer = engine.Trainer(policy, 1000, checkpointing=checkpointing)
         mine = [batch] if engine.rank() == 0 else []
         for b, last in trainer.in_step(mine):
-            sharded = trainer.scorer(b.ids, b.rows, b.columns, 0.7, 61)[0]
+            sharded = trainer.scorer(b, 0.7, 61)[0]
             if mine:                                            # the trainer computes what the sampler's model does
                 assert torch.equal(sharded, logp)
             trainer.backward((sharded * b.flat([[1 / len(r)] * len(r) for r in responses])).sum(), last)

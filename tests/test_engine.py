@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 import data
 import edge_grpo
@@ -41,39 +42,125 @@ def random_rows(n, seed=0, vocab=64, prompt=(3, 20), response=(1, 60)):
 
 # --- micro-batches and the training forward --------------------------------------------------------------------------
 
-def test_micro_batches_hold_every_row_once_within_the_budget_and_with_little_padding():
+def shared_rows(prompts=5, n=30, seed=1, vocab=60):
+    """Rows of which several have the same prompt, not always side by side; one prompt and some responses of one token,
+    and an empty response."""
+    few, _ = random_rows(prompts, seed, vocab)
+    few[0] = few[0][:1]
+    _, responses = random_rows(n, seed + 1, vocab)
+    responses[3], responses[4] = [], responses[4][:1]
+    return sorted((few * n)[:n - 3]) + few[:3], responses
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_hold_every_row_once_within_the_budget_and_with_little_padding(packed):
     prompts, responses = random_rows(64)
     responses[5] = []
-    batches = engine.micro_batches(prompts, responses, 300, "cpu")
+    batches = engine.micro_batches(prompts, responses, 300, "cpu", packed)
     assert sorted(i for b in batches for i in b.index) == [i for i in range(64) if i != 5]
-    assert all(b.ids.numel() <= 300 for b in batches)
-    real = sum(len(prompts[i]) + len(responses[i]) for b in batches for i in b.index)
-    assert real / sum(b.ids.numel() for b in batches) > 0.9
+    fed = [len(prompts[i]) + len(responses[i]) - 1 for i in range(64) if i != 5]
+    padded = [rows.numel() for b in batches for rows in b.rows]
+    if packed:
+        assert sum(len(b.ids) for b in batches) == sum(fed)                     # what the layers see is not padded
+        assert all(sum(len(prompts[i]) + len(responses[i]) for i in b.index) <= 300 for b in batches)
+        assert sum(fed) / sum(padded) > 0.8                                     # nor, much, what attention sees
+    else:
+        assert all(len(b.rows) == 1 and b.rows[0].numel() + len(b.index) <= 300 for b in batches)
+        assert sum(fed) / sum(padded) > 0.9
     for b in batches:
-        flat = b.flat(responses)
-        assert torch.equal(b.ids[b.rows, b.columns], flat.long())
+        assert torch.equal(b.targets, b.flat(responses).long())
+        assert [len(told) for told, in b.by_row(b.targets)] == [len(responses[i]) for i in b.index]
+
+
+def test_every_row_of_a_batch_reads_as_itself_and_a_prompt_stands_there_once():
+    prompts, responses = shared_rows()
+    batches = engine.micro_batches(prompts, responses, 300, "cpu")
+    assert any(len({tuple(prompts[i]) for i in b.index}) < len(b.index) for b in batches)
+    for b in batches:
+        of_prompts = sum(len(p) for p in {tuple(prompts[i]) for i in b.index})
+        assert len(b.ids) == of_prompts + sum(len(responses[i]) - 1 for i in b.index)
+        flat, found = torch.cat([rows.flatten() for rows in b.rows]), iter(b.index)
+        assert torch.equal(flat[b.home], torch.arange(len(b.ids)))
+        before = iter(b.before.tolist())
+        for row in (row for rows in b.rows for row in rows):
+            i = next(found)
+            row = row[:len(prompts[i]) + len(responses[i]) - 1]
+            assert b.ids[row].tolist() == [*prompts[i], *responses[i][:-1]]
+            assert b.positions[row].tolist() == list(range(len(row)))
+            assert [next(before) for _ in responses[i]] == row[len(prompts[i]) - 1:].tolist()
 
 
 def test_a_row_longer_than_the_budget_is_alone():
     prompts, responses = [[1] * 5] * 3, [[2] * 50, [3] * 2, [4] * 3]
-    assert [b.index for b in engine.micro_batches(prompts, responses, 20, "cpu")] == [[0], [2, 1]]
+    for packed in (True, False):
+        assert [b.index for b in engine.micro_batches(prompts, responses, 20, "cpu", packed)] == [[0], [2, 1]]
 
 
-def test_response_logprobs_equal_the_models_own_forward_at_any_budget():
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64,
+             max_position_embeddings=256, pad_token_id=None)
+MODELS = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE, num_key_value_heads=2), True),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), True),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, num_key_value_heads=4, rope_parameters=dict(
+        rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64)), True),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=None), True),
+    "window": (MistralForCausalLM, MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8), False),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=256, bos_token_id=None,
+                                        eos_token_id=None), False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_and_gradients_equal_the_models_own_forward_of_each_row_at_any_budget(name):
+    """In float64; only the Llama family with full attention is packed."""
+    kind, config, packed = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config).double().eval()
+    prompts, responses = shared_rows()
+    weights = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)).double()
+    expected = {}
+    for i, (p, r) in enumerate(zip(prompts, responses)):
+        if r:
+            logp = torch.log_softmax(model(torch.tensor([p + r])).logits[0, len(p) - 1:-1, :60] / 0.7, -1)
+            expected[i] = logp.gather(1, torch.tensor(r)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    sum((torch.stack([x.sum() for x in told]) * weights[i]).sum() for i, told in expected.items()).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    for budget in (1, 300, 10_000):
+        model.zero_grad()
+        scorer = engine.Scorer(model)
+        assert scorer.packed == packed
+        for b in engine.micro_batches(prompts, responses, budget, "cpu", scorer.packed):
+            told = scorer(b, 0.7, 60, entropy_grad=True)
+            for i, row in zip(b.index, b.by_row(*told)):
+                for mine, own in zip(row, expected[i]):
+                    assert torch.allclose(mine, own.float(), atol=1e-6)
+            w = weights[torch.tensor(b.index).repeat_interleave(torch.tensor(b.counts))]
+            (torch.stack(told, 1) * w).sum().backward()
+        for name, p in model.named_parameters():
+            assert (p.grad - gradient[name]).norm() <= 1e-6 * gradient[name].norm(), name
+
+
+def test_response_logprobs_are_of_each_row_in_order_and_empty_where_it_is():
     policy = small_policy()
-    prompts, responses = random_rows(9, vocab=60)
-    responses[3] = []
-    for budget in (1, 100, 10_000):
-        scored = engine.response_logprobs(policy.model, prompts, responses, 0.7, 60, budget)
-        for p, r, (logp, entropy) in zip(prompts, responses, scored):
-            assert len(logp) == len(entropy) == len(r)
-            if not r:
-                continue
-            with torch.no_grad():
-                logits = policy.model(torch.tensor([p + r])).logits[0, len(p) - 1:-1, :60].double() / 0.7
-            expected = torch.log_softmax(logits, -1)
-            assert torch.allclose(logp.double(), expected.gather(1, torch.tensor(r)[:, None])[:, 0], atol=1e-5)
-            assert torch.allclose(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
+    prompts, responses = shared_rows()
+    for p, r, (logp, entropy) in zip(prompts, responses,
+                                     engine.response_logprobs(policy.model, prompts, responses, 0.7, 60, 200)):
+        assert len(logp) == len(entropy) == len(r)
+        if r:
+            alone = engine.response_logprobs(policy.model, [p], [r], 0.7, 60, 200)[0]
+            assert torch.allclose(logp, alone[0], atol=1e-5) and torch.allclose(entropy, alone[1], atol=1e-5)
+
+
+def test_who_else_calls_a_scored_model_gets_its_usual_forward_and_its_usual_config(tmp_path):
+    model = small_policy().model
+    ids = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    calls = [dict(), dict(attention_mask=torch.tensor([[0] * 4 + [1] * 5, [1] * 9, [0] + [1] * 8]))]
+    before, config = [model(input_ids=ids, **call).logits for call in calls], model.config.to_json_string()
+    engine.Scorer(model)
+    for call, logits in zip(calls, before):
+        assert torch.equal(model(input_ids=ids, **call).logits, logits)
+    assert model.config.to_json_string() == config
 
 
 # --- AdamW on masters ------------------------------------------------------------------------------------------------
@@ -83,9 +170,8 @@ def train_steps(policy, steps, lr, offload=False, checkpointing=False, rows=12):
     trainer = engine.Trainer(policy, 200, offload=offload, checkpointing=checkpointing)
     prompts, responses = random_rows(rows)
     for _ in range(steps):
-        batches = engine.micro_batches(prompts, responses, 200, "cpu")
-        for batch, last in trainer.in_step(batches):
-            logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, policy.vocab_size)
+        for batch, last in trainer.in_step(trainer.micro_batches(prompts, responses)):
+            logp, _ = trainer.scorer(batch, 1.0, policy.vocab_size)
             trainer.backward(-logp.sum() / 100, last)
         trainer.step(lr, 1.0)
     return trainer
@@ -184,8 +270,8 @@ base = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() 
 policy = small_policy(hidden=256, layers=8, vocab=4096, inner=1024)
 trainer = engine.Trainer(policy, 2048, checkpointing=checkpointing)
 rows = random_rows(8, vocab=4096, prompt=(200, 200), response=(56, 56))
-for batch, last in trainer.in_step(engine.micro_batches(*rows, 2048, "cpu")):
-    logp, _ = trainer.scorer(batch.ids, batch.rows, batch.columns, 1.0, policy.vocab_size)
+for batch, last in trainer.in_step(trainer.micro_batches(*rows)):
+    logp, _ = trainer.scorer(batch, 1.0, policy.vocab_size)
     trainer.backward(logp.sum(), last)
 trainer.step(1e-3, 1.0)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)
