@@ -314,7 +314,7 @@ def score(model: nn.Module, policy: engine.Policy, responses: list[Response],
 
 def score_injected(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
     """A forward pass over the rows that hold injected tokens, for their entropies. Those of all other rows are known
-    from sampling: to score them too would take 16% of a step (tests/bench_step.py --score)."""
+    from sampling: to score them too would take 14% of a step (tests/bench_step.py --score)."""
     new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
     scored = engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))
     for r, (_, entropy) in zip(new, scored):

@@ -437,7 +437,7 @@ class Scorer(nn.Module):
     packed (the Llama family): the layers see a micro-batch as one string of tokens, in which the prompt of several
     responses stands once and nothing is padding; only attention takes it apart into rows. That is exact, because a
     prompt does not look at what follows it. Other models see padded rows. With prompts of 32 and responses of 51 tokens
-    on average, eight of each prompt, the update is x 1.5 / 1.5 as fast as on padded rows sorted by length (models of 1M
+    on average, eight of each prompt, the update is x 1.4 / 1.5 as fast as on padded rows sorted by length (models of 1M
     / 30M parameters on a CPU, tests/bench_step.py with --padded and without; not measured on a GPU).
 
     It is a module so that a sharded model (FSDP2) gathers its weights around the whole of it, output layer included.
