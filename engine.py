@@ -511,7 +511,7 @@ def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: 
 
 def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[int]], device: torch.device,
                packed: bool = True) -> Batch:
-    """These rows as one micro-batch. Packed: rows at least three quarters as long as another are padded to it, so that
+    """These rows as one micro-batch. Packed: rows at least 0.85 times as long as another are padded to it, so that
     little of attention is padding. Otherwise all are padded to the longest, for a single forward."""
     index = sorted(index, key=lambda i: -len(prompts[i]) - len(responses[i]))
     ids, before, rows, starts = [], [], [], {}
@@ -527,7 +527,7 @@ def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[
     positions, home, padded, offset = [0] * len(ids), [0] * len(ids), [], 0
     while rows:
         width = len(rows[0])
-        alike = sum(len(row) >= 0.75 * width for row in rows) if packed else len(rows)
+        alike = sum(len(row) >= 0.85 * width for row in rows) if packed else len(rows)
         for row in rows[:alike]:
             for column, token in enumerate(row):
                 positions[token], home[token] = column, offset + column
