@@ -876,6 +876,9 @@ def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left
         + (f", {len(left_out)} left out (prompt too long)" if left_out else ""))
     say("flags: " + " ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
+    if flags.correction == "guided" and flags.guided_probs[0] == 0:
+        say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
+            "learned; give the first of --guided-probs more than 0")
 
 
 def timings(clock: Clock, responses: list[Response], corrected: list[Response], policy: engine.Policy) -> dict:

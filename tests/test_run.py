@@ -107,6 +107,17 @@ def test_the_ablations_that_no_table_of_the_paper_has(tmp_path, problems):
         check_run(out, 2, 8)
 
 
+def test_without_reflections_all_becomes_right_and_the_run_says_what_that_means(tmp_path, problems, capsys):
+    out, argv = tmp_path / "run", [*SMALL, "--data", problems, "--guided-probs", "0", ".5", ".5"]
+    assert edge_grpo.main([*argv, "--out", str(out)]) == 0
+    assert "note: without reflections" in capsys.readouterr().out
+    metrics, samples, _ = check_run(out, 3, 8)
+    assert all(m["accuracy_corrected"] == 1 and m["mixed_groups_corrected"] == m["grad_norm"] == 0 for m in metrics)
+    assert {row.get("correction") for row in samples} >= {"answer", "reference"}
+    assert edge_grpo.main([*SMALL, "--data", problems, "--out", str(tmp_path / "other")]) == 0
+    assert "without reflections" not in capsys.readouterr().out
+
+
 def test_evaluations_during_training_and_samples_that_can_be_read(tmp_path, problems):
     out = tmp_path / "run"
     assert edge_grpo.main([*SMALL, "--data", problems, "--out", str(out), "--eval-every", "2"]) == 0
