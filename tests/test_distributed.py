@@ -237,7 +237,7 @@ def test_only_the_first_process_prints(two, three):
         assert "going on from" in launch.text(0, "stdout")
         for rank in (1, 2):
             told = (launch.text(rank, "stdout") + launch.text(rank, "stderr")).splitlines()
-            assert [line for line in told if "--eda-clamp" not in line] == []
+            assert [line for line in told if "--eda-clamp" not in line and "[Gloo]" not in line] == []   # torch 2.9's
 
 
 def test_an_error_that_every_process_meets_is_told_once(two):

@@ -275,7 +275,8 @@ def test_two_processes_give_the_same_responses(tmp_path):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in "01"]
     (out, error), (out_1, error_1) = [p.communicate(timeout=300) for p in ran]
     assert [p.returncode for p in ran] == [0, 0], error + error_1
-    assert "prompt of the first problem" in out and not out_1, "only one process prints"
+    told = [line for line in out_1.splitlines() if "[Gloo]" not in line]          # torch 2.9's own
+    assert "prompt of the first problem" in out and not told, "only one process prints"
     parsed = [[json.loads(line) for line in lines(out)] for out in (alone, two)]
     assert len(parsed[0]) == len(parsed[1])
     for a, b in zip(*parsed):

@@ -90,7 +90,8 @@ def test_greedy_equals_generate(name):
     out = Sampler(model, ENDS).sample(PROMPTS, 2, 20, 0.0, seed=1)
     for prompt, samples in zip(PROMPTS, out):
         expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                  do_sample=False, max_new_tokens=20, eos_token_id=list(ENDS), pad_token_id=0)
+                                  do_sample=False, max_new_tokens=20, eos_token_id=list(ENDS), pad_token_id=0,
+                                  use_cache=name != "mamba")     # whose cache fails at one-token prompts in 5.0
         for sample in samples:
             assert sample.ids == expected[0, len(prompt):].tolist()
             assert sample.logprobs == sample.entropies == [0.0] * len(sample.ids)
