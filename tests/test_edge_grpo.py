@@ -353,6 +353,82 @@ def test_ratios_differ_from_one_only_after_the_first_of_several_updates(policy, 
     assert len(seen) == 3 and seen[0] < 1e-5 and seen[1] > 1e-3 and seen[2] > seen[1]
 
 
+def independent_step(model, reference, responses, flags, lr):
+    """The updates of one rollout in float64: a row at a time, whole logits, autograd through everything, torch's
+    AdamW. Changes the model; returns its mean loss and gradient norm."""
+    Q, G = flags.questions_per_step, flags.group_size
+
+    def told(m, r):
+        logits = m(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1:-1] / flags.temperature
+        logp = torch.log_softmax(logits, -1)
+        return logp[range(len(r.ids)), r.ids], -(logp.exp() * logp).sum(-1)
+
+    accuracy = torch.tensor([r.accuracy for r in responses], dtype=torch.float64).view(Q, G)
+    A = (accuracy - accuracy.mean(1, keepdim=True)) / (accuracy.std(1, keepdim=True) + 1e-4)
+    tokens = sum(len(r.ids) for r in responses)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(flags.betas), weight_decay=0.0)
+    losses, norms = [], []
+    for k in range(flags.updates_per_rollout):
+        now = [told(model, r) for r in responses]
+        if k == 0:
+            old = [logp.detach() for logp, _ in now]
+            P = torch.stack([entropy.sum() / max(len(entropy), 1) for _, entropy in now]).view(Q, G)
+            P = P if flags.eda_grad else P.detach()
+            A_hat = A / (P / P.mean(1, keepdim=True)).clamp(min=1e-4) if flags.eda else A
+        loss = 0.0
+        for r, (logp, _), before, a in zip(responses, now, old, A_hat.flatten()):
+            weight = {"sequence": 1 / (Q * G * max(len(r.ids), 1)), "token": 1 / tokens,
+                      "constant": 1 / (Q * G * flags.max_new_tokens)}[flags.loss]
+            of_token = torch.tensor([flags.injected_weight if x else 1.0 for x in r.injected], dtype=torch.float64)
+            ratio = (logp - before).exp()
+            d = told(reference, r)[0].detach() - logp
+            term = -torch.min(ratio * a, ratio.clamp(1 - flags.eps_low, 1 + flags.eps_high) * a)
+            loss = loss + weight * (of_token * (term + flags.kl * (d.exp() - d - 1))).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses), sum(norms) / len(norms)
+
+
+@pytest.mark.parametrize("argv", [
+    "--eda-grad --injected-weight 0.5", "--updates-per-rollout 4 --loss token --offload-optimizer",
+    "--updates-per-rollout 2 --loss constant --no-eda --injected-weight 0 --grad-clip 0.05",
+    "--updates-per-rollout 3 --eps-low 0.02 --eps-high 0.5 --gradient-checkpointing"])
+def test_a_whole_step_equals_an_independent_one_in_float64(policy, argv):
+    """Weights, loss and gradient norm, with KL, empty responses, responses of one token, one prompt in two groups."""
+    flags = flags_of("--kl", "0.7", "--temperature", "0.8", "--questions-per-step", "3", "--group-size", "4",
+                     "--micro-batch-tokens", "150", *argv.split())
+    draw, responses = torch.Generator().manual_seed(3), []
+    prompts = [policy.prompt_ids(p.question) for p in data.load("tiny:1-3")[:2]]
+    for row, length in enumerate([0, 1, 5, 30, 1, 2, 0, 40, 12, 1, 3, 20]):
+        ids = torch.randint(300, (length,), generator=draw).tolist()
+        r = eg.Response(None, prompts[row // 4 % 2], ids, (torch.rand(length, generator=draw) < 0.4).tolist(),
+                        [math.nan] * length, [math.nan] * length)
+        r.accuracy, r.format = float(row % 4 in (1, row // 4 + 1)), 0.0
+        responses.append(r)
+    own = replace(policy, model=copy.deepcopy(policy.model))
+    reference = engine.frozen_copy(own.model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=draw))
+    expected, start = copy.deepcopy(own.model).double(), copy.deepcopy(own.model).double()
+    loss, norm = independent_step(expected, copy.deepcopy(reference).double(), responses, flags, lr=1e-4)
+    trainer = engine.Trainer(own, flags.micro_batch_tokens, tuple(flags.betas), offload=flags.offload_optimizer,
+                             checkpointing=flags.gradient_checkpointing)
+    eg.score_injected(own, responses, flags)
+    A = eg.group_advantages(eg.rewards(responses, flags))
+    P = eg.response_entropy(responses, 4)
+    A_hat = eg.entropy_driven_advantages(A, P) if flags.eda else A
+    stats = eg.update(trainer, reference, responses, A, A_hat, P, flags, lr=1e-4)
+    assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    moved, off = ([(x.double() - y).norm() ** 2 for x, y in zip(a.parameters(), expected.parameters())]
+                  for a in (start, own.model))
+    assert sum(off) ** 0.5 < 2e-3 * sum(moved) ** 0.5
+
+
 def test_kl_pulls_towards_the_reference(policy):
     responses = graded_groups(policy)
     flags = flags_of("--kl", "0.5", "--no-eda")
