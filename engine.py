@@ -346,12 +346,19 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
         names = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
         raise UserError(f"--model {name}: weights missing or of the wrong shape: {', '.join(names[:3])}"
                         f"{' …' if len(names) > 3 else ''}; the folder is incomplete or of another architecture")
-    for module in model.modules():                  # the sampler and the trainer must be the same function
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    drop_nothing(model)
     return model.to(device).eval()
+
+
+def drop_nothing(model: nn.Module) -> None:
+    """Dropout, layer drop and router jitter off, wherever a family keeps them (a few read the config as they run): the
+    sampler and the trainer, which recomputes activations only in training mode, must be the same function."""
+    for part in [*model.modules(), model.config.get_text_config()]:
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
 
 
 def wrong_flag(message: str) -> NoReturn:
@@ -396,6 +403,9 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     end_ids = find_end_ids(config, model.generation_config, tokenizer)
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
+    if max(end_ids) >= vocab_size:
+        raise UserError(f"--model {name}: its end token {max(end_ids)} is none of the tokenizer's {vocab_size} ids; "
+                        "correct eos_token_id in config.json and generation_config.json")
     turn_end = next((vocabulary[token] for token in TURN_ENDS if token in vocabulary), None)
     end_id = turn_end
     if turn_end is None:
@@ -913,7 +923,8 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
 
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
-    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers.
+    Weights, gradients, optimizer and cache (keys and values) are exact; activations are those of transformers'
+    Llama-like layers.
     """
     try:
         with torch.device("meta"):
@@ -923,10 +934,15 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
                         f"({first_line(error)})") from error
     count = sum(p.numel() for p in model.parameters())
     c = config.get_text_config()
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    heads = getattr(c, "num_attention_heads", None) or 0                        # 0: Mamba and its like
+    head = getattr(c, "head_dim", None) or c.hidden_size // max(heads, 1)
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = (12 * c.hidden_size + 4 * inner) * weight_bytes                     # of one token in one layer
+    q, kv = heads * head, kv_heads * head
+    layer = 8 * c.hidden_size + 3 * q + 2 * kv + 4 * inner                      # kept of one token in one layer
+    if any("q_norm" in name for name, _ in model.named_parameters()):           # Qwen3
+        layer += 3 * (q + kv)
+    layer *= weight_bytes
     layers = c.num_hidden_layers * layer
     if checkpointing:                                       # every layer's input, and one layer with its gradients
         layers = c.num_hidden_layers * c.hidden_size * weight_bytes + 2 * layer
@@ -956,7 +972,9 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
 
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
     """Of the `rows` rows that plan["cache"] is for, how many at a time leave room for all else of the plan, which comes
-    after the cache, in nine tenths of the `free` bytes; at least 1."""
+    after the cache, in nine tenths of the `free` bytes; at least 1. A model without attention has no such cache."""
+    if not plan["cache"]:
+        return rows
     others = sum(v for k, v in plan.items() if k != "cache" and not k.startswith("host"))
     return max(1, min(rows, int((0.9 * free - others) / plan["cache"] * rows)))
 

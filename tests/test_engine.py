@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config,
+                          GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers.masking_utils import sdpa_mask
 
 import data
 import edge_grpo
@@ -44,9 +46,9 @@ def random_rows(n, seed=0, vocab=64, prompt=(3, 20), response=(1, 60)):
 
 def shared_rows(prompts=5, n=30, seed=1, vocab=60):
     """Rows of which several have the same prompt, not always side by side; one prompt and some responses of one token,
-    and an empty response."""
+    an empty response, and a long prompt that begins another."""
     few, _ = random_rows(prompts, seed, vocab)
-    few[0] = few[0][:1]
+    few[0], few[1], few[2] = few[0][:1], few[1] * 3, few[1] * 3 + few[2]
     _, responses = random_rows(n, seed + 1, vocab)
     responses[3], responses[4] = [], responses[4][:1]
     return sorted((few * n)[:n - 3]) + few[:3], responses
@@ -96,6 +98,12 @@ def test_a_row_longer_than_the_budget_is_alone():
         assert [b.index for b in engine.micro_batches(prompts, responses, 20, "cpu", packed)] == [[0], [2, 1]]
 
 
+def test_the_budget_is_filled_to_the_last_token():
+    for packed in (True, False):
+        batches = engine.micro_batches([[1] * 4] * 5, [[2] * 6] * 5, 20, "cpu", packed)
+        assert [len(b.index) for b in batches] == [2, 2, 1]
+
+
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64,
              max_position_embeddings=256, pad_token_id=None)
 MODELS = {
@@ -117,6 +125,9 @@ def test_scores_and_gradients_equal_the_models_own_forward_of_each_row_at_any_bu
     kind, config, packed = MODELS[name]
     torch.manual_seed(0)
     model = kind(config).double().eval()
+    if packed:
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 2.3          # some models scale by other than 1 / sqrt(D)
     prompts, responses = shared_rows()
     weights = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)).double()
     expected = {}
@@ -152,8 +163,23 @@ def test_response_logprobs_are_of_each_row_in_order_and_empty_where_it_is():
             assert torch.allclose(logp, alone[0], atol=1e-5) and torch.allclose(entropy, alone[1], atol=1e-5)
 
 
+def test_packed_scoring_makes_no_mask():
+    """It would be N x N. Who else calls the model needs one."""
+    policy, made = small_policy(), []
+    AttentionMaskInterface.register(engine.ROWS, lambda *a, **k: made.append(1) or sdpa_mask(*a, **k))
+    try:
+        engine.response_logprobs(policy.model, *shared_rows(), 0.7, 60, 200)
+        assert not made
+        policy.model(input_ids=torch.ones(2, 9, dtype=torch.long), attention_mask=torch.tensor([[0] + [1] * 8] * 2))
+        assert made
+    finally:
+        AttentionMaskInterface.register(engine.ROWS, sdpa_mask)
+
+
 def test_who_else_calls_a_scored_model_gets_its_usual_forward_and_its_usual_config(tmp_path):
     model = small_policy().model
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2.3
     ids = torch.randint(1, 60, (3, 9), generator=torch.Generator().manual_seed(0))
     calls = [dict(), dict(attention_mask=torch.tensor([[0] * 4 + [1] * 5, [1] * 9, [0] + [1] * 8]))]
     before, config = [model(input_ids=ids, **call).logits for call in calls], model.config.to_json_string()
@@ -252,8 +278,46 @@ def test_gradient_checkpointing_changes_nothing_and_is_in_force(monkeypatch):
     train_steps(b, 2, 1e-3, checkpointing=True)
     for x, y in zip(a.model.parameters(), b.model.parameters()):
         assert torch.allclose(x, y, atol=1e-6)
+    assert not b.model.training                             # only while it recomputes
     batches = len(engine.micro_batches(*random_rows(12), 200, "cpu"))
     assert len(calls) == 2 * 2 * 2 * batches                # layers x steps x (forward + recomputed) x micro-batches
+
+
+DROPOUTS = {
+    "gpt2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_embd=32, n_layer=2, n_head=4),
+    "opt": dict(dropout=0.3, attention_dropout=0.3, layerdrop=0.3, ffn_dim=48, word_embed_proj_dim=32),
+    "falcon": dict(hidden_dropout=0.3, attention_dropout=0.3),          # reads its config as it runs
+    "starcoder2": dict(residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3, num_key_value_heads=2),
+    "mixtral": dict(router_jitter_noise=0.3, attention_dropout=0.3, num_key_value_heads=2, num_local_experts=4),
+    "qwen2": dict(attention_dropout=0.3, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_nothing_is_dropped_in_training_whatever_the_config_says(name, tmp_path):
+    """A scorer that recomputes is in training mode, and must still be the function that samples."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE, **DROPOUTS[name])).save_pretrained(tmp_path)
+    model = engine.load_model(str(tmp_path), torch.device("cpu"), torch.float32)
+    policy = engine.Policy(model, None, None, {0}, 0, 60, torch.device("cpu"), "qwen")
+    rows = random_rows(6, vocab=60)
+    expected = engine.response_logprobs(model, *rows, 1.0, 60, 100)
+    trainer = engine.Trainer(policy, 100, checkpointing=True)
+    for batch, last in trainer.in_step(trainer.micro_batches(*rows)):
+        logp, entropy = trainer.scorer(batch, 1.0, 60)
+        trainer.backward(logp.sum(), last)
+        for i, (told, _) in zip(batch.index, batch.by_row(logp, entropy)):
+            assert torch.allclose(told, expected[i][0], atol=1e-5)
+
+
+def test_a_frozen_copy_stays_as_the_model_was():
+    policy = small_policy()
+    reference, start = engine.frozen_copy(policy.model), copy.deepcopy(policy.model.state_dict())
+    train_steps(policy, 2, 1e-2)
+    assert not any(p.requires_grad for p in reference.parameters())
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(weight, start[name])
+    assert not torch.equal(policy.model.state_dict()[name], start[name])
 
 
 # --- the memory plan -------------------------------------------------------------------------------------------------
@@ -295,6 +359,26 @@ def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkp
     assert 0.85 < planned / measured < 1.75            # 0.9 to 1.6 with torch 2.8 to 2.13 and transformers 5.0 to 5.23
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])            # Qwen3: wider heads, each normalised
+def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
+    kind, config, _ = MODELS[name]
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "layer_types": None})
+    scorer = engine.Scorer(kind(config).to(dtype))
+    weights, kept = {p.untyped_storage().data_ptr() for p in scorer.parameters()}, {}
+    prompts, responses = [[i] * 50 for i in range(8)], [[1] * 50] * 8
+    [batch] = engine.micro_batches(prompts, responses, 800, "cpu")
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor          # held, so that no address comes twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scorer(batch, 1.0, 60)
+    size = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    plan = engine.memory_plan(config, 0, 0, 800, dtype.itemsize, False, False)
+    assert 0.9 < plan["activations"] / size < 1.3
+
+
 def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
     config = Qwen2Config(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
                          intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
@@ -318,6 +402,7 @@ def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch):
     """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it is made."""
     plan = {"weights": 10.0, "gradients": 10.0, "optimizer": 40.0, "cache": 64.0, "host optimizer": 1e6}
     assert [engine.rows_that_fit(plan, 32, free) for free in (1000.0, 100.0, 70.0, 5.0)] == [32, 15, 1, 1]
+    assert engine.rows_that_fit({**plan, "cache": 0.0}, 32, 5.0) == 32          # a model without attention
     flags = edge_grpo.parse_flags(["--model", "tiny", "--group-size", "512"])
     monkeypatch.setattr(engine, "start_processes", lambda device: torch.device("cuda"))
     for free, all_fit in ((2**40, True), (2**30, False)):
