@@ -96,7 +96,7 @@ class Flags:
     max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out, and counted", 1)
     max_new_tokens: int = flag(1024, "tokens sampled per response", 1)
     correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", 0)
-    max_corrected_tokens: int = flag(0, "cut corrected responses to this length; 0: never (longer ones are counted)", 0)
+    max_corrected_tokens: int = flag(0, "cut corrected responses to this length; 0: only to the model's context", 0)
     micro_batch_tokens: int = flag(8192, "tokens in one forward and backward pass, each response with its prompt", 1)
     max_rows: int = flag(0, "rows sampled at a time; 0: as many as fit the memory", 0)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
@@ -241,14 +241,19 @@ def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: i
     return responses
 
 
+def room(policy: engine.Policy, prompt: list[int]) -> int:
+    """How many tokens the model's positions leave for a response."""
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    return max(0, context - len(prompt))
+
+
 def extend(policy: engine.Policy, responses: dict[int, Response], limit: int, flags: Flags, key: tuple) -> None:
     """Let the policy continue each response (by its row in the step) in place, by at most `limit` tokens; they are
     spread over the processes."""
-    context = getattr(policy.model.config, "max_position_embeddings", None) or 10**9
     requests = []
     for row, r in responses.items():
         ids = r.prompt + r.ids
-        requests.append((ids, max(0, min(limit, context - len(ids))), stream(flags.seed, *key, row)))
+        requests.append((ids, min(limit, room(policy, ids)), stream(flags.seed, *key, row)))
 
     def run(mine):
         if not mine:
@@ -266,7 +271,11 @@ def extend(policy: engine.Policy, responses: dict[int, Response], limit: int, fl
 
 def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]:
     """SFT: the reference solution of each problem, as a response whose every token is injected."""
-    return [replaced(Response(p, policy.prompt_ids(p.question), [], [], [], []), "reference", policy) for p in problems]
+    responses = [replaced(Response(p, policy.prompt_ids(p.question), [], [], [], []), "reference", policy)
+                 for p in problems]
+    for r in responses:
+        cut(r, room(policy, r.prompt))
+    return responses
 
 
 def grade(policy: engine.Policy, responses: list[Response]) -> None:
@@ -389,9 +398,9 @@ def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flag
             corrected[row] = replaced(r, branch, policy)
     reflected = {row: r for row, r in enumerate(corrected) if r.correction == "reflect"}
     extend(policy, reflected, flags.correction_tokens, flags, (step, "reflect"))
-    if flags.max_corrected_tokens:
-        for r in corrected:
-            cut(r, flags.max_corrected_tokens)
+    for r in corrected:
+        most = room(policy, r.prompt)
+        cut(r, min(flags.max_corrected_tokens or most, most))
     return corrected
 
 

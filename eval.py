@@ -143,7 +143,8 @@ def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
 
     def run(_):
         return policy.sampler.sample(prompts, 1, most, temperature, seeds, limits.top_p)
-    return [(d.start + s.ids, s.finished) for d, [s] in zip(drafts, engine.halve_rows_on_oom(policy, run, drafts))]
+    samples = engine.halve_rows_on_oom(policy, run, drafts)
+    return [((d.start + s.ids)[:max(0, longest - len(d.prompt))], s.finished) for d, [s] in zip(drafts, samples)]
 
 
 def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:

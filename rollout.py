@@ -226,6 +226,12 @@ def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: f
                                                    seqused_k=used)[0][:, None]
 
 
+def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel can be asked: half precision, Ampere or newer, heads of 8, 16, ... 256."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim in range(8, 257, 8)
+            and torch.cuda.get_device_capability(device)[0] >= 8)
+
+
 def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int) -> None:
     """One token more in each of the first `rows` slots that is alive; everything happens on the device and in place.
     Rows that have finished are computed with the others but do not advance."""
@@ -264,9 +270,7 @@ class Slots:
         """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to."""
         self.model, self.is_end, self.device, self.longest = model, is_end, is_end.device, longest
         self.dtype = model.model.embed_tokens.weight.dtype
-        self.flash = (self.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
-                      and torch.cuda.get_device_capability(self.device)[0] >= 8             # Ampere or newer
-                      and model.model.layers[0].self_attn.head_dim <= 256)
+        self.flash = flash_takes(self.device, self.dtype, model.model.layers[0].self_attn.head_dim)
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
         self.lengths: list[int] = []                                          # theirs, as the host last saw them
         self.index = torch.arange(slots, device=self.device)
@@ -435,12 +439,13 @@ def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: se
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache) -> tuple[Tensor | None, object]:
     """ids (B, S), mask (B, all so far) -> logits of the last position (B, V) and the cache; None, None without one."""
     takes = inspect.signature(model.forward).parameters
-    if "past_key_values" not in takes:
+    if not {"past_key_values", "position_ids"} <= takes.keys():        # it may count positions from the padding on
         return None, None
     inputs = {"past_key_values": cache, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:],
               "logits_to_keep": 1}
     out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{k: v for k, v in inputs.items() if k in takes})
-    return (out.logits[:, -1], out.past_key_values) if hasattr(out.past_key_values, "reorder_cache") else (None, None)
+    cache = getattr(out, "past_key_values", None)
+    return (out.logits[:, -1], cache) if hasattr(cache, "reorder_cache") else (None, None)
 
 
 def _recompute(model: nn.Module, rows: list[Row]) -> Tensor:
@@ -501,6 +506,7 @@ class Sampler:
                     wave = [waiting.popleft() for _ in range(min(self.max_rows or len(rows), len(waiting)))]
                     sample_by_forward(self.model, wave, rule, self.end_ids)
         if any(math.isnan(logprob) for row in rows for logprob in row.logprobs):
+            self.release()                                    # NaN in the cache would outlast a mask
             raise ValueError("the model's logits are not finite, so there is nothing to sample from; check its weights")
         samples = [Sample(row.ids, row.logprobs, bool(row.ids) and row.ids[-1] in self.end_ids, row.entropies)
                    for row in rows]
@@ -537,7 +543,7 @@ class Sampler:
 
     def _fill(self, slots: Slots, waiting: deque[Row], rule: Rule) -> None:
         """Draws the waiting rows, each in a slot of its own as soon as one is free."""
-        most = len(slots.index)
+        most = min(len(slots.index), self.max_rows or len(slots.index))
         while waiting or slots.rows:
             free = most - len(slots.rows)
             if waiting and free >= min(len(waiting), max(1, most // 8)):      # an eighth at a time: larger prefills
@@ -554,13 +560,17 @@ class Sampler:
     def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
         """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full
         length from the start and as many slots as fit, and serves later calls as long as it is large enough and the
-        weights lie where they lay (an update in place leaves the graphs valid)."""
+        weights lie where they lay (an update in place leaves the graphs valid). It only grows: many short rows and a
+        few long ones, taking turns, would otherwise make it anew at every call."""
         wanted = min(len(waiting), self.max_rows or len(waiting))
         needed = max(len(row.prompt) + row.limit for row in waiting)
         if not self.fixed:
             return Slots(self.model, self.is_end, wanted, max(len(row.prompt) for row in waiting) + GROWTH, needed)
         weights = [p.data_ptr() for p in self.model.parameters()]
         if self.slots is None or self.weights != weights or self.slots.capacity < needed or self.most < wanted:
+            if self.slots is not None:
+                needed = max(needed, self.slots.capacity)
+                wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
             self.release()
             capacity = -(-needed // 128) * 128
             fit = slots_that_fit(self.model, capacity) if self.model.device.type == "cuda" else wanted

@@ -237,6 +237,50 @@ def test_caps_of_reflection_and_of_corrected_length(policy):
         assert (len(c.ids) <= 9 and same) if c.correction else c is r
 
 
+@pytest.mark.parametrize("method", ["edge-grpo", "force-r", "sft"])
+def test_no_correction_goes_past_the_models_context(policy, method):
+    """Learned positions end there. A cut response has no end, and what can be scored can be trained on."""
+    own, flags, rows = copy.deepcopy(policy.model), flags_of("--method", method), wrong_and_right(policy)
+    longest = max(len(r.prompt) + len(r.ids) for r in rows)
+    own.config.max_position_embeddings = longest
+    small = replace(policy, model=own)
+    corrected = eg.references(small, [r.problem for r in rows]) if method == "sft" else \
+        eg.correct_errors(small, rows, flags, step=0)
+    assert all(len(c.prompt) + len(c.ids) <= longest for c in corrected)
+    cut = [c for c in corrected if c.correction and len(c.prompt) + len(c.ids) == longest]
+    assert cut and not any(c.finished and c.ids[-1] not in policy.end_ids for c in cut)
+    assert all(not c.finished for c in cut if c.ids[-1] not in policy.end_ids)
+    for c in corrected:
+        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
+
+
+def test_every_sample_of_a_step_has_its_own_stream_and_no_step_repeats_another(policy):
+    flags, problems = flags_of("--temperature", "9", "--max-new-tokens", "12"), data.load("tiny:5-8")[:2] * 2
+    first, second = (eg.sample(policy, problems, flags, step) for step in (0, 1))
+    assert len({tuple(r.ids) for r in first}) == len(first) == 32        # also of one problem that comes twice
+    assert not {tuple(r.ids) for r in first} & {tuple(r.ids) for r in second}
+    for r in first:
+        r.accuracy, r.finished = 0.0, False
+    reflect = flags_of("--method", "force-r", "--temperature", "9")
+    once, twice = (eg.correct_errors(policy, first, reflect, step) for step in (0, 1))
+    assert all(a.ids != b.ids for a, b in zip(once, twice))
+    guided = [[c.correction for c in eg.correct_errors(policy, first, flags, step)] for step in (0, 1)]
+    assert guided[0] != guided[1]
+
+
+def test_reflections_draw_from_another_stream_than_samples(policy, monkeypatch):
+    """A stream's numbers belong to positions, and a reflection comes where the sample may have been."""
+    seen, plain = [], policy.sampler.sample
+    monkeypatch.setattr(policy.sampler, "sample", lambda p, n, most, T, seeds, top_p: seen.append((seeds, top_p))
+                        or plain(p, n, most, T, seeds, top_p))
+    flags = flags_of("--method", "force-r", "--max-new-tokens", "4", "--correction-tokens", "2", "--top-p", "0.9")
+    rows = eg.sample(policy, data.load("tiny:5-8")[:2], flags, step=0)
+    for r in rows:
+        r.accuracy = 0.0
+    eg.correct_errors(policy, rows, flags, step=0)
+    assert len(seen) == 2 and not set(seen[0][0]) & set(seen[1][0]) and seen[0][1] == seen[1][1] == 0.9
+
+
 # --- the update ------------------------------------------------------------------------------------------------------
 
 def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None, score=True):

@@ -1,4 +1,5 @@
 """Contract 1 of the design: the sampler is exact. Random weights, fp32, CPU, small models of several architectures."""
+import copy
 import math
 from functools import cache
 
@@ -417,7 +418,95 @@ def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
     sampler.sample(PROMPTS[:2], 2, 60, 0.0, seed=2)
     assert sampler.slots is slots and len(sampler.graphs) == 2
     sampler.sample(PROMPTS[:2], 2, 400, 1.0, seed=2)
-    assert sampler.slots is not slots and sampler.slots.capacity >= 411 and sampler.last_slots == 4
+    assert sampler.slots is not slots and sampler.slots.capacity >= 411 and sampler.last_slots == 10
+
+
+def test_many_short_rows_and_few_long_ones_take_turns_in_the_same_fixed_slots(qwen):
+    """As sampling and reflecting do in every step of a run."""
+    sampler, seen = Sampler(qwen[0], ENDS), []
+    sampler.fixed = True
+    for _ in range(3):
+        for prompts, limit in ((PROMPTS, 20), (PROMPTS[:2], 200)):
+            sampler.sample(prompts, 1, limit, 1.0, seed=1)
+            seen.append(sampler.slots)
+    assert all(slots is seen[1] for slots in seen[1:]) and len(seen[1].index) == len(PROMPTS)
+
+
+def test_fixed_slots_are_made_anew_where_the_weights_lie_elsewhere_or_more_rows_are_asked_for(qwen):
+    """A graph reads weights where they lay when it was recorded."""
+    model = copy.deepcopy(qwen[0])
+    sampler = Sampler(model, ENDS)
+    sampler.fixed = True
+    sampler.sample(PROMPTS[:1], 2, 20, 1.0, seed=1)
+    slots = sampler.slots
+    sampler.sample(PROMPTS[:1], 3, 20, 1.0, seed=1)
+    assert sampler.slots is not slots and len(sampler.slots.index) == 3
+    slots, weight = sampler.slots, model.model.norm.weight
+    weight.data = weight.data.clone()
+    sampler.sample(PROMPTS[:1], 3, 20, 1.0, seed=1)
+    assert sampler.slots is not slots
+
+
+def test_each_kind_of_draw_has_its_own_graphs(qwen):
+    sampler = Sampler(qwen[0], set())
+    sampler.fixed = True
+    calls = [(1.0, 1.0), (1.0, 0.3), (0.0, 1.0), (1.0, 1.0), (1.0, 0.3)]
+    for temperature, top_p in calls:
+        expected = Sampler(qwen[0], set()).sample(PROMPTS, 4, 12, temperature, 3, top_p)
+        assert ids_of(sampler.sample(PROMPTS, 4, 12, temperature, 3, top_p)) == ids_of(expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mamba"])
+def test_max_rows_is_the_most_at_a_time_also_when_it_is_lowered(name, monkeypatch):
+    model = model_of(name)
+    sampler, seen = Sampler(model, set()), []
+    sampler.fixed = True                                            # of no meaning to gpt2
+    expected = ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5))
+    sampler.max_rows = 2
+    decode, forward, again = rollout.decode, rollout._forward, rollout._recompute
+    monkeypatch.setattr(rollout, "decode", lambda m, s, r, rows: (seen.append(len(s.rows)), decode(m, s, r, rows)))
+    monkeypatch.setattr(rollout, "_forward", lambda m, ids, *rest: (seen.append(len(ids)), forward(m, ids, *rest))[1])
+    monkeypatch.setattr(rollout, "_recompute", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1])
+    sampler.graphs.clear()                                          # the steps hold the decode of before
+    assert ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5)) == expected
+    assert max(seen) == 2
+
+
+def test_long_prompts_are_prefilled_in_parts(monkeypatch):
+    """Also with a queue behind a cache that grows."""
+    prompts = [[(7 * i + j) % V for j in range(3 + 9 * i)] for i in range(7)]
+    expected = ids_of(Sampler(model_of("qwen2"), ENDS).sample(prompts, 3, 70, 1.0, seed=6))
+    for tokens in (1, 50, 130):
+        monkeypatch.setattr(rollout, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(rollout, "GROWTH", 4)
+        for rows in (None, 5):
+            made = Sampler(model_of("qwen2"), ENDS, max_rows=rows)
+            assert ids_of(made.sample(prompts, 3, 70, 1.0, seed=6)) == expected
+
+
+def test_logits_that_stop_being_finite_midway_are_told_and_not_remembered():
+    model = copy.deepcopy(model_of("qwen2"))
+    sampler = Sampler(model, set())
+    sampler.fixed = True
+    expected = ids_of(sampler.sample(PROMPTS, 1, 12, 1.0, seed=7))
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    good = weight.detach().clone()
+    weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        sampler.sample(PROMPTS, 1, 12, 1.0, seed=7)
+    weight.data.copy_(good)
+    assert ids_of(sampler.sample(PROMPTS, 1, 12, 1.0, seed=7)) == expected
+
+
+def test_a_nan_behind_the_first_token_is_told(monkeypatch):
+    sampler, plain = Sampler(model_of("qwen2"), set()), rollout.Rule.draw
+    def draw(self, logits, u, calls=[]):
+        ids, logprobs, entropies = plain(self, logits, u)
+        calls.append(1)
+        return ids, logprobs + (math.nan if len(calls) == 5 else 0), entropies
+    monkeypatch.setattr(rollout.Rule, "draw", draw)
+    with pytest.raises(ValueError, match="not finite"):
+        sampler.sample(PROMPTS, 1, 12, 1.0, seed=7)
 
 
 def test_a_call_that_failed_midway_leaves_nothing_to_the_next(monkeypatch):
@@ -487,6 +576,16 @@ def test_decoding_by_flash_attention_samples_the_same(qwen, monkeypatch):
         patch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
         out = qwen[1](ENDS, max_rows=7).sample(PROMPTS, 3, 30, 1.0, seed=20)
     assert ids_of(out) == ids_of(expected)
+
+
+def test_flash_attention_is_asked_only_where_the_kernel_can_answer(monkeypatch):
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert rollout.flash_takes(cuda, bf16, 128) and rollout.flash_takes(cuda, torch.float16, 256)
+    assert not any(rollout.flash_takes(cuda, bf16, head_dim) for head_dim in (4, 100, 264))
+    assert not rollout.flash_takes(cuda, torch.float32, 128) and not rollout.flash_takes(torch.device("cpu"), bf16, 128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not rollout.flash_takes(cuda, bf16, 128)
 
 
 def test_flash_attention_still_takes_these_arguments():
