@@ -421,12 +421,14 @@ def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
     assert sampler.slots is not slots and sampler.slots.capacity >= 411 and sampler.last_slots == 10
 
 
-def test_many_short_rows_and_few_long_ones_take_turns_in_the_same_fixed_slots(qwen):
+@pytest.mark.parametrize("turns", [((PROMPTS, 20), (PROMPTS[:2], 200)), ((PROMPTS[:2], 200), (PROMPTS, 20))],
+                         ids=["short first", "long first"])
+def test_many_short_rows_and_few_long_ones_take_turns_in_the_same_fixed_slots(qwen, turns):
     """As sampling and reflecting do in every step of a run."""
     sampler, seen = Sampler(qwen[0], ENDS), []
     sampler.fixed = True
     for _ in range(3):
-        for prompts, limit in ((PROMPTS, 20), (PROMPTS[:2], 200)):
+        for prompts, limit in turns:
             sampler.sample(prompts, 1, limit, 1.0, seed=1)
             seen.append(sampler.slots)
     assert all(slots is seen[1] for slots in seen[1:]) and len(seen[1].index) == len(PROMPTS)
@@ -479,7 +481,7 @@ def test_long_prompts_are_prefilled_in_parts(monkeypatch):
     for tokens in (1, 50, 130):
         monkeypatch.setattr(rollout, "PREFILL_TOKENS", tokens)
         monkeypatch.setattr(rollout, "GROWTH", 4)
-        for rows in (None, 5):
+        for rows in (None, 5, 16):
             made = Sampler(model_of("qwen2"), ENDS, max_rows=rows)
             assert ids_of(made.sample(prompts, 3, 70, 1.0, seed=6)) == expected
 
