@@ -965,8 +965,10 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
         plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8),
                                        ends * (2 * weight_bytes + 4))
     plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
-    plan["activations"] = max(micro_batch_tokens, row_tokens) * layers
-    plan["output layer"] = 3 * 4 * 2**26 + c.vocab_size * c.hidden_size * weight_bytes
+    tokens = max(micro_batch_tokens, row_tokens)
+    plan["activations"] = tokens * layers
+    blocks = 3 * 4 * min(2**26, tokens * c.vocab_size)              # of logits (entropy.py); smaller ones on a CPU
+    plan["output layer"] = blocks + c.vocab_size * c.hidden_size * weight_bytes
     return plan
 
 
