@@ -955,6 +955,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                         # `| head`; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: nobody reads this output any more; go on with --resume", file=sys.stderr)
+        return 2
     except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
         print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out",
               file=sys.stderr)

@@ -5,6 +5,8 @@ Each row of the tables is (command line, what the sentence must hold); {tmp} is 
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -334,6 +336,15 @@ def test_a_wrong_evaluation(tmp_path, capfd, flags, holds):
 @pytest.mark.parametrize("flags", EVAL_FLAGS)
 def test_a_wrong_flag_of_an_evaluation(capfd, flags):
     the_sentence(capfd, evaluation.main, flags.split())
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`edge_grpo.py | head`: the pipe is closed before anything is printed."""
+    run = subprocess.Popen([sys.executable, "edge_grpo.py", "--model", "tiny", "--out", str(tmp_path / "run"), *SMALL],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    [said] = run.stderr.read().splitlines()
+    assert run.wait() == 2 and "nobody reads" in said and "--resume" in said
 
 
 def test_the_tables_hold_at_least_forty_errors():
