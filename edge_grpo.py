@@ -93,7 +93,8 @@ class Flags:
     grad_clip: float = flag(1.0, "clip the gradient to this norm; 0: no clipping", 0)
     temperature: float = flag(0.6, "sampling temperature, also of every log-probability and entropy", 1e-3)
     top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
-    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out, and counted", 1)
+    max_prompt_tokens: int = flag(512, "problems with a longer prompt, or one that fills the model's context, are left "
+                                  "out, and counted", 1)
     max_new_tokens: int = flag(1024, "tokens sampled per response", 1)
     correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", 0)
     max_corrected_tokens: int = flag(0, "cut corrected responses to this length; 0: only to the model's context", 0)
@@ -685,11 +686,12 @@ def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], l
             needed_by = "--sft" if flags.sft else "the third of --guided-probs"
             raise UserError(f"{p.source}: has no reference solution, which {needed_by} needs; use data with solutions, "
                             "or --correction reflect or none, or --guided-probs .67 .33 0")
-    too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > flags.max_prompt_tokens}
+    longest = min(flags.max_prompt_tokens, room(policy, []) - 1)                # one token at least for the response
+    too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > longest}
     kept = [p for p in problems if p.source not in too_long]
     if not kept:
         raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
-                        f"{flags.max_prompt_tokens}")
+                        f"{flags.max_prompt_tokens}, or leaves no room for a response in the model's context")
     return kept, sorted(too_long)
 
 

@@ -189,19 +189,13 @@ def finite(lines):
     return all(v is None or math.isfinite(v) for m in lines for v in m.values())
 
 
-def with_context(monkeypatch, context):
-    load = engine.load_policy
-
-    def small(*arguments, **more):
-        policy = load(*arguments, **more)
-        policy.model.config.max_position_embeddings = context
-        return policy
-    monkeypatch.setattr(engine, "load_policy", small)
+def nothing_sampled(monkeypatch):
+    monkeypatch.setattr(eg, "extend", lambda *_: None)
 
 
 @pytest.mark.parametrize("loss", ["sequence", "token", "constant"])
 def test_empty_responses_teach_nothing(run, monkeypatch, loss):
-    with_context(monkeypatch, 1)                                          # no room behind any prompt
+    nothing_sampled(monkeypatch)
     assert run("--method", "grpo", "--loss", loss, "--steps", "2") == 0
     lines = run.metrics()
     assert finite(lines)
@@ -211,7 +205,7 @@ def test_empty_responses_teach_nothing(run, monkeypatch, loss):
 
 
 def test_empty_responses_can_be_corrected(run, monkeypatch):
-    with_context(monkeypatch, 1)
+    nothing_sampled(monkeypatch)
     assert run() == 0
     lines = run.metrics()
     assert finite(lines) and all(m["response_tokens"] == 0 for m in lines)
@@ -272,6 +266,18 @@ def test_problems_with_a_long_prompt_are_left_out_and_counted(run, problems, tmp
     config = json.loads((run.out / "config.json").read_text())
     assert config["problems"] == 9 and config["problems_left_out"] == [f"{longer}:1"]
     assert "9 problems, 1 left out" in capsys.readouterr().out
+
+
+def test_a_prompt_must_leave_room_for_a_response(problems):
+    policy = engine.load_policy("tiny", "cpu")
+    flags = eg.parse_flags(["--model", "tiny", "--data", str(problems)])
+    lengths = [len(policy.prompt_ids(p.question)) for p in data.load(str(problems))]
+    policy.model.config.max_position_embeddings = max(lengths)
+    kept, left_out = eg.load_problems(flags, policy)
+    assert len(kept) == sum(n < max(lengths) for n in lengths) > 0 and len(left_out) == len(lengths) - len(kept) > 0
+    policy.model.config.max_position_embeddings = min(lengths)
+    with pytest.raises(eg.UserError, match="no room for a response in the model's context"):
+        eg.load_problems(flags, policy)
 
 
 def test_a_data_set_shorter_than_a_step_is_repeated_evenly(run, problems):
