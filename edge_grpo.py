@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
+from typing import IO
 
 import torch
 import transformers
@@ -244,8 +245,7 @@ def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: i
 
 def room(policy: engine.Policy, prompt: list[int]) -> int:
     """How many tokens the model's positions leave for a response."""
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    return max(0, context - len(prompt))
+    return max(0, policy.context() - len(prompt))
 
 
 def extend(policy: engine.Policy, responses: dict[int, Response], limit: int, flags: Flags, key: tuple) -> None:
@@ -580,10 +580,12 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
 RUN = ("checkpoints", "final", *LOGS, "config.json")            # all that a run writes
 
 
-def open_run(flags: Flags, problems: list[Problem]) -> tuple[Path, dict] | None:
-    """Make, clear or reopen the run's folder; returns the checkpoint to go on from. Only the main process writes."""
-    out, found = Path(flags.out), None
+def open_run(flags: Flags, problems: list[Problem]) -> tuple[tuple[Path, dict] | None, IO | None]:
+    """Make, clear or reopen the run's folder, which only the main process does; returns the checkpoint to go on from,
+    and the lock on the folder."""
+    out, found, lock = Path(flags.out), None, None
     if engine.is_main():
+        lock = engine.claim(out)
         started = [name for name in RUN if (out / name).exists()]
         if started and not (flags.resume or flags.overwrite):
             raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete "
@@ -591,11 +593,10 @@ def open_run(flags: Flags, problems: list[Problem]) -> tuple[Path, dict] | None:
         if flags.overwrite:
             clear_run(out)
         found = find_checkpoint(flags, problems, out) if flags.resume else None
-        out.mkdir(parents=True, exist_ok=True)
         for name in LOGS:                       # what was logged after the checkpoint will be logged again
             with open(out / name, "ab") as f:
                 f.truncate(found[1]["logs"].get(name, 0) if found else 0)
-    return engine.gather(found)[0]
+    return engine.gather(found)[0], lock
 
 
 def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[Path, dict] | None:
@@ -787,7 +788,7 @@ def train(flags: Flags) -> int:
     policy = engine.load_policy(flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
     tasks = load_tasks(flags)
-    checkpoint = open_run(flags, problems)
+    checkpoint, lock = open_run(flags, problems)                # the lock holds until this function ends
     reference = engine.frozen_copy(policy.model) if flags.kl else None
     trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), weight_decay=flags.weight_decay,
                              offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)
@@ -965,9 +966,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out",
               file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: {engine.first_line(error)} Set --micro-batch-tokens or --max-rows lower, or add "
-              "--offload-optimizer", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not engine.is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({engine.first_line(error)}): set --micro-batch-tokens or --max-rows lower, add "
+              "--offload-optimizer if it is the GPU's, or take a smaller model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:                                       # before the first step, with nothing to save yet
         return 130

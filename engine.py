@@ -4,6 +4,7 @@ This file knows nothing of groups, advantages or rewards; edge_grpo.py is the me
 Read it in five parts: processes, models and prompts, the training forward, the optimizer, checkpoints.
 """
 import copy
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import jinja2
 import torch
@@ -226,6 +227,10 @@ class Policy:
     vocab_size: int             # ids from here on are padding of the embedding
     device: torch.device
     template: str               # "qwen" or "llama"
+
+    def context(self) -> int:
+        """The most tokens, of prompt and response together, that the model has positions for."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
     def prompt_ids(self, question: str) -> list[int]:
         """The question in the model's chat template, the assistant's turn opened."""
@@ -722,6 +727,24 @@ class Trainer:
 SHARD_BYTES = 4 * GIB
 
 
+def claim(folder: Path) -> IO:
+    """Make a folder, and keep other processes from working in it until the file that is returned is closed.
+
+    Raises UserError if another one is at work there, for example a job that was started anew before its last attempt
+    had ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--out {folder}: another process is at work in it; wait until it has ended, or give another "
+                        "--out") from None
+    except OSError:                                             # a file system without locks
+        pass
+    return file
+
+
 def save_model(policy: Policy, folder: Path) -> None:
     """Model and tokenizer in Hugging Face format."""
     policy.model.save_pretrained(folder, max_shard_size=SHARD_BYTES)        # a file is gathered in CPU memory
@@ -876,6 +899,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left: on the GPU, on the CPU, or there to pin for a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(
+        "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
+
 
 def halve_rows_on_oom(policy: Policy, work: Callable[[list], list], items: list) -> list:
     """`work(items)`, which samples; if the GPU runs out of memory, once more with half the sampler's rows."""

@@ -135,7 +135,7 @@ def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limi
 def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
            limits: Limits) -> list[tuple[list[int], bool]]:
     """(ids, finished) of each response. Prompt and response fit the context and the model's own maximum together."""
-    longest = min(limits.context, getattr(policy.model.config, "max_position_embeddings", None) or limits.context)
+    longest = min(limits.context, policy.context())
     prompts = [d.prompt + d.start for d in drafts]
     most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]
     most = [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)]
@@ -359,7 +359,7 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
             settings = {**settings, "tasks": {**before["tasks"], **settings["tasks"]}}
         rows, whole = read_lines(lines)
         records = [Record(**row) for row in rows]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError):
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"--out {out}: holds files that eval.py did not write; give another --out") from None
     write(file, settings)
     with open(lines, "ab") as f:
@@ -432,6 +432,7 @@ def run(flags: argparse.Namespace) -> None:
     settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
                     seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
                     entropy=flags.entropy, tasks={name: digest(map(asdict, task)) for name, task in tasks.items()})
+    lock = engine.claim(Path(flags.out)) if engine.is_main() else None
     stored = on_main(lambda: open_results(Path(flags.out), settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
@@ -443,6 +444,8 @@ def run(flags: argparse.Namespace) -> None:
         results[f"{T:g}"] = on_main(lambda: report(policy, records, forced, removed, flags, T))
     summary = dict(model=flags.model, seed=flags.seed, n=flags.n, limit=flags.limit, settings=settings, results=results)
     on_main(lambda: write(Path(flags.out) / "summary.json", summary))
+    if lock:
+        lock.close()
 
 
 def digest(items: Iterable) -> str:
@@ -599,10 +602,12 @@ def read_run(path: Path) -> Run:
         else:
             method, seed, flags = "/".join(Path(summaries[0]["model"]).parts[-2:]), summaries[0]["seed"], {}
         metrics, evals = (read_lines(path / name)[0] for name in ("metrics.jsonl", "evals.jsonl"))
-        return Run(path, method, seed, flags, metrics, evals, summaries)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its config.json or summary.json was not written by edge_grpo.py or eval.py "
-                        f"({type(error).__name__}: {error}); leave that folder out") from None
+        found = Run(path, method, seed, flags, metrics, evals, summaries)
+        final_scores(found)                                             # fails on what it cannot read
+        return found
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: its files were not written by edge_grpo.py or eval.py ({type(error).__name__}: "
+                        f"{error}); leave that folder out") from None
 
 
 def final_scores(run: Run) -> dict[str, dict]:
@@ -923,9 +928,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
               "same command again", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: {engine.first_line(error)} Set --max-rows or --batch lower; the same command goes on where it "
-              "was", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not engine.is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({engine.first_line(error)}): set --max-rows or --batch lower; the same command "
+              "goes on where it was", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)

@@ -388,6 +388,16 @@ def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
     assert sum(v for k, v in offloaded.items() if not k.startswith("host")) < 44 * engine.GIB
 
 
+def test_every_way_to_say_that_memory_is_short_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (caught.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                  RuntimeError("CUDA error: out of memory")):                                   # the last: pinning
+        assert engine.is_out_of_memory(error)
+    for error in (RuntimeError("shapes differ"), ValueError("out of memory")):
+        assert not engine.is_out_of_memory(error)
+
+
 def test_preflight_says_which_flag_to_change(monkeypatch):
     line = engine.preflight({"weights": 2.0**30, "optimizer": 2.0**60}, torch.device("cpu"))
     assert "--offload-optimizer" in line

@@ -47,7 +47,7 @@ def script(answers: dict[str, list[str]], max_positions: int = 10_000) -> Simple
 
     return SimpleNamespace(
         prompt_ids=encode, encode=encode, decode=lambda ids: "".join(chr(i) for i in ids if i != END), calls=calls,
-        model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=max_positions)), end_ids={END}, end_id=END,
+        context=lambda: max_positions, model=None, end_ids={END}, end_id=END,
         sampler=SimpleNamespace(sample=sample, max_rows=None), vocab_size=10**6)
 
 
@@ -233,6 +233,8 @@ def test_broken_files_of_results_are_told_in_one_sentence(tmp_path, capsys):
     file.write_text('{"strange": 1}\n' + good)
     assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
     assert file.read_text() == '{"strange": 1}\n' + good, "a refused folder is left as it was"
+    (tmp_path / "settings.json").write_bytes(b"\xff\xfe")
+    assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert evaluation.main(command(tmp_path / "file" / "out")) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -528,6 +530,18 @@ def test_a_task_that_was_not_evaluated_at_the_last_step_is_not_taken_from_an_ear
     assert list(evaluation.final_scores(evaluation.read_run(run))) == ["math"]
 
 
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{}"), ("config.json", "[]"), ("config.json", "{"), ("config.json", b"\xff"),
+    ("evals.jsonl", '{"task": "math"}\n'), ("evals.jsonl", "3\n"), ("summary.json", "{}"), ("summary.json", "[]"),
+    ("summary.json", '{"results": {}}'), ("summary.json", '{"results": {"0.1": {}}}')])
+def test_a_file_that_is_none_of_ours_is_told_with_its_folder(tmp_path, capsys, name, content):
+    folder = make_run(tmp_path / "a", "grpo", 0)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert evaluation.main(["compare", str(folder)]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {folder}: its files were not written by")
+
+
 def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
     paths = [make_run(tmp_path / "a", "edge-grpo", 0), make_run(tmp_path / "b", "edge-grpo", 1, eval_n=4, max_rows=3),
              make_run(tmp_path / "c", "edge-grpo", 0, correction="none"), make_run(tmp_path / "d", "grpo", 0, eda=True)]
@@ -539,7 +553,7 @@ def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
     with pytest.raises(UserError, match="neither a run"):
         evaluation.read_runs([tmp_path])
     (tmp_path / "a" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="was not written by"):
+    with pytest.raises(UserError, match="were not written by"):
         evaluation.read_runs(paths)
 
 
@@ -646,10 +660,21 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     assert evaluated.wait() == 141, "an evaluation that was ended is no success"
 
 
+def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
+    code = f"import engine, pathlib, sys; lock = engine.claim(pathlib.Path({str(tmp_path)!r})); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(evaluation.__file__).parent, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert evaluation.main(command(tmp_path)) == 2 and "another process is at work" in capsys.readouterr().err
+        assert [f.name for f in tmp_path.iterdir()] == [".lock"]
+        other.stdin.close()
+    assert evaluation.main(command(tmp_path)) == 0
+
+
 def test_a_gpu_that_is_full_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     monkeypatch.setattr(engine, "response_logprobs", full)
     assert evaluation.main([*command(tmp_path), "--entropy"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: CUDA out of memory") and "--max-rows" in said
+    assert said.startswith("error: out of memory (CUDA out of memory") and "--max-rows" in said

@@ -419,6 +419,23 @@ def test_resume_with_flags_of_another_run_is_refused(copy, capsys, flag):
     assert fingerprint(copy) == before
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, reference):
+    """A job that was started anew while its last attempt still finishes a step."""
+    out = tmp_path / "run"
+    first = start(out, prepare=slow_steps)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    for flag in ("--resume", "--overwrite"):
+        assert run(out, flag) == 2 and "another process is at work in it" in said(out)
+    first.join(120)
+    assert result(out)["metrics"] == reference["metrics"]
+
+
+def slow_steps():
+    update = edge_grpo.update
+    edge_grpo.update = lambda *args: time.sleep(3) or update(*args)
+
+
 def no_evaluation(*_):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
