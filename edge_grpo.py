@@ -125,7 +125,7 @@ class Flags:
 LISTS = {"eda_clamp": (float, ("LO", "HI")), "guided_probs": (float, ("REFLECT", "ANSWER", "REFERENCE")),
          "betas": (float, ("B1", "B2")), "eval_tasks": (str, "TASK")}
 MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "mirror",
-                        "max_rows", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer"}    # memory only
+                        "max_rows", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer"}  # memory only
 
 
 def option(name: str) -> str:

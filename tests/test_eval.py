@@ -661,9 +661,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
-    code = f"import engine, pathlib, sys; lock = engine.claim(pathlib.Path({str(tmp_path)!r})); print(); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(evaluation.__file__).parent, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    code = "import engine, pathlib, sys; lock = engine.claim(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(evaluation.__file__).parent,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert evaluation.main(command(tmp_path)) == 2 and "another process is at work" in capsys.readouterr().err
         assert [f.name for f in tmp_path.iterdir()] == [".lock"]
