@@ -419,6 +419,16 @@ def test_forced_reflection_continues_the_wrong_responses_only():
     assert {c.limit for c in policy.calls} == {256} and len({c.seed for c in policy.calls}) == 8
 
 
+def test_a_forced_reflection_is_cut_to_the_context():
+    """A response may have used all of it, and learned positions end there."""
+    policy = script({"p": ["xxxx"], **{"pxxxx" + phrase: [""] for phrase in evaluation.FORCED}}, max_positions=8)
+    drafts, limits = evaluation.drafts(policy, [problem("p", 1, source="a:1")], 1), evaluation.Limits(max_new_tokens=4)
+    forced = evaluation.forced_drafts(policy, drafts, evaluation.respond(policy, drafts, 0.1, limits))
+    records = evaluation.respond(policy, forced, 0.1, limits)
+    assert [r.response for r in records] == ["xxxx" + phrase[:3] for phrase in evaluation.FORCED]
+    assert all(len(r.ids) == 7 and not r.finished for r in records)
+
+
 def test_reflect_on_the_command_line(tmp_path, capsys):
     assert evaluation.main(command(tmp_path, "--reflect")) == 0
     records = [json.loads(line) for line in lines(tmp_path)]
