@@ -98,6 +98,9 @@ def test_prompt_and_response_fit_the_context_and_the_model(context, positions, e
 def test_summarize_edge_cases():
     assert evaluation.summarize([record(1)])["stderr"] == 0
     assert "pass@1" not in evaluation.summarize([record(1)])
+    uneven = [record(1), record(0, sample=1), record(0, sample=2), record(1, row=2), record(1, row=2, sample=1)]
+    s = evaluation.summarize(uneven)                    # n is what every problem has; the mean is that of the problems
+    assert s["n"] == 2 and s["accuracy"] == pytest.approx(2 / 3) and s["pass@2"] == pytest.approx((2 / 3 + 1) / 2)
     with pytest.raises(ValueError):
         evaluation.summarize([])
 
@@ -219,9 +222,9 @@ def test_other_weights_or_problems_are_refused(tmp_path, tiny, capsys):
     before = evaluation.fingerprint(tiny)
     weight = next(iter(tiny.model.parameters()))
     with torch.no_grad():
-        weight[0, 0] += 1e-3
+        weight[3, 5] += 1e-3
         assert evaluation.fingerprint(tiny) != before
-        weight[0, 0] -= 1e-3
+        weight[3, 5] -= 1e-3
 
 
 def test_broken_files_of_results_are_told_in_one_sentence(tmp_path, capsys):
