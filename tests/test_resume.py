@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -475,9 +476,13 @@ def test_a_machine_without_git_trains(tmp_path):
     assert json.loads((out / "config.json").read_text())["commit"] == "unknown"
 
 
-def test_resume_with_other_problems_under_the_same_name_is_refused(copy, capsys, monkeypatch):
+@pytest.mark.parametrize("change", [
+    lambda problems: problems[::-1], lambda problems: [replace(p, question=p.question + " ") for p in problems],
+    lambda problems: [replace(p, answers=("1",)) for p in problems],
+    lambda problems: [replace(p, solution=p.solution + " ") for p in problems]])
+def test_resume_with_other_problems_under_the_same_name_is_refused(copy, capsys, monkeypatch, change):
     load = edge_grpo.data.load
-    monkeypatch.setattr(edge_grpo.data, "load", lambda *argv: load(*argv)[::-1])
+    monkeypatch.setattr(edge_grpo.data, "load", lambda *argv: change(load(*argv)))
     assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "other problems" in said

@@ -122,6 +122,9 @@ def test_evaluations_during_training_and_samples_that_can_be_read(tmp_path, prob
     out = tmp_path / "run"
     assert edge_grpo.main([*SMALL, "--data", problems, "--out", str(out), "--eval-every", "2"]) == 0
     assert [e["step"] for e in lines(out / "evals.jsonl")] == [0, 2, 3]
+    argv = [*SMALL, "--data", problems, "--out", str(tmp_path / "four"), "--eval-every", "2", "--steps", "4"]
+    assert edge_grpo.main(argv) == 0
+    assert [e["step"] for e in lines(tmp_path / "four" / "evals.jsonl")] == [0, 2, 4]            # the last step once
     samples = lines(out / "samples.jsonl")
     corrected = [s for s in samples if "correction" in s]
     assert corrected and {s["correction"] for s in corrected} <= {"reflect", "answer", "reference"}
