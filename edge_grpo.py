@@ -605,7 +605,7 @@ def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[P
     if saved or (out / "config.json").exists():
         check_same_run(flags, problems, out)
     found = engine.newest_checkpoint(out / "checkpoints")
-    if not found and (saved or (out / "final").exists()):
+    if not found and (saved or (out / "final").exists() or checkpoints_were_deleted(out)):
         raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with "
                         "--overwrite")
     for name, size in found[1]["logs"].items() if found else []:
@@ -615,9 +615,19 @@ def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[P
     return found
 
 
+def checkpoints_were_deleted(out: Path) -> bool:
+    """Whether metrics.jsonl goes on behind a step that was saved; otherwise the run ended before its first checkpoint."""
+    if not (out / "config.json").exists():
+        return False
+    every = json.loads((out / "config.json").read_text())["flags"]["save_every"]
+    lines, _ = evaluation.read_lines(out / "metrics.jsonl")
+    return any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines[:-1])
+
+
 def clear_run(out: Path) -> None:
-    """Delete what a run writes, and nothing else that stands in the folder; config.json, which names the run, last."""
-    for name in RUN:
+    """Delete what a run writes and what eval.py says of its model, and nothing else that stands in the folder;
+    config.json, which names the run, last."""
+    for name in ("eval", *RUN):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
         (out / name).unlink(missing_ok=True)
@@ -669,8 +679,7 @@ def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], l
 def append(path: Path, rows: list[dict]) -> None:
     """Append rows to a JSONL file, on the disk's side of any crash of this process."""
     if engine.is_main():
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
+        engine.append(path, [{k: finite(v) for k, v in row.items()} for row in rows])
 
 
 def finite(value: object) -> object:

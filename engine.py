@@ -1,7 +1,7 @@
 """What training needs and no paper describes: processes, models, the training forward, AdamW, checkpoints, memory.
 
 This file knows nothing of groups, advantages or rewards; edge_grpo.py is the method, and calls these pieces.
-Read it in five parts: processes, models and prompts, the training forward, the optimizer, checkpoints.
+Read it in six parts: processes, models and prompts, the training forward, the optimizer, checkpoints, memory.
 """
 import copy
 import fcntl
@@ -17,7 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -239,7 +239,7 @@ class Policy:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that stands inside a response."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def decode_raw(self, ids: list[int]) -> str:
         """Text of ids, special tokens shown."""
@@ -264,7 +264,7 @@ def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                              date_string="26 Jul 2024")       # Llama 3 would put today's date
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:            # ValueError: several and no default
         raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the "
                         "template, or try another --template") from error
 
@@ -337,7 +337,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The weights (safetensors only), whole and finite-shaped, on `device`."""
+    """The weights (safetensors only), all there and of the right shapes, on `device`."""
     path = Path(find_model(name))
     if path.is_dir() and not list(path.glob("*.safetensors")):
         raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
@@ -419,6 +419,11 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
         template = "llama" if config.model_type == "llama" else "qwen"
     sampler = Sampler(model, end_ids, vocab_size=vocab_size, max_rows=max_rows)
     return Policy(model, tokenizer, sampler, end_ids, end_id, vocab_size, device, template)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, never trained (the reference of the KL penalty)."""
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 # --- The training forward --------------------------------------------------------------------------------------------
@@ -745,6 +750,15 @@ def claim(folder: Path) -> IO:
     return file
 
 
+def append(path: Path, rows: Iterable[dict]) -> None:
+    """Append rows to a JSONL file; an error names the file, which that of a write does not."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def save_model(policy: Policy, folder: Path) -> None:
     """Model and tokenizer in Hugging Face format."""
     policy.model.save_pretrained(folder, max_shard_size=SHARD_BYTES)        # a file is gathered in CPU memory
@@ -774,7 +788,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, k
         save_model(trainer.policy, unfinished)
     save_state(trainer, unfinished)
     if is_main():
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(unfinished.iterdir())}
+        written = sorted(f for f in unfinished.rglob("*") if f.is_file())        # some tokenizers write a folder
+        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in written}
         manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
         manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
@@ -818,11 +833,17 @@ def adam_steps(trainer: Trainer) -> int:
 
 def publish(unfinished: Path, target: Path) -> None:
     """Flush every file to the disk, then give the folder its name in one move."""
-    for path in [*unfinished.iterdir(), unfinished]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        flush(path)
     unfinished.rename(target)
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def check_space(folder: Path, trainer: Trainer) -> None:
@@ -888,14 +909,6 @@ def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
         files.append(safe_open(path / name, "pt"))
         where.update({name: files[-1] for name in files[-1].keys()})
     trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])
-
-
-
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now, never trained (the reference of the KL penalty)."""
-    return copy.deepcopy(model).requires_grad_(False)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-import torch
-
 import data
 import engine
 import reward
@@ -385,8 +383,7 @@ def write(path: Path, content: dict) -> None:
 
 
 def append(path: Path, records: list[Record]) -> None:
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+    engine.append(path, map(asdict, records))
 
 
 def on_main(work: Callable[[], object]):
@@ -558,7 +555,8 @@ def reflection_text(r: dict) -> str:
 METHODS = {"sft": ("none", False), "grpo": ("none", False), "force-r": ("reflect", False),
            "force-r-eda": ("reflect", True), "edge-grpo": ("guided", True)}
 BOOKKEEPING = {"seed", "out", "resume", "overwrite", "device", "save_every", "keep", "max_rows", "mirror",
-               "max_bad_steps", "method", "sft"}                # flags that do not make it another experiment
+               "max_bad_steps", "method", "sft", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer",
+               "trust_remote_code"}                             # flags that do not make it another experiment
 
 
 @dataclass
@@ -600,10 +598,13 @@ def read_run(path: Path) -> Run:
             c = json.loads(config.read_text(encoding="utf-8"))
             method, seed, flags = c["method"], c["seed"], c["flags"]
         else:
-            method, seed, flags = "/".join(Path(summaries[0]["model"]).parts[-2:]), summaries[0]["seed"], {}
+            model = [part for part in Path(summaries[0]["model"]).parts if part != "checkpoints"]    # RUN/step-100
+            method, seed, flags = "/".join(model[-2:]), summaries[0]["seed"], {}
         metrics, evals = (read_lines(path / name)[0] for name in ("metrics.jsonl", "evals.jsonl"))
         found = Run(path, method, seed, flags, metrics, evals, summaries)
-        final_scores(found)                                             # fails on what it cannot read
+        final_scores(found)                                             # these fail on what they cannot read
+        [sum(v for v in line.values() if v is not None) + line["step"] for line in metrics]
+        flags and (flags["model"], flags["steps"])
         return found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: its files were not written by edge_grpo.py or eval.py ({type(error).__name__}: "
@@ -612,17 +613,24 @@ def read_run(path: Path) -> Run:
 
 def final_scores(run: Run) -> dict[str, dict]:
     """Numbers by task: of eval.py's results where there are any (their first temperature), else of the last evaluation
-    during training. Never the best of several steps. A task that eval.py measured in two ways has a column for each."""
+    during training. Never the best of several steps. A task that eval.py measured in two ways has a column for each;
+    UserError if it has measured it twice in the same way."""
     last = max((e["step"] for e in run.evals), default=None)
-    found = {e["task"]: e for e in run.evals if e["step"] == last}
+    found = {e["task"]: {**e, "max_new_tokens": run.flags.get("eval_max_new_tokens")} for e in run.evals
+             if e["step"] == last}
     measured = []
     for summary in run.summaries:
         temperature, result = next(iter(summary["results"].items()))
-        measured += [(task, {**s, "temperature": float(temperature)}) for task, s in result["tasks"].items()]
+        how = {k: v for k, v in summary.get("settings", {}).items() if k in ("max_new_tokens", "context", "top_p")}
+        measured += [(task, {**s, "temperature": float(temperature), **how}) for task, s in result["tasks"].items()]
     times = Counter(task for task, _ in measured)
-    for task, s in measured:
+    for task in times:
         found.pop(task, None)
-        found[f"{task} (n = {s['n']}, T = {s['temperature']:g})" if times[task] > 1 else task] = s
+    for task, s in measured:
+        way = f"{task} (n = {s['n']}, T = {s['temperature']:g})"
+        if way in found:
+            raise UserError(f"{run.path}: its eval/ holds {way} twice, say of two seeds; move one of the folders away")
+        found[way if times[task] > 1 else task] = s
     return found
 
 
@@ -691,13 +699,21 @@ def notes(runs: list[Run], scored: dict, tasks: list[str]) -> list[str]:
     """What a reader of the table must know: how each column was measured, and which runs had not ended."""
     found = []
     for task in tasks:
-        ways = sorted({f"{s['problems']} problems, n = {s['n']}, T = {s['temperature']:g}"
-                       for x in scored.values() if (s := x.get(task))})
+        ways = sorted({measured_how(s) for x in scored.values() if (s := x.get(task))})
         found.append(f"- {task}: " + ("NOT MEASURED ALIKE: " if len(ways) > 1 else "") + "; ".join(ways))
     for r in runs:
         if r.flags and not r.summaries and (last := max((e["step"] for e in r.evals), default=0)) < r.flags["steps"]:
             found.append(f"- {r.path}: last evaluated at step {last} of {r.flags['steps']}")
     return found
+
+
+def measured_how(s: dict) -> str:
+    """What two scores must have in common to be compared."""
+    parts = [f"{s['problems']} problems, n = {s['n']}, T = {s['temperature']:g}"]
+    parts += [f"at most {s['max_new_tokens']} tokens"] if s.get("max_new_tokens") else []
+    parts += [f"context {s['context']}"] if s.get("context", CONTEXT) != CONTEXT else []
+    parts += [f"top-p {s['top_p']:g}"] if s.get("top_p", 1.0) != 1.0 else []
+    return ", ".join(parts)
 
 
 # --- Runs: the figures -----------------------------------------------------------------------------------------------

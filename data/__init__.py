@@ -100,7 +100,7 @@ def _problem(row: object, where: str) -> Problem:
 
 def _gold(gold: object, where: str) -> str | int | float:
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
-        if math.isfinite(gold):
+        if isinstance(gold, int) or math.isfinite(gold):
             return gold
         raise UserError(f"{where} has the answer {gold}; it must be text or a finite number")
     return _text(gold, "the answer", where)

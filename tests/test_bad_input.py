@@ -200,6 +200,11 @@ def with_chat_template(text):
     return lambda folder: change_json(folder / "tokenizer_config.json", chat_template=text)
 
 
+def templates_without_a_default(folder):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages[-1].content }}")
+
+
 def cut_off(folder):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:5000])
@@ -239,6 +244,7 @@ MODELS = {      # name: (damage to a copy of the tiny model, what the sentence m
     "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("x"), "tokenizer"),
     "chat template broken": (with_chat_template("{% for %}"), "chat template"),
     "chat template refuses": (with_chat_template("{{ raise_exception('no system turn') }}"), "no system turn"),
+    "chat templates without a default": (templates_without_a_default, "multiple chat templates"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
     "pickled weights": (pickled, "pickled weights are not loaded"),
     "weights cut off": (cut_off, "cannot be loaded"),

@@ -79,6 +79,12 @@ def test_injected_gold_grades_itself_right(cache):
     assert [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy != 1.0] == []
 
 
+def test_a_gold_may_be_an_integer_beyond_every_float(tmp_path):
+    (tmp_path / "x.json").write_text('[{"problem": "10^400?", "answer": 1%s}]' % ("0" * 400))
+    [p] = load(str(tmp_path / "x.json"))
+    assert p.answers == (10**400,) and gold_text(p) == str(10**400)
+
+
 @pytest.mark.parametrize("gold, text", [
     ("52", "52"), (142.0, "142"), (0.5, "0.5"), (7, "7"), ("9.6\n", "9.6"), ("$0.10", "$0.10"), ("$ $", "$ $"),
     ("$60^{\\circ}$", "60^{\\circ}"), ("$$x$$", "x"), ("$\\boxed{a=170}$", "a=170"), ("\\(\\boxed{77}\\)", "77"),

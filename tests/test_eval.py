@@ -544,6 +544,8 @@ def test_a_task_that_was_not_evaluated_at_the_last_step_is_not_taken_from_an_ear
 
 
 @pytest.mark.parametrize("name, content", [
+    ("metrics.jsonl", "3\n"), ("metrics.jsonl", '{"step": 1, "mixed_groups": "x"}\n'),
+    ("metrics.jsonl", '{"mixed_groups": 1}\n'), ("config.json", '{"method": "grpo", "seed": 0, "flags": {"lr": 1}}'),
     ("config.json", "{}"), ("config.json", "[]"), ("config.json", "{"), ("config.json", b"\xff"),
     ("evals.jsonl", '{"task": "math"}\n'), ("evals.jsonl", "3\n"), ("summary.json", "{}"), ("summary.json", "[]"),
     ("summary.json", '{"results": {}}'), ("summary.json", '{"results": {"0.1": {}}}')])
@@ -553,6 +555,40 @@ def test_a_file_that_is_none_of_ours_is_told_with_its_folder(tmp_path, capsys, n
     assert evaluation.main(["compare", str(folder)]) == 2
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {folder}: its files were not written by")
+
+
+def results_of(folder: Path, accuracy: float, model="x", n=1, temperature="0.0", seed=0, **settings) -> Path:
+    folder.mkdir(parents=True)
+    task = dict(accuracy=accuracy, stderr=0.1, problems=100, n=n)
+    (folder / "summary.json").write_text(json.dumps(dict(model=model, seed=seed, settings=settings, results={
+        temperature: dict(tasks={"math": task})})))
+    return folder
+
+
+def test_a_task_measured_twice_in_the_same_way_is_not_dropped_in_silence(tmp_path, capsys):
+    run = make_run(tmp_path / "g", "grpo", 0)
+    results_of(run / "eval" / "s0", 0.25)
+    assert evaluation.main(["compare", str(run)]) == 0
+    results_of(run / "eval" / "s1", 0.5, seed=1)
+    capsys.readouterr()
+    assert evaluation.main(["compare", str(run)]) == 2
+    assert "holds math (n = 1, T = 0) twice" in capsys.readouterr().err
+
+
+def test_scores_measured_with_other_limits_are_marked(tmp_path, capsys):
+    a, b = (make_run(tmp_path / name, "grpo", seed) for seed, name in enumerate("ab"))
+    results_of(a / "eval", 0.25, max_new_tokens=90, context=4096, top_p=1.0)
+    results_of(b / "eval", 0.75, max_new_tokens=20, context=4096, top_p=1.0)
+    table = evaluation.comparison(evaluation.read_runs([a, b]))
+    assert "- math: NOT MEASURED ALIKE: 100 problems, n = 1, T = 0, at most 20 tokens; 100 problems" in table
+    for name, alike in (("context", 512), ("top_p", 0.9)):
+        c = results_of(tmp_path / name, 0.5, max_new_tokens=90, **{name: alike})
+        assert "NOT MEASURED ALIKE" in evaluation.comparison(evaluation.read_runs([a, c]))
+
+
+def test_checkpoints_of_different_runs_are_different_models(tmp_path):
+    folders = [results_of(tmp_path / name, 0.5, model=f"runs/{name}/checkpoints/step-100") for name in "AB"]
+    assert {r.label for r in evaluation.read_runs(folders)} == {"A/step-100", "B/step-100"}
 
 
 def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
@@ -671,6 +707,19 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     evaluated.stdout.close()
     evaluated.stderr.read()
     assert evaluated.wait() == 141, "an evaluation that was ended is no success"
+
+
+def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monkeypatch):
+    seen, respond = [], evaluation.respond
+
+    def spy(policy, drafts, T, limits, entropy):
+        seen.append((limits, entropy, bool(drafts[0].phrase)))
+        return respond(policy, drafts, T, limits, entropy)
+    monkeypatch.setattr(evaluation, "respond", spy)
+    argv = command(tmp_path, "--context", "99", "--top-p", "0.9", "--seed", "5", "--entropy", "--reflect")
+    assert evaluation.main(argv) == 0
+    assert {limits for limits, *_ in seen} == {evaluation.Limits(30, 99, 5, 0.9)}
+    assert {(entropy, forced) for _, entropy, forced in seen} == {(True, False), (False, True)}
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):

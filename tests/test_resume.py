@@ -371,9 +371,17 @@ def test_a_full_disk_while_saving_leaves_the_newest_checkpoint(copy, capsys, mon
 
 
 def test_a_full_disk_while_logging_leaves_the_newest_checkpoint(copy, capsys, monkeypatch):
-    def full(path, rows):
-        raise OSError(28, "No space left on device", str(path))
-    monkeypatch.setattr(edge_grpo, "append", full)
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def writelines(self, lines):
+            raise OSError(28, "No space left on device")        # as a write tells it: without the file's name
+    monkeypatch.setattr(engine, "open", lambda path, mode, **how: Full() if mode == "a" else open(path, mode, **how),
+                        raising=False)
     assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "No space left" in said and "metrics.jsonl" in said
@@ -404,6 +412,8 @@ def test_a_run_is_not_started_over_by_accident(copy, capsys):
 
 def test_overwrite_starts_over_and_deletes_only_what_a_run_writes(copy, reference):
     (copy / "notes.txt").write_text("mine")
+    (copy / "eval" / "n8").mkdir(parents=True)
+    (copy / "eval" / "n8" / "summary.json").write_text("{}")                    # of the model that goes
     assert run(copy, "--overwrite") == 0
     assert (copy / "notes.txt").read_text() == "mine"
     os.remove(copy / "notes.txt")
@@ -418,6 +428,44 @@ def test_resume_with_flags_of_another_run_is_refused(copy, capsys, flag):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and flag.split()[0].replace("--method", "--correction") in said
     assert fingerprint(copy) == before
+
+
+def test_only_what_changes_no_number_may_change_on_resume():
+    assert edge_grpo.MAY_CHANGE_ON_RESUME == set(
+        "resume overwrite device out save_every keep max_bad_steps mirror max_rows micro_batch_tokens "
+        "gradient_checkpointing offload_optimizer".split())
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_not_started_again(copy, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    before = fingerprint(copy)
+    assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
+    assert "no whole checkpoint is left" in capsys.readouterr().err
+    assert fingerprint(copy) == before
+
+
+def test_a_resumed_run_keeps_the_reference_of_its_kl_penalty(tmp_path):
+    """The model as it was before the first step, not as it was when the run went on."""
+    flags = ("--kl", "0.5", "--lr", "0.01")
+    assert run(tmp_path / "whole", *flags) == 0, said(tmp_path / "whole")
+    out = tmp_path / "run"
+    assert run(out, *flags, prepare=signal_at_step, arguments=(2, [signal.SIGTERM])) == 143
+    assert run(out, "--resume", *flags) == 0
+    assert result(out) == result(tmp_path / "whole")
+
+
+def test_a_tokenizer_that_writes_a_folder_is_saved_and_resumed(tmp_path):
+    """With several chat templates the others come in a folder of their own."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(ROOT / "data" / "tiny_model", model)
+    (model / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
+        (model / name).write_text("{{ messages[-1].content }}")
+    argv = ("--model", str(model))
+    assert run(out, *argv, prepare=signal_at_step, arguments=(2, [signal.SIGTERM])) == 143, said(out)
+    saved = json.loads((out / "checkpoints" / "step-2" / "checkpoint.json").read_text())["files"]
+    assert "additional_chat_templates/tools.jinja" in saved
+    assert run(out, "--resume", *argv) == 0, said(out)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, reference):
