@@ -109,10 +109,11 @@ def test_json_and_jsonl_give_the_same_problems(tmp_path):
 
 def test_answer_field_in_the_style_of_gsm8k(tmp_path):
     rows = [{"question": "q", "answer": " so 1\n2 \n\n#### 1,002 "}, {"question": "q", "answer": "#### 5"},
+            {"question": "q", "answer": "#### 1\n#### 2"},
             {"question": "q", "answer": "is #### 5", "solution": "s"}]
     problems = load(write(tmp_path / "rows.json", json.dumps(rows)))
     found = [(p.solution, p.answers) for p in problems]
-    assert found == [(" so 1\n2 \n", ("1,002",)), (None, ("5",)), ("s", ("is #### 5",))]
+    assert found == [(" so 1\n2 \n", ("1,002",)), (None, ("5",)), ("#### 1", ("2",)), ("s", ("is #### 5",))]
 
 
 @pytest.mark.parametrize("row, says", [

@@ -95,6 +95,17 @@ def test_prompt_and_response_fit_the_context_and_the_model(context, positions, e
     assert len(r.ids) == policy.calls[0].limit == expected and not r.finished
 
 
+def test_every_number_of_the_table_stands_under_its_name():
+    rows = [record(a, row=i, ids=[1] * 10 * (i + 1), finished=i > 0, format=float(i != 1))
+            for i, a in enumerate((1, 0, 0, 0))]
+    head, _, task, average = evaluation.score_table(evaluation.scores(rows)).splitlines()
+    for line in (task, average):
+        cells = dict(zip(*([cell.strip() for cell in x.split("|")[1:-1]] for x in (head, line))))
+        cells.pop("benchmark")
+        assert cells == {"problems": "4", "avg@1": "25.00 ± 25.00", "mean length": "25", "max length": "40",
+                         "formatted": "75.0", "truncated": "25.0"}
+
+
 def test_summarize_edge_cases():
     assert evaluation.summarize([record(1)])["stderr"] == 0
     assert "pass@1" not in evaluation.summarize([record(1)])

@@ -134,6 +134,15 @@ def test_evaluations_during_training_and_samples_that_can_be_read(tmp_path, prob
     assert all(s["source"].startswith(problems) for s in samples)
 
 
+def test_evaluations_during_training_are_sampled_as_the_eval_flags_say(tmp_path, problems, monkeypatch):
+    seen, evaluate = [], edge_grpo.evaluation.evaluate
+    monkeypatch.setattr(edge_grpo.evaluation, "evaluate", lambda *args, **how: seen.append((len(args[1]), how))
+                        or evaluate(*args, **how))
+    assert edge_grpo.main([*SMALL, "--data", problems, "--out", str(tmp_path / "run"), "--steps", "1", "--seed", "7",
+                           "--temperature", "0.9", "--eval-temperature", "0.4", "--eval-n", "2"]) == 0
+    assert seen == [(4, dict(n=2, temperature=0.4, max_new_tokens=8, seed=7))] * 2
+
+
 def test_the_command_line_from_another_folder(tmp_path, problems):
     """The one test that starts the program as a user does."""
     command = [sys.executable, str(ROOT / "edge_grpo.py"), *SMALL, "--data", problems, "--steps", "2", "--eval-tasks"]
