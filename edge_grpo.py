@@ -1,47 +1,41 @@
 """EDGE-GRPO: group-relative policy optimisation with Guided Error Correction (GEC) and Entropy-Driven Advantages (EDA).
 
-The method of arXiv 2507.21848 in plain PyTorch, in one file, in the order of the paper: the flags, what a response is,
-group advantages, EDA, GEC, the loss, the training loop. The pieces live beside it: rollout.py samples, reward.py
-grades, entropy.py scores tokens, engine.py holds weights, optimizer and checkpoints, eval.py measures.
+The method of arXiv 2507.21848 in plain PyTorch, in the order of the paper: the flags, what a response is, group
+advantages, EDA, GEC, the loss, the update, the loop. rollout.py samples, reward.py grades, entropy.py tells the
+entropies of tokens, eval.py measures; engine/ holds what training needs and no paper describes.
 
-    python edge_grpo.py                                    # the tiny model on CPU, about a minute
+    python edge_grpo.py                                    # the tiny model on a CPU
     python edge_grpo.py --model Qwen2.5-Math-7B            # the paper's run
     python edge_grpo.py --method grpo --seed 1             # a baseline; --help lists every flag
 
-Departures from the released code (where it departs from the paper, or hides a constant) are listed in README.md.
+Where it departs from the released code, and why, stands in results/README.md.
 
-Letters: B responses in a step = Q questions x G, T response length. Tensors named x_B or (Q, G) say their axes.
+Letters: B responses in a step = Q questions x G, T tokens of a response, M response tokens of a micro-batch, P the mean
+entropy of a response. Names in _QG and comments say the shape of a tensor.
 """
-import argparse
-import json
 import math
-import os
-import platform
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from hashlib import blake2b
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 import data
 import engine
 import eval as evaluation
 import reward
 from data import Problem, UserError
+from engine.console import exit_code, say, timed
+from engine.flags import check_ranges, flag, make_parser
+from engine.memory import preflight
+from engine.processes import leave, spread, start_processes, stream
+from engine.run import Run
+from engine.trainer import Trainer
 from entropy import mean_entropy
-from engine import stream
+from results.report import conclude
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -59,12 +53,6 @@ TINY = dict(                     # what `--model tiny` overrides of the paper's 
 )
 
 
-def flag(default, help: str, low=None, high=None, choices=None):
-    """A dataclass field with its one line of help and the closed range of its values."""
-    factory = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
-    return field(**factory, metadata=dict(help=help, low=low, high=high, choices=choices))
-
-
 @dataclass
 class Flags:
     """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
@@ -75,8 +63,10 @@ class Flags:
     eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
     sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
     eda_grad: bool = flag(False, "let the gradient flow through the entropies of EDA, as the released code does")
-    eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA (default: only a tiny floor)")
-    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "GEC: probabilities of reflect, answer, reference", 0, 1)
+    eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA (default: only a tiny floor)",
+                                  names=("LO", "HI"))
+    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "GEC: probabilities of reflect, answer, reference", 0, 1,
+                                     names=("REFLECT", "ANSWER", "REFERENCE"))
     injected_weight: float = flag(1.0, "loss weight of injected tokens: 1 as if sampled (paper), 0 masks them", 0)
     loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token, or constant (Dr. GRPO)",
                      choices=["sequence", "token", "constant"])
@@ -89,7 +79,7 @@ class Flags:
     group_size: int = flag(8, "responses per question, G", 1)
     steps: int = flag(1000, "training steps (rollouts)", 1)
     lr: float = flag(1e-6, "peak learning rate; it falls linearly to 0, without warm-up", 0)
-    betas: list[float] = flag([0.9, 0.999], "AdamW's betas", 0, 1)
+    betas: list[float] = flag([0.9, 0.999], "AdamW's betas", 0, 1, names=("B1", "B2"))
     weight_decay: float = flag(0.0, "AdamW's weight decay", 0)
     grad_clip: float = flag(1.0, "clip the gradient to this norm; 0: no clipping", 0)
     temperature: float = flag(0.6, "sampling temperature, also of every log-probability and entropy", 1e-3)
@@ -112,7 +102,7 @@ class Flags:
     keep: int = flag(1, "newest checkpoints kept", 1)
     max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite gradient", 1)
     eval_every: int = flag(0, "steps between evaluations; 0: before the first step and after the last", 0)
-    eval_tasks: list[str] = flag([], "held-out problems evaluated during training (see eval.py --tasks)")
+    eval_tasks: list[str] = flag([], "held-out problems evaluated during training (see eval.py --tasks)", names="TASK")
     eval_limit: int = flag(0, "problems of each of these tasks; 0: all", 0)
     eval_n: int = flag(1, "responses per problem in these evaluations", 1)
     eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
@@ -122,106 +112,68 @@ class Flags:
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
 
 
-LISTS = {"eda_clamp": (float, ("LO", "HI")), "guided_probs": (float, ("REFLECT", "ANSWER", "REFERENCE")),
-         "betas": (float, ("B1", "B2")), "eval_tasks": (str, "TASK")}
-MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "mirror",
-                        "max_rows", "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer"}  # memory only
-
-
-def option(name: str) -> str:
-    """A field of Flags as it is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def make_parser(defaults: dict) -> argparse.ArgumentParser:
-    """One option for each field of Flags; `defaults` overrides some of theirs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python edge_grpo.py [flags]", allow_abbrev=False)
-    parser.error = engine.wrong_flag
-    for f in fields(Flags):
-        value = defaults.get(f.name, getattr(Flags(), f.name))
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        options = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
-        if f.name in LISTS:
-            kind, names = LISTS[f.name]
-            options.update(type=kind, metavar=names, nargs=len(names) if isinstance(names, tuple) else "*")
-        elif f.type is bool:
-            options.update(action=argparse.BooleanOptionalAction)
-        else:
-            choices = f.metadata["choices"]
-            options.update(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
-        parser.add_argument(option(f.name), **options)
-    return parser
-
-
 def parse_flags(argv: list[str]) -> Flags:
-    """Defaults, then the tiny profile (for `--model tiny`), then the method's row, then the flags as given."""
-    first, _ = make_parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    """Defaults, then the tiny profile (for `--model tiny`), then the method's row, then the flags as given. UserError
+    for a value out of range or flags in conflict."""
+    parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
+    first, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
     defaults = {**(TINY if first.model == "tiny" else {}), **METHODS[first.method]}
-    flags = Flags(**vars(make_parser(defaults).parse_args(argv)))
+    flags = Flags(**vars(parser(defaults).parse_args(argv)))
     if not flags.out:
         flags.out = f"runs/{Path(flags.model).name}-{flags.method}-seed{flags.seed}"
-    check_flags(flags)
+    check_ranges(flags)
+    lo_hi, probs = flags.eda_clamp, flags.guided_probs
+    conflicts = [
+        (lo_hi and not 0 < lo_hi[0] < lo_hi[1], f"--eda-clamp {' '.join(map(str, lo_hi))}: needs 0 < LO < HI"),
+        (lo_hi and not flags.eda, "--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp"),
+        (probs != Flags().guided_probs and flags.correction != "guided",
+         "--guided-probs belongs to --correction guided: add that, or drop --guided-probs"),
+        (abs(sum(probs) - 1) > 1e-6, f"--guided-probs {' '.join(map(str, probs))}: must sum to 1, not {sum(probs):g}"),
+        (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
+        (flags.eda_grad and not flags.eda, "--eda-grad needs EDA: add --eda, or drop --eda-grad"),
+        (flags.eda_grad and flags.updates_per_rollout > 1,
+         "--eda-grad is defined for one update per rollout: set --updates-per-rollout 1"),
+        (flags.sft and (flags.correction != "none" or flags.eda),
+         "--sft samples nothing, so there is nothing to correct or weigh: use --correction none --no-eda"),
+        (flags.sft and flags.kl, "--sft has no KL penalty: set --kl 0"),
+        (flags.sft and flags.injected_weight != 1,
+         "--sft trains on references alone, with weight 1: drop --injected-weight"),
+        (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite deletes it: give one of the two"),
+    ]
+    for wrong, sentence in conflicts:
+        if wrong:
+            raise UserError(sentence)
     return flags
 
 
-def check_flags(flags: Flags) -> None:
-    """UserError for a value out of range or flags in conflict."""
-    for f in fields(Flags):
-        value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], option(f.name)
-        for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, float) and not math.isfinite(v):
-                raise UserError(f"{name} {v}: must be a finite number")
-            if low is not None and v < low or high is not None and v > high:
-                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{name} {v}: must be {bounds}")
-    lo_hi, probs = flags.eda_clamp, flags.guided_probs
-    if lo_hi and not 0 < lo_hi[0] < lo_hi[1]:
-        raise UserError(f"--eda-clamp {lo_hi[0]} {lo_hi[1]}: needs 0 < LO < HI")
-    if lo_hi and not flags.eda:
-        raise UserError("--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp")
-    if probs != Flags().guided_probs and flags.correction != "guided":
-        raise UserError("--guided-probs belongs to --correction guided: add that, or drop --guided-probs")
-    if abs(sum(probs) - 1) > 1e-6:
-        raise UserError(f"--guided-probs {' '.join(map(str, probs))}: must sum to 1, not {sum(probs):g}")
-    if max(flags.betas) >= 1:
-        raise UserError(f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1")
-    if flags.eda_grad and not flags.eda:
-        raise UserError("--eda-grad needs EDA: add --eda, or drop --eda-grad")
-    if flags.eda_grad and flags.updates_per_rollout > 1:
-        raise UserError("--eda-grad is defined for one update per rollout: set --updates-per-rollout 1")
-    if flags.sft and (flags.correction != "none" or flags.eda):
-        raise UserError("--sft samples nothing, so there is nothing to correct or weigh: use --correction none "
-                        "--no-eda")
-    if flags.sft and flags.kl:
-        raise UserError("--sft has no KL penalty: set --kl 0")
-    if flags.sft and flags.injected_weight != 1:
-        raise UserError("--sft trains on references alone, with weight 1: drop --injected-weight")
-    if flags.resume and flags.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite deletes it: give one of the two")
-
-
 # --- Responses -------------------------------------------------------------------------------------------------------
+# Every random choice of a run is `stream` of (seed, step, what, row), so nothing random needs to be saved, and the
+# number of processes changes nothing.
 
 @dataclass
 class Response:
     """One response to one problem, in token ids. Text is made from ids, never ids from text that came from ids."""
     problem: Problem
     prompt: list[int]
-    ids: list[int]                          # the end token included, once finished
-    injected: list[bool]                    # origin of each token: False sampled by the policy, True put there by GEC
-    logprobs: list[float]                   # the sampler's log-probability of each token; NaN where injected
-    entropies: list[float]                  # and the policy's entropy there; NaN where injected, until it is scored
+    ids: list[int] = field(default_factory=list)            # the end token included, once finished
+    injected: list[bool] = field(default_factory=list)      # origin of each token: False sampled, True put there by GEC
+    logprobs: list[float] = field(default_factory=list)     # the sampler's log-probability of each; NaN where injected
+    entropies: list[float] = field(default_factory=list)    # the policy's entropy there; NaN where not known yet
+    sampled: int = 0                        # how many tokens the policy sampled for this copy of it
     finished: bool = False                  # ended by an end token, not cut by a limit
-    correction: str = ""                    # "", "reflect", "answer" or "reference"
+    correction: str = ""                    # a row of CORRECTIONS, or ""
     text: str = ""                          # of ids, once graded
     accuracy: float | None = None           # 0.0 or 1.0 once graded
     format: float | None = None
     logp: Tensor | None = None              # (T,) the trainer's log-probabilities, from the first update's forward
 
+    def cut(self, limit: int) -> None:
+        """Drop what is beyond `limit` tokens."""
+        if len(self.ids) > limit:
+            self.finished = False
+            for column in (self.ids, self.injected, self.logprobs, self.entropies):
+                del column[limit:]
 
-# Every random choice of a run is `stream` of (seed, step, what, row), so nothing random needs to be saved, and the
-# number of processes changes nothing.
 
 def batch_of_problems(problems: list[Problem], flags: Flags, step: int) -> list[Problem]:
     """The problems of a step: consecutive items of an endless sequence of shuffled epochs."""
@@ -233,59 +185,43 @@ def batch_of_problems(problems: list[Problem], flags: Flags, step: int) -> list[
     return batch
 
 
+@timed("sample")
 def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: int) -> list[Response]:
     """G responses to each of Q problems, question-major: Q x G."""
-    responses = []
-    for problem in problems:
-        prompt = policy.prompt_ids(problem.question)
-        responses += [Response(problem, prompt, [], [], [], []) for _ in range(flags.group_size)]
+    prompts = [policy.prompt_ids(problem.question) for problem in problems]
+    responses = [Response(problem, prompt) for problem, prompt in zip(problems, prompts)
+                 for _ in range(flags.group_size)]
     extend(policy, dict(enumerate(responses)), flags.max_new_tokens, flags, (step, "sample"))
     return responses
 
 
-def room(policy: engine.Policy, prompt: list[int]) -> int:
-    """How many tokens the model's positions leave for a response."""
-    return max(0, policy.context() - len(prompt))
-
-
 def extend(policy: engine.Policy, responses: dict[int, Response], limit: int, flags: Flags, key: tuple) -> None:
-    """Let the policy continue each response (by its row in the step) in place, by at most `limit` tokens; they are
-    spread over the processes."""
-    requests = []
-    for row, r in responses.items():
-        ids = r.prompt + r.ids
-        requests.append((ids, min(limit, room(policy, ids)), stream(flags.seed, *key, row)))
-
-    def run(mine):
-        if not mine:
-            return []
-        prompts, most, seeds = map(list, zip(*mine))
-        samples = policy.sampler.sample(prompts, 1, most, flags.temperature, seeds, flags.top_p)
-        return [s[0] for s in samples]
-
-    with sampling(flags):
-        samples = engine.spread(requests, lambda mine: engine.halve_rows_on_oom(policy, run, mine))
+    """Let the policy continue each response (by its row in the step) in place, by at most `limit` tokens."""
+    seeds = [stream(flags.seed, *key, row) for row in responses]
+    samples = policy.sample([r.prompt + r.ids for r in responses.values()], [limit] * len(responses), seeds,
+                            flags.temperature, flags.top_p)
     for r, s in zip(responses.values(), samples):
         r.ids, r.logprobs, r.entropies = r.ids + s.ids, r.logprobs + s.logprobs, r.entropies + s.entropies
-        r.injected, r.finished = r.injected + [False] * len(s.ids), s.finished
+        r.injected, r.finished, r.sampled = r.injected + [False] * len(s.ids), s.finished, len(s.ids)
 
 
+@timed("sample")
 def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]:
     """SFT: the reference solution of each problem, as a response whose every token is injected."""
-    responses = [replaced(Response(p, policy.prompt_ids(p.question), [], [], [], []), "reference", policy)
-                 for p in problems]
+    responses = [corrected_by("reference", Response(p, policy.prompt_ids(p.question)), policy) for p in problems]
     for r in responses:
-        cut(r, room(policy, r.prompt))
+        r.cut(policy.room(r.prompt))
     return responses
 
 
+@timed("grade")
 def grade(policy: engine.Policy, responses: list[Response]) -> None:
     """Format and accuracy of the responses that have none yet."""
     new = [r for r in responses if r.accuracy is None]
     for r in new:
         r.text = policy.decode(r.ids)
-    texts = [(r.text, list(r.problem.answers)) for r in new]
-    scores = engine.spread(texts, lambda mine: reward.score_all([t for t, _ in mine], [g for _, g in mine]))
+    rows = [(r.text, list(r.problem.answers)) for r in new]
+    scores = spread(rows, lambda mine: reward.score_all([text for text, _ in mine], [golds for _, golds in mine]))
     for r, (well_formed, accuracy) in zip(new, scores):
         r.format, r.accuracy = well_formed, accuracy
 
@@ -314,26 +250,19 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 TINY_FLOOR = 1e-4        # of the relative entropy, so that a response of one repeated token cannot blow up the step
 
 
-def score(model: nn.Module, policy: engine.Policy, responses: list[Response],
-          flags: Flags) -> list[tuple[Tensor, Tensor]]:
-    """(logp (T,), entropy (T,)) of each response under `model`, at the temperature it was sampled with; no gradient."""
-    temperature = 1.0 if flags.sft else flags.temperature
-    return engine.response_logprobs(model, [r.prompt for r in responses], [r.ids for r in responses], temperature,
-                                    policy.vocab_size, flags.micro_batch_tokens)
-
-
-def score_injected(policy: engine.Policy, responses: list[Response], flags: Flags) -> None:
-    """A forward pass over the rows that hold injected tokens, for their entropies. Those of all other rows are known
-    from sampling: to score them too would take 14% of a step (tests/bench_step.py --score)."""
+@timed("update")
+def response_entropy(trainer: Trainer, responses: list[Response], group_size: int) -> Tensor:
+    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; only rows with injected
+    tokens get a forward pass of their own (to score all would take 14% of a step: tests/bench_step.py --score)."""
     new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
-    scored = engine.spread(new, lambda mine: score(policy.model, policy, mine, flags))
-    for r, (_, entropy) in zip(new, scored):
+    for r, (_, entropy) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
         r.entropies = entropy.tolist()
+    return mean_entropies(responses).view(-1, group_size)
 
 
-def response_entropy(responses: list[Response], group_size: int) -> Tensor:
-    """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (Q, G); an empty response has P = 0."""
-    return mean_entropy([torch.tensor(r.entropies) for r in responses]).double().view(-1, group_size)
+def mean_entropies(responses: list[Response]) -> Tensor:
+    """P_i = 1/|o_i| sum_t H_t over the response's own tokens, (B,); an empty response has P = 0."""
+    return mean_entropy([torch.tensor(r.entropies) for r in responses]).double()
 
 
 def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
@@ -353,92 +282,88 @@ def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
 
 REFLECT = " Wait! Something is wrong here."
 ANSWER = "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{{{}}}."
-BRANCHES = ("reflect", "answer", "reference")
 
 
-def branch_probabilities(flags: Flags) -> list[float]:
-    """Of reflect, answer, reference, for a wrong response. Force-R is the first branch with p = 1."""
-    return {"none": [0, 0, 0], "reflect": [1, 0, 0], "guided": flags.guided_probs}[flags.correction]
+@dataclass(frozen=True)
+class Correction:
+    """What is done to a wrong response. To add one: a row below, its probability in --guided-probs, its function."""
+    adds: Callable[[Problem], str]          # the text that is injected
+    keeps: bool                             # behind the response's own tokens; False: instead of them
+    goes_on: bool                           # then the policy continues; False: an end token closes it
+    needs_solution: bool
+    count: str                              # its number in metrics.jsonl
 
 
-def draw_branch(probabilities: list[float], u: float) -> str:
-    """The branch that u in [0, 1) falls into; "" if it falls into none."""
-    for branch, p in zip(BRANCHES, probabilities):
+CORRECTIONS = {
+    "reflect":   Correction(lambda problem: REFLECT, True, True, False, "reflected"),
+    "answer":    Correction(lambda problem: ANSWER.format(data.gold_text(problem)), True, False, False, "answered"),
+    "reference": Correction(lambda problem: problem.solution, False, False, True, "referenced"),
+}
+
+
+def correction_probabilities(flags: Flags) -> dict[str, float]:
+    """Of each correction, for a wrong response. Force-R is the first with p = 1."""
+    guided = dict(zip(CORRECTIONS, flags.guided_probs))
+    return {"none": {}, "guided": guided}.get(flags.correction, {flags.correction: 1.0})
+
+
+def draw_correction(probabilities: dict[str, float], u: float) -> str:
+    """The correction that u in [0, 1) falls into; "" if it falls into none."""
+    for name, p in probabilities.items():
         if u < p:
-            return branch
+            return name
         u -= p
-    return BRANCHES[-1] if sum(probabilities) > 0.5 else ""         # only rounding can leave u here if they sum to 1
+    return list(probabilities)[-1] if sum(probabilities.values()) > 0.5 else ""     # only rounding can leave u here
 
 
-def replaced(response: Response, branch: str, policy: engine.Policy) -> Response:
-    """The edited copy of a response. Its own tokens stay as they were sampled; what is added is marked injected.
-
-    reflect: + REFLECT, left open for the policy to go on. answer: + ANSWER with the gold + end token.
-    reference: the reference solution + end token instead of the response.
-    """
-    kept = len(response.ids) - response.finished                   # without the end token
-    if branch == "reference":
-        kept, text = 0, response.problem.solution
-    else:
-        text = REFLECT if branch == "reflect" else ANSWER.format(data.gold_text(response.problem))
-    added = policy.encode(text) + ([] if branch == "reflect" else [policy.end_id])
+def corrected_by(name: str, response: Response, policy: engine.Policy) -> Response:
+    """The edited copy of a response. Its own tokens stay as they were sampled; what is added is marked injected."""
+    correction = CORRECTIONS[name]
+    kept = len(response.ids) - (1 if response.finished else 0) if correction.keeps else 0     # without the end token
+    added = policy.encode(correction.adds(response.problem)) + ([] if correction.goes_on else [policy.end_id])
+    unknown = [math.nan] * len(added)
     return Response(response.problem, response.prompt, response.ids[:kept] + added,
-                    response.injected[:kept] + [True] * len(added),
-                    response.logprobs[:kept] + [float("nan")] * len(added),
-                    response.entropies[:kept] + [float("nan")] * len(added),
-                    finished=branch != "reflect", correction=branch)
+                    response.injected[:kept] + [True] * len(added), response.logprobs[:kept] + unknown,
+                    response.entropies[:kept] + unknown, finished=not correction.goes_on, correction=name)
 
 
+@timed("correct")
 def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flags, step: int) -> list[Response]:
     """One independent draw for each wrong response, one pass, no re-check; right responses are passed on untouched."""
-    probabilities = branch_probabilities(flags)
+    probabilities = correction_probabilities(flags)
     corrected = list(responses)
     for row, r in enumerate(responses):
-        branch = draw_branch(probabilities, stream(flags.seed, step, "branch", row) / 2**63)
-        if r.accuracy == 0 and branch:
-            corrected[row] = replaced(r, branch, policy)
-    reflected = {row: r for row, r in enumerate(corrected) if r.correction == "reflect"}
-    extend(policy, reflected, flags.correction_tokens, flags, (step, "reflect"))
+        name = draw_correction(probabilities, stream(flags.seed, step, "branch", row) / 2**63)
+        if r.accuracy == 0 and name:
+            corrected[row] = corrected_by(name, r, policy)
+    going_on = {row: r for row, r in enumerate(corrected) if r.correction and CORRECTIONS[r.correction].goes_on}
+    extend(policy, going_on, flags.correction_tokens, flags, (step, "reflect"))
     for r in corrected:
-        most = room(policy, r.prompt)
-        cut(r, min(flags.max_corrected_tokens or most, most))
+        if r.correction:
+            most = policy.room(r.prompt)
+            r.cut(min(flags.max_corrected_tokens or most, most))
     return corrected
 
 
-def cut(response: Response, limit: int) -> None:
-    """Cut a corrected response to `limit` tokens, in place."""
-    if response.correction and len(response.ids) > limit:
-        response.ids, response.injected = response.ids[:limit], response.injected[:limit]
-        response.logprobs, response.entropies = response.logprobs[:limit], response.entropies[:limit]
-        response.finished = False
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Tokens:
+    """What the loss needs to know of each response token: (T,) tensors for a response, (M,) for a micro-batch."""
+    weights: Tensor                         # of the token in the whole step's loss
+    advantages: Tensor                      # A^ of its response
+    old_logp: Tensor | None = None          # under the policy that sampled; None: the policy has not changed since
+    reference_logp: Tensor | None = None    # under the initial model (KL)
+    entropy_slopes: Tensor | None = None    # d loss / d H_t through the advantages (--eda-grad)
 
 
-# --- The loss and the update -----------------------------------------------------------------------------------------
-
-def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token, rho = exp(logp - old_logp); shapes broadcast."""
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor, eps_low: float = 0.2,
+                eps_high: float = 0.2) -> Tensor:
+    """The clipped surrogate: -sum_m w_m min(rho_m A_m, clip(rho_m, 1 - eps_low, 1 + eps_high) A_m), with the ratio
+    rho = exp(logp - old_logp); all (M,) -> scalar."""
     ratio = torch.exp(logp - old_logp)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
-
-
-def token_weights(lengths: list[int], reduction: str, longest: int) -> list[float]:
-    """Weight in the step's loss of each token of row i: sequence 1/(B |o_i|), token 1/sum_j |o_j|, constant
-    1/(B longest)."""
-    B, total = len(lengths), max(sum(lengths), 1)
-    return [{"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[reduction]
-            for n in lengths]
-
-
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low: float = 0.2,
-                eps_high: float = 0.2, reduction: str = "sequence") -> Tensor:
-    """The clipped loss of padded rows: (B, T), (B, T), (B,), (B, T) -> scalar.
-
-    reduction: "sequence" 1/B sum_i 1/|o_i| sum_t, "token" sum / sum mask, "constant" sum / (B T) (Dr. GRPO).
-    """
-    surrogate = clipped_surrogate(logp, old_logp, advantages[:, None], eps_low, eps_high)           # (B, T)
-    lengths = mask.sum(dim=1).long().tolist()
-    weights = torch.tensor(token_weights(lengths, reduction, mask.shape[1]), dtype=logp.dtype, device=logp.device)
-    return (surrogate.masked_fill(mask == 0, 0.0) * weights[:, None]).sum()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    return (weights * -surrogate).sum()
 
 
 def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
@@ -447,73 +372,69 @@ def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
     return torch.exp(d) - d - 1
 
 
-def entropy_gradient(A: Tensor, P: Tensor, row_weights: Tensor, flags: Flags) -> Tensor:
-    """--eda-grad: dL/dP_i, (Q, G), of L = -sum_i w_i A^_i(P), the loss where every ratio is 1; w_i: a row's weight."""
-    P = P.clone().requires_grad_()
-    loss = -(row_weights * entropy_driven_advantages(A, P, flags.eda_clamp or None)).sum()
-    return torch.autograd.grad(loss, P)[0]
-
-
-def update(trainer: engine.Trainer, reference: nn.Module | None, responses: list[Response], A: Tensor, A_hat: Tensor,
-           P: Tensor, flags: Flags, lr: float) -> dict:
-    """The step's optimizer updates on all B responses; the gradient does not depend on the cut into micro-batches.
-
-    Each row gets its weight in the whole step's loss first; micro-batches and processes then only add up. The first
-    update's forward also tells the responses' `logp`, and entropies that are not known yet.
-    Returns loss and gradient norm (means over the updates) and how many updates were skipped as not finite.
-    """
-    lengths = [len(r.ids) for r in responses]
-    row_weights = token_weights(lengths, flags.loss, flags.max_new_tokens)
-    weights = [[w * (flags.injected_weight if x and not flags.sft else 1.0) for x in r.injected]
-               for w, r in zip(row_weights, responses)]
-    columns = dict(weight=weights, advantage=[[a] * n for a, n in zip(A_hat.flatten().tolist(), lengths)])
-    if flags.eda_grad:
-        slope = entropy_gradient(A, P, torch.tensor([sum(w) for w in weights]).view_as(A), flags)
-        columns["entropy_weight"] = [[g / max(n, 1)] * n for g, n in zip(slope.flatten().tolist(), lengths)]
-    share = slice(engine.rank(), None, engine.world_size())                # this process's rows
-    mine, columns = responses[share], {name: values[share] for name, values in columns.items()}
+def loss_of_tokens(logp: Tensor, entropy: Tensor, t: Tokens, flags: Flags) -> Tensor:
+    """What M tokens contribute to the step's loss: logp (M,), entropy (M,) -> scalar."""
+    if flags.sft:
+        return (t.weights * -logp).sum()
+    old_logp = logp.detach() if t.old_logp is None else t.old_logp              # ratio 1: only its gradient matters
+    loss = policy_loss(logp, old_logp, t.advantages, t.weights, flags.eps_low, flags.eps_high)
     if flags.kl:
-        columns["reference_logp"] = [logp for logp, _ in score(reference, trainer.policy, mine, flags)]
-    losses, norms, bad = [], [], 0
+        loss = loss + flags.kl * (t.weights * kl_penalty(logp, t.reference_logp)).sum()
+    if flags.eda_grad:                                                          # adds a gradient, no value
+        loss = loss + (t.entropy_slopes * (entropy - entropy.detach())).sum()
+    return loss
+
+
+def token_weights(lengths: list[int], reduction: str, longest: int) -> list[float]:
+    """Weight in the step's loss of each token of row i: "sequence" 1/(B |o_i|), "token" 1/sum_j |o_j|, "constant"
+    1/(B longest). Each row has it in the whole step's loss, so micro-batches and processes only add up."""
+    B, total = len(lengths), max(sum(lengths), 1)
+    return [{"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[reduction]
+            for n in lengths]
+
+
+# --- The update ------------------------------------------------------------------------------------------------------
+
+@timed("update")
+def update(trainer: Trainer, responses: list[Response], A_hat: Tensor, P: Tensor, flags: Flags, lr: float) -> dict:
+    """The step's optimizer updates on all B responses; A_hat and P are (Q, G).
+
+    The first update's forward also tells the responses' `logp`, and the entropies that are not known yet. Returns loss
+    and gradient norm (means over the updates) and how many updates were skipped as not finite.
+    """
+    prompts, ids, lengths = [r.prompt for r in responses], [r.ids for r in responses], [len(r.ids) for r in responses]
+    weights = [torch.tensor([w * (flags.injected_weight if injected else 1.0) for injected in r.injected])
+               for r, w in zip(responses, token_weights(lengths, flags.loss, flags.max_new_tokens))]
+    tokens = [Tokens(w, torch.full_like(w, a)) for w, a in zip(weights, A_hat.flatten().tolist())]
+    if flags.eda_grad:                      # at ratio 1 the loss is -sum_i w_i A^_i(P), with w_i the sum of row i
+        w_QG = torch.stack([w.double().sum() for w in weights]).view_as(A_hat)
+        slopes = torch.autograd.grad(-(w_QG * A_hat).sum(), P)[0]
+        for t, slope, n in zip(tokens, slopes.flatten().tolist(), lengths):
+            t.entropy_slopes = torch.full((n,), slope / max(n, 1))
+    if flags.kl:
+        for t, (logp, _) in zip(tokens, trainer.score(prompts, ids, reference=True)):
+            t.reference_logp = logp
+    losses, norms = [], []
     for k in range(flags.updates_per_rollout):
-        loss, scored = engine.halve_batch_on_oom(trainer, lambda: gradients(trainer, mine, columns, flags))
+        loss, logp, entropies = trainer.forward_backward(prompts, ids, tokens, partial(loss_of_tokens, flags=flags))
         if k == 0:                                                         # still the policy that sampled
-            columns["old_logp"] = [logp for logp, _ in scored]
-            for r, (r.logp, entropy) in zip(responses, engine.spread(responses, lambda mine: scored)):
+            for r, t, old_logp, entropy in zip(responses, tokens, logp, entropies):
+                r.logp = t.old_logp = old_logp
                 r.entropies = [h if math.isnan(known) else known for known, h in zip(r.entropies, entropy.tolist())]
-        norm = trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip()
-        losses, norms, bad = losses + [loss], norms + [norm], bad + (not math.isfinite(norm))
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped_updates": bad}
-
-
-def gradients(trainer: engine.Trainer, responses: list[Response], columns: dict,
-              flags: Flags) -> tuple[float, list[tuple[Tensor, Tensor]]]:
-    """Accumulate the gradient of the step's loss over the micro-batches; returns the loss, and of each response
-    (logp (T,), entropy (T,)) under the weights as they were."""
-    policy, total, scored = trainer.policy, 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
-    batches = trainer.micro_batches([r.prompt for r in responses], [r.ids for r in responses])
-    for batch, last in trainer.in_step(batches):
-        temperature = 1.0 if flags.sft else flags.temperature
-        logp, entropy = trainer.scorer(batch, temperature, policy.vocab_size, flags.eda_grad)           # each (M,)
-        column = {name: batch.flat(values) for name, values in columns.items()}
-        if flags.sft:
-            token_loss = -logp
-        else:       # in the first update after sampling the ratio is 1, and only its gradient matters
-            old = column["old_logp"] if "old_logp" in column else logp.detach()
-            token_loss = clipped_surrogate(logp, old, column["advantage"], flags.eps_low, flags.eps_high)
-        if flags.kl:
-            token_loss = token_loss + flags.kl * kl_penalty(logp, column["reference_logp"])
-        loss = (column["weight"] * token_loss).sum()
-        if flags.eda_grad:                                                  # adds a gradient, no value
-            loss = loss + (column["entropy_weight"] * (entropy - entropy.detach())).sum()
-        trainer.backward(loss, last)
-        total += loss.item()
-        for i, told in zip(batch.index, batch.by_row(logp, entropy)):
-            scored[i] = told
-    return sum(engine.gather(total)), scored
+        losses.append(loss)
+        norms.append(trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip())
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms),
+            "skipped_updates": sum(not math.isfinite(norm) for norm in norms), "lr": lr}
 
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------
+
+SHOWN = {"accuracy": "acc", "accuracy_corrected": "corrected", "mixed_groups": "mixed",
+         "mixed_groups_corrected": "mixed corrected", "entropy": "entropy", "loss": "loss"}      # on the screen
+OF_SAMPLES = ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
+              "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
+              "self_reflection", "logprob_gap")                             # undefined where nothing was sampled (SFT)
+
 
 def mean(values: Iterable[float]) -> float | None:
     values = list(values)
@@ -530,28 +451,24 @@ def mean_variance(values_QG: Tensor) -> float:
     return values_QG.var(dim=1).mean().item() if values_QG.shape[1] > 1 else 0.0
 
 
-def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, P: Tensor,
-            flags: Flags) -> dict:
+def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, flags: Flags) -> dict:
     """What a step did, as one flat dict (keys of metrics.jsonl). `responses` as sampled, `corrected` as trained on."""
     r_QG = rewards(corrected, flags)
-    count = {b: sum(r.correction == b for r in corrected) for b in BRANCHES}
+    by_name = {name: [r for r in corrected if r.correction == name] for name in CORRECTIONS}
     m = dict(reward=r_QG.mean().item(), accuracy=mean(r.accuracy for r in responses),
              accuracy_corrected=mean(r.accuracy for r in corrected), format=mean(r.format for r in responses),
              mixed_groups=share_mixed(rewards(responses, flags)), mixed_groups_corrected=share_mixed(r_QG),
              advantage_variance=mean_variance(A), advantage_variance_eda=mean_variance(A_hat),
-             entropy=P.mean().item(), entropy_sampled=response_entropy(responses, P.shape[1]).mean().item(),
+             entropy=mean_entropies(corrected).mean().item(), entropy_sampled=mean_entropies(responses).mean().item(),
+             sampled_tokens=sum(r.sampled for r in [*responses, *(r for r in corrected if r.correction)]),
              response_tokens=mean(len(r.ids) for r in responses), truncated=mean(not r.finished for r in responses),
-             reflected=count["reflect"], answered=count["answer"], referenced=count["reference"],
-             reflect_fixed=sum(r.accuracy for r in corrected if r.correction == "reflect"),
+             **{CORRECTIONS[name].count: len(rows) for name, rows in by_name.items()},
+             **{f"{name}_fixed": sum(r.accuracy for r in rows) for name, rows in by_name.items()
+                if CORRECTIONS[name].goes_on},
              self_reflection=mean(REFLECT.strip() in r.text for r in responses),
              over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
              logprob_gap=logprob_gap(corrected) if flags.top_p == 1 else None)
-    if flags.sft:                               # nothing was sampled, so what describes samples and groups is undefined
-        for key in ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
-                    "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
-                    "self_reflection", "logprob_gap"):
-            m[key] = None
-    return m
+    return m | dict.fromkeys(OF_SAMPLES) if flags.sft else m
 
 
 def logprob_gap(responses: list[Response]) -> float | None:
@@ -562,428 +479,78 @@ def logprob_gap(responses: list[Response]) -> float | None:
     return sampled.mean().item() if len(sampled) else None
 
 
-def readable(step: int, responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor,
-             P: Tensor) -> list[dict]:
+def readable(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor) -> list[dict]:
     """The rows of samples.jsonl: each rollout as text, before and after correction."""
     rows = []
-    for r, c, a, a_hat, p in zip(responses, corrected, *(x.flatten().tolist() for x in (A, A_hat, P))):
-        row = dict(step=step, source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
+    numbers = (x.flatten().tolist() for x in (A, A_hat, mean_entropies(corrected)))
+    for r, c, a, a_hat, p in zip(responses, corrected, *numbers):
+        row = dict(source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
         if c is not r:
             row.update(correction=c.correction, corrected=c.text, accuracy_corrected=c.accuracy)
         rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=p))
     return rows
 
 
-# --- The run's folder ------------------------------------------------------------------------------------------------
-
-LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
-RUN = ("checkpoints", "final", *LOGS, "config.json")            # all that a run writes
-
-
-def open_run(flags: Flags, problems: list[Problem]) -> tuple[tuple[Path, dict] | None, IO | None]:
-    """Make, clear or reopen the run's folder, which only the main process does; returns the checkpoint to go on from,
-    and the lock on the folder."""
-    out, found, lock = Path(flags.out), None, None
-    if engine.is_main():
-        lock = engine.claim(out)
-        started = [name for name in RUN if (out / name).exists()]
-        if started and not (flags.resume or flags.overwrite):
-            raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete "
-                            "it, or another --out")
-        if flags.overwrite:
-            clear_run(out)
-        found = find_checkpoint(flags, problems, out) if flags.resume else None
-        for name in LOGS:                       # what was logged after the checkpoint will be logged again
-            with open(out / name, "ab") as f:
-                f.truncate(found[1]["logs"].get(name, 0) if found else 0)
-    return engine.gather(found)[0], lock
-
-
-def find_checkpoint(flags: Flags, problems: list[Problem], out: Path) -> tuple[Path, dict] | None:
-    """--resume: the newest whole checkpoint of the same run, None if it was ended before its first."""
-    saved = engine.checkpoint_folders(out / "checkpoints")
-    if saved or (out / "config.json").exists():
-        check_same_run(flags, problems, out)
-    found = engine.newest_checkpoint(out / "checkpoints")
-    if not found and (saved or (out / "final").exists() or checkpoints_were_deleted(out)):
-        raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again with "
-                        "--overwrite")
-    for name, size in found[1]["logs"].items() if found else []:
-        if not (out / name).exists() or (out / name).stat().st_size < size:
-            raise UserError(f"--resume {out}: {name} is shorter than when {found[0].name} was saved; put it back, or "
-                            "start again with --overwrite")
-    return found
-
-
-def checkpoints_were_deleted(out: Path) -> bool:
-    """Whether metrics.jsonl goes on behind a step that was saved; otherwise the run ended before its first checkpoint."""
-    if not (out / "config.json").exists():
-        return False
-    every = json.loads((out / "config.json").read_text())["flags"]["save_every"]
-    lines, _ = evaluation.read_lines(out / "metrics.jsonl")
-    return any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines[:-1])
-
-
-def clear_run(out: Path) -> None:
-    """Delete what a run writes and what eval.py says of its model, and nothing else that stands in the folder;
-    config.json, which names the run, last."""
-    for name in ("eval", *RUN):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        (out / name).unlink(missing_ok=True)
-
-
-def fingerprint(problems: list[Problem]) -> str:
-    """Changes with any question, gold answer or solution."""
-    return blake2b(repr([(p.question, p.answers, p.solution) for p in problems]).encode(), digest_size=16).hexdigest()
-
-
-def check_same_run(flags: Flags, problems: list[Problem], out: Path) -> None:
-    """UserError if --resume is given with flags or data that would make it another run."""
-    try:
-        config = json.loads((out / "config.json").read_text())
-        before, same_data = dict(config["flags"]), config["problems_fingerprint"] == fingerprint(problems)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / 'config.json'}: cannot be read; start again with --overwrite") from error
-    now = json.loads(json.dumps(asdict(flags)))
-    changed = [f"{option(k)} was {before.get(k)}, is {now[k]}" for k in now
-               if k not in MAY_CHANGE_ON_RESUME and before.get(k) != now[k]]
-    if changed:
-        raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the same, "
-                        "or another --out")
-    if not same_data:
-        raise UserError(f"--resume {out}: --data {flags.data} has other problems than when the run was started; put "
-                        "them back, or start again with --overwrite")
-
-
-def write_config(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
-    """config.json: every flag, versions, commit, device: what is needed to run it again."""
-    here = Path(__file__).parent
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-        commit = git.stdout.strip() or "unknown"
-    except OSError:                             # a machine without git
-        commit = "unknown"
-    processor = platform.processor() or platform.machine()
-    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else processor
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit,
-                  versions=versions, device=f"{policy.device.type}: {device}", processes=engine.world_size(),
-                  threads=torch.get_num_threads(), parameters=sum(p.numel() for p in policy.model.parameters()),
-                  problems=len(problems), problems_fingerprint=fingerprint(problems), problems_left_out=left_out)
-    unfinished = Path(flags.out) / ".config.json.unfinished"
-    unfinished.write_text(json.dumps(config, indent=1) + "\n")
-    unfinished.replace(Path(flags.out) / "config.json")
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Append rows to a JSONL file, on the disk's side of any crash of this process."""
-    if engine.is_main():
-        engine.append(path, [{k: finite(v) for k, v in row.items()} for row in rows])
-
-
-def finite(value: object) -> object:
-    """None for NaN and infinities, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], list[str]]:
     """The training problems that fit, and the sources of those whose prompt is too long."""
-    problems = data.load(flags.data, flags.mirror or None)
-    needs_solution = flags.sft or branch_probabilities(flags)[2] > 0
+    problems, probabilities = data.load(flags.data, flags.mirror or None), correction_probabilities(flags)
+    needs_solution = flags.sft or any(p > 0 and CORRECTIONS[name].needs_solution for name, p in probabilities.items())
     for p in problems if needs_solution else []:
         if not p.solution or not p.solution.strip():
             needed_by = "--sft" if flags.sft else "the third of --guided-probs"
             raise UserError(f"{p.source}: has no reference solution, which {needed_by} needs; use data with solutions, "
                             "or --correction reflect or none, or --guided-probs .67 .33 0")
-    longest = min(flags.max_prompt_tokens, room(policy, []) - 1)                # one token at least for the response
+    longest = min(flags.max_prompt_tokens, policy.room([]) - 1)                 # one token at least for the response
     too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > longest}
     kept = [p for p in problems if p.source not in too_long]
+    if probabilities and not any(p > 0 and CORRECTIONS[name].goes_on for name, p in probabilities.items()):
+        say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
+            "learned; give the first of --guided-probs more than 0")
     if not kept:
         raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
                         f"{flags.max_prompt_tokens}, or leaves no room for a response in the model's context")
     return kept, sorted(too_long)
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
-
-class Stop:
-    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
-
-    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one
-    means nothing; and it ends the processes itself, after --shutdown-timeout seconds.
-    """
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame) -> None:
-        if self.signal:
-            return
-        self.signal, note = number, b"\nfinishing the step, then saving"
-        if engine.world_size() == 1:
-            note += b"; once more to stop at once"
-            for n in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(n, signal.SIG_DFL)
-        if engine.is_main():
-            os.write(2, note + b"\n")                               # print may be interrupted in a print
-
-
-class Clock:
-    """Seconds by phase: `lap(name)` adds the time since the last lap to `name`, once the GPU has done its work."""
-
-    def __init__(self):
-        self.last, self.seconds = time.perf_counter(), {}
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
-
-
-def load_tasks(flags: Flags) -> dict[str, list[Problem]]:
-    """The held-out problems, before anything is written or trained."""
-    return {task: data.load(task, flags.mirror or None)[:flags.eval_limit or None] for task in flags.eval_tasks}
-
-
-def evaluate(policy: engine.Policy, tasks: dict[str, list[Problem]], flags: Flags, step: int) -> None:
-    """Held-out accuracy after `step` steps, printed and appended to evals.jsonl."""
-    for task, problems in tasks.items():
-        with sampling(flags):
-            records = evaluation.evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
-                                          max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed)
-        s = evaluation.summarize(records)
-        append(Path(flags.out) / "evals.jsonl", [dict(
-            step=step, task=task, accuracy=s["accuracy"], stderr=s["stderr"], problems=s["problems"], n=flags.eval_n,
-            temperature=flags.eval_temperature, mean_length=s["mean_length"], format=s["format"],
-            truncated=s["truncated"])])
-        say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} "
-            f"({s['problems']} problems)")
-    policy.sampler.release()            # its cache took most of the free memory, which the update needs
-
-
-def say(line: str) -> None:
-    if engine.is_main():
-        tqdm.write(line)
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left."""
-
-    def __init__(self, steps: int, done: int):
-        self.steps, self.first, self.started = steps, done, time.perf_counter()
-        self.bar = tqdm(total=steps, initial=done, disable=not (engine.is_main() and sys.stderr.isatty()), unit="step")
-
-    def show(self, line: dict) -> None:
-        names = {"accuracy": "acc", "accuracy_corrected": "corrected", "mixed_groups": "mixed",
-                 "mixed_groups_corrected": "mixed corrected", "entropy": "entropy", "loss": "loss"}
-        text = ", ".join(f"{short} {line[k]:.2f}" for k, short in names.items() if line[k] is not None)
-        text += f", {line['tokens_per_second']:.0f} tok/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        step = line["step"]
-        if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
-            pace = (time.perf_counter() - self.started) / (step - self.first)
-            say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
-
-
 def train(flags: Flags) -> int:
     """The whole run; returns the exit code."""
-    needs, max_rows = preflight(flags)
-    say(needs)
+    rows = 0 if flags.sft else flags.questions_per_step * flags.group_size
+    max_rows = preflight(flags, start_processes(flags.device), rows,
+                         flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens)
     policy = engine.load_policy(flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code)
     problems, left_out = load_problems(flags, policy)
-    tasks = load_tasks(flags)
-    checkpoint, lock = open_run(flags, problems)                # the lock holds until this function ends
-    reference = engine.frozen_copy(policy.model) if flags.kl else None
-    trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), weight_decay=flags.weight_decay,
-                             offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)
-    out, stop, first_step, bad_steps = Path(flags.out), Stop(), 0, 0
-    if checkpoint:
-        engine.load_checkpoint(trainer, *checkpoint)
-        first_step, bad_steps = checkpoint[1]["step"], checkpoint[1]["bad_steps"]
-        engine.prune(out / "checkpoints", first_step, keep(flags, bad_steps))      # the run may have ended amid pruning
-        say(f"going on from {checkpoint[0]}")
-    elif flags.resume:
-        say(f"no checkpoint in {out} yet: starting at the first step")
-    introduce(flags, policy, problems, left_out)
-    if evaluation_due(flags, first_step):
-        evaluate(policy, tasks, flags, first_step)
-
-    progress = Progress(flags.steps, first_step)
-    for step in range(first_step, flags.steps):
-        clock = Clock()
-        batch = batch_of_problems(problems, flags, step)                                       # Q problems
-        responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)     # Q x G
-        clock.lap("sample")
-        grade(policy, responses)
-        clock.lap("grade")
-        corrected = correct_errors(policy, responses, flags, step)          # GEC: wrong ones edited, some continued
-        clock.lap("correct")
-        grade(policy, corrected)
-        clock.lap("grade")
-        if flags.eda:
-            score_injected(policy, corrected, flags)
-        A = group_advantages(rewards(corrected, flags))                                        # (Q, G)
-        P = response_entropy(corrected, A.shape[1])                                            # (Q, G), Eq. 3
-        A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None) if flags.eda else A   # (Q, G), Eq. 6-7
-        lr = flags.lr * (1 - step / flags.steps)
-        stats = update(trainer, reference, corrected, A, A_hat, P, flags, lr)
-        clock.lap("update")
-        P = response_entropy(corrected, A.shape[1])         # without EDA injected tokens are seen by the update first
-
-        bad_steps = bad_steps + 1 if stats["skipped_updates"] else 0
-        if bad_steps:
-            say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are "
-                f"({bad_steps} in a row)")
-        line = dict(step=step + 1, **stats, lr=lr, **measure(responses, corrected, A, A_hat, P, flags),
-                    **timings(clock, responses, corrected, policy))
-        append(out / "metrics.jsonl", [line])
-        append(out / "samples.jsonl", readable(step + 1, responses, corrected, A, A_hat, P))
-        progress.show(line)
-        stopping = max(engine.gather(stop.signal))
-        if bad_steps >= flags.max_bad_steps:
-            raise UserError(f"no finite gradient in {bad_steps} steps in a row, so the run stops; the last good "
-                            f"checkpoint: {last_good(flags)}; look at --lr, --eda-clamp and the last rows of "
-                            f"{out / 'samples.jsonl'}")
-        due = flags.save_every and (step + 1) % flags.save_every == 0
-        if stopping or due and not bad_steps or step + 1 == flags.steps:    # a bad step is no place to go back to
-            save(trainer, flags, step + 1, bad_steps)
-        if stopping:
-            return 128 + stopping
-        if evaluation_due(flags, step + 1):             # after saving: a failure here loses no step
-            evaluate(policy, tasks, flags, step + 1)
-    progress.bar.close()
-    engine.save_final(policy, out / "final")
-    evaluate(policy, tasks, flags, flags.steps)
-    conclude(flags)
-    return 0
-
-
-def evaluation_due(flags: Flags, step: int) -> bool:
-    """Whether the weights of before step + 1 are to be evaluated; `train` evaluates the final ones in any case."""
-    return step == 0 or step < flags.steps and flags.eval_every > 0 and step % flags.eval_every == 0
-
-
-def preflight(flags: Flags) -> tuple[str, int | None]:
-    """What the run will need, before any weight is loaded; and how many rows to sample at a time (None: any number)."""
-    device = engine.start_processes(flags.device)
-    B = 0 if flags.sft else flags.questions_per_step * flags.group_size
-    rows = min(-(-B // engine.world_size()), flags.max_rows or B)
-    cuda = device.type == "cuda"
-    plan = engine.memory_plan(engine.load_config(flags.model, flags.trust_remote_code), rows,
-                              flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
-                              flags.micro_batch_tokens, 2 if cuda else 4, flags.offload_optimizer and cuda,
-                              flags.gradient_checkpointing, engine.world_size(), flags.trust_remote_code)
-    if flags.kl:
-        plan["reference"] = plan["weights"]
-    fit = engine.rows_that_fit(plan, rows, torch.cuda.mem_get_info(device)[0]) if cuda and rows else rows
-    if fit == rows:
-        return engine.preflight(plan, device), flags.max_rows or None
-    plan["cache"] *= fit / rows
-    return engine.preflight(plan, device) + f"; sampling {fit} of {rows} rows at a time", fit
-
-
-def introduce(flags: Flags, policy: engine.Policy, problems: list[Problem], left_out: list[str]) -> None:
-    """Print what is in force, and write config.json."""
-    if not engine.is_main():
-        return
-    write_config(flags, policy, problems, left_out)
-    count = sum(p.numel() for p in policy.model.parameters())
-    say(f"{flags.model} ({count / 1e6:.1f}M parameters) on {policy.device}, {flags.data}: {len(problems)} problems"
-        + (f", {len(left_out)} left out (prompt too long)" if left_out else ""))
-    say("flags: " + " ".join(f"{k}={v}" for k, v in asdict(flags).items()))
-    say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
-    if flags.correction == "guided" and flags.guided_probs[0] == 0:
-        say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
-            "learned; give the first of --guided-probs more than 0")
-
-
-def timings(clock: Clock, responses: list[Response], corrected: list[Response], policy: engine.Policy) -> dict:
-    """Seconds by phase, sampled tokens per second of sampling and correcting, and peak memory so far."""
-    seconds = {f"seconds_{k}": clock.seconds[k] for k in ("sample", "grade", "correct", "update")}
-    sampled = sum(not x for r in responses for x in r.injected)
-    for r, c in zip(responses, corrected):
-        if c.correction == "reflect":               # what the policy added behind the tokens that were kept
-            sampled += sum(not x for x in c.injected) - (len(r.ids) - r.finished)
-    return dict(tokens_per_second=sampled / (clock.seconds["sample"] + clock.seconds["correct"]), **seconds,
-                peak_memory_gib=engine.peak_memory(policy.device))
-
-
-def save(trainer: engine.Trainer, flags: Flags, step: int, bad_steps: int) -> Path:
-    """A checkpoint that knows how long each log was when it was written."""
-    out = Path(flags.out)
-    logs = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-    return engine.save_checkpoint(trainer, out / "checkpoints", step, dict(logs=logs, bad_steps=bad_steps),
-                                  keep(flags, bad_steps))
-
-
-def keep(flags: Flags, bad_steps: int) -> int:
-    """How many checkpoints stay: after a bad step also the last good one."""
-    return flags.keep + (bad_steps > 0)
-
-
-def last_good(flags: Flags) -> str:
-    """The newest checkpoint that a good update preceded, for the message of a run that stops."""
-    found = engine.newest_checkpoint(Path(flags.out) / "checkpoints", lambda manifest: not manifest["bad_steps"])
-    return str(found[0]) if found else "none was saved yet"
-
-
-@contextmanager
-def sampling(flags: Flags) -> Iterator[None]:
-    """Around sampling, which refuses logits that are not finite and may lack memory: names the checkpoint left."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{error}; the newest checkpoint: {last_good(flags)}") from error
-
-
-def conclude(flags: Flags) -> None:
-    """Print held-out accuracy before and after, mixed groups before and after correction, and where everything is."""
-    out = Path(flags.out)
-    evals = [json.loads(row) for row in (out / "evals.jsonl").read_text().splitlines()]
-    lines = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
-    for task in flags.eval_tasks:
-        accuracy = {e["step"]: e["accuracy"] for e in evals if e["task"] == task}
-        say(f"held-out {task}: accuracy {accuracy[0]:.3f} before, {accuracy[flags.steps]:.3f} after training")
-    if not flags.sft:
-        for name, part in (("first", lines[:10]), ("last", lines[-10:])):
-            say(f"{name} {len(part)} steps: mixed groups {mean(m['mixed_groups'] for m in part):.2f} as sampled, "
-                f"{mean(m['mixed_groups_corrected'] for m in part):.2f} after correction; sampled accuracy "
-                f"{mean(m['accuracy'] for m in part):.3f}")
-    say(f"the model is in {out / 'final'}, the curves in {out / 'metrics.jsonl'}; draw them: python eval.py plot {out} "
-        f"--out {out}")
+    tasks = {task: data.load(task, flags.mirror or None)[:flags.eval_limit or None] for task in flags.eval_tasks}
+    with Run(flags, policy, problems, left_out) as run:
+        trainer = Trainer(policy, flags.micro_batch_tokens, temperature=1.0 if flags.sft else flags.temperature,
+                          entropy_grad=flags.eda_grad, betas=tuple(flags.betas), weight_decay=flags.weight_decay,
+                          offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing,
+                          keep_reference=flags.kl > 0)
+        for step in run.steps(trainer, partial(evaluation.while_training, policy, tasks, flags), SHOWN):
+            batch = batch_of_problems(problems, flags, step)                                           # Q problems
+            responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)      # Q x G
+            grade(policy, responses)
+            corrected = correct_errors(policy, responses, flags, step)      # GEC: wrong ones edited, some continued
+            grade(policy, corrected)
+            A = group_advantages(rewards(corrected, flags))                                            # (Q, G)
+            A_hat, P = A, None
+            if flags.eda:
+                P = response_entropy(trainer, corrected, flags.group_size).requires_grad_(flags.eda_grad)   # Eq. 3
+                A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None)                       # Eq. 6-7
+            stats = update(trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps))
+            run.log(step, stats | measure(responses, corrected, A, A_hat, flags),
+                    readable(responses, corrected, A, A_hat))
+    if run.code == 0:
+        conclude(flags)
+    return run.code
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with engine.one_error():
-            code = train(parse_flags(sys.argv[1:] if argv is None else argv))
-            engine.stop_processes()
-            return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                                         # `| head`; Python would complain again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("error: nobody reads this output any more; go on with --resume", file=sys.stderr)
-        return 2
-    except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
-        print(f"error: {engine.first_line(error)}; make room and go on with --resume, or give another --out",
-              file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not engine.is_out_of_memory(error):
-            raise
-        print(f"error: out of memory ({engine.first_line(error)}): set --micro-batch-tokens or --max-rows lower, add "
-              "--offload-optimizer if it is the GPU's, or take a smaller model", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:                                       # before the first step, with nothing to save yet
-        return 130
+    return exit_code(lambda: train(parse_flags(sys.argv[1:] if argv is None else argv)), "go on with --resume",
+                     "set --micro-batch-tokens or --max-rows lower, add --offload-optimizer if it is the GPU's, or "
+                     "take a smaller model")
 
 
 if __name__ == "__main__":
-    engine.leave(main())
+    leave(main())

@@ -15,7 +15,6 @@ keeps torchrun from reading --n as its own).
 import argparse
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -30,6 +29,12 @@ import data
 import engine
 import reward
 from data import Problem, UserError
+from engine import folder, processes
+from engine.console import exit_code, say
+from engine.flags import wrong_flag
+from engine.folder import append, read_lines, write_json
+from engine.forward import response_logprobs
+from engine.processes import leave, on_main, spread, stream
 
 TASKS = ("aime", "amc", "math", "minerva", "olympiad_bench")     # the paper's 1560 problems; gsm8k is there on request
 CONTEXT = 4096                                                   # prompt and response together
@@ -117,17 +122,16 @@ def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft
 
 def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limits: Limits,
             entropy: bool = False) -> list[Record]:
-    """Sample and grade each draft, in order; with `entropy` also score its tokens."""
-    def work(mine: list[Draft]) -> list[Record]:
-        ids = sample(policy, mine, temperature, limits) if mine else []
-        texts = [policy.decode(row) for row, _ in ids]
-        scores = reward.score_all(texts, [list(d.problem.answers) for d in mine]) if mine else []
-        records = [Record(*d.key(temperature), text, row, finished, *scored, reward.final_answer(text))
-                   for d, text, (row, finished), scored in zip(mine, texts, ids, scores)]
-        if entropy:
-            add_entropy(policy, mine, records, temperature)
-        return records
-    return engine.spread(drafts, work)
+    """Sample and grade each draft, in order; with `entropy` also score its tokens. Spread over the processes."""
+    rows = sample(policy, drafts, temperature, limits)
+    texts = [policy.decode(ids) for ids, _ in rows]
+    scores = spread(list(zip(texts, drafts)), lambda mine: reward.score_all(
+        [text for text, _ in mine], [list(d.problem.answers) for _, d in mine]))
+    records = [Record(*d.key(temperature), text, ids, finished, *scored, reward.final_answer(text))
+               for d, text, (ids, finished), scored in zip(drafts, texts, rows, scores)]
+    if entropy:
+        add_entropy(policy, drafts, records, temperature)
+    return records
 
 
 def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
@@ -137,23 +141,34 @@ def sample(policy: engine.Policy, drafts: list[Draft], temperature: float,
     prompts = [d.prompt + d.start for d in drafts]
     most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]
     most = [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)]
-    seeds = [engine.stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts]
-
-    def run(_):
-        return policy.sampler.sample(prompts, 1, most, temperature, seeds, limits.top_p)
-    samples = engine.halve_rows_on_oom(policy, run, drafts)
-    return [((d.start + s.ids)[:max(0, longest - len(d.prompt))], s.finished) for d, [s] in zip(drafts, samples)]
+    seeds = [stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts]
+    samples = policy.sample(prompts, most, seeds, temperature, limits.top_p)
+    return [((d.start + s.ids)[:max(0, longest - len(d.prompt))], s.finished) for d, s in zip(drafts, samples)]
 
 
 def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float) -> None:
     """Token entropies under softmax(z / T), T the sampling temperature, and their mean P_i (Eq. 3)."""
     policy.sampler.release()                                        # its cache holds most of a GPU's memory
-    scored = engine.response_logprobs(policy.model, [d.prompt for d in drafts], [r.ids for r in records], temperature,
-                                      policy.vocab_size, budget=8192)
+    rows = [(d.prompt, r.ids) for d, r in zip(drafts, records)]
+    scored = spread(rows, lambda mine: response_logprobs(policy.model, [p for p, _ in mine], [ids for _, ids in mine],
+                                                         temperature, policy.vocab_size, budget=8192))
     for r, (_, entropies) in zip(records, scored):
         if r.ids:
             r.entropy = entropies.double().mean().item()
             r.entropies = [round(h, 4) for h in entropies.tolist()]
+
+
+def while_training(policy: engine.Policy, tasks: dict[str, list[Problem]], flags, step: int) -> None:
+    """Held-out accuracy after `step` steps, printed and appended to evals.jsonl of the run."""
+    for task, problems in tasks.items():
+        s = summarize(evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
+                               max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed))
+        append(Path(flags.out) / "evals.jsonl", [dict(
+            step=step, task=task, n=flags.eval_n, temperature=flags.eval_temperature,
+            **{k: s[k] for k in ("accuracy", "stderr", "problems", "mean_length", "format", "truncated")})])
+        say(f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} "
+            f"({s['problems']} problems)")
+    policy.sampler.release()            # its cache took most of the free memory, which the update needs
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -333,19 +348,6 @@ def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Reco
 
 # --- The folder of results -------------------------------------------------------------------------------------------
 
-def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The JSON objects of a JSONL file (none if there is no file), and the length in bytes of its whole lines: a last
-    line that an interruption cut off is left out. UserError for a broken line before it."""
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    rows = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: not valid JSON; delete that line, or take another folder") from None
-    return rows, len(whole) + bool(whole)
-
-
 def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
     """The finished records of the folder by key; UserError if they were made with other settings."""
     out.mkdir(parents=True, exist_ok=True)
@@ -359,7 +361,7 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
         records = [Record(**row) for row in rows]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"--out {out}: holds files that eval.py did not write; give another --out") from None
-    write(file, settings)
+    write_json(file, settings)
     with open(lines, "ab") as f:
         f.truncate(whole)
     return {r.key(): r for r in records}
@@ -376,26 +378,6 @@ def check_settings(out: Path, before: dict, now: dict) -> None:
                         "delete the folder")
 
 
-def write(path: Path, content: dict) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def append(path: Path, records: list[Record]) -> None:
-    engine.append(path, map(asdict, records))
-
-
-def on_main(work: Callable[[], object]):
-    """`work()` on the process that prints and writes; every process gets its result."""
-    return engine.gather(work() if engine.is_main() else None)[0]
-
-
-def say(text: str = "") -> None:
-    if engine.is_main():
-        print(text, flush=True)
-
-
 def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: argparse.Namespace, stored: dict,
              name: str) -> list[Record]:
     """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
@@ -408,7 +390,7 @@ def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, fla
         batch = todo[first:first + flags.batch]
         records = respond(policy, batch, temperature, limits, flags.entropy and not batch[0].phrase)
         stored.update((r.key(), r) for r in records)
-        on_main(lambda: append(Path(flags.out) / "responses.jsonl", records))
+        append(Path(flags.out) / "responses.jsonl", map(asdict, records))
         done = min(first + flags.batch, len(todo))
         left = (time.perf_counter() - started) / done * (len(todo) - done)
         say(f"{name}: {len(drafts) - len(todo) + done}/{len(drafts)} responses, "
@@ -429,7 +411,7 @@ def run(flags: argparse.Namespace) -> None:
     settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
                     seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
                     entropy=flags.entropy, tasks={name: digest(map(asdict, task)) for name, task in tasks.items()})
-    lock = engine.claim(Path(flags.out)) if engine.is_main() else None
+    lock = folder.claim(Path(flags.out)) if processes.is_main() else None
     stored = on_main(lambda: open_results(Path(flags.out), settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
@@ -440,7 +422,7 @@ def run(flags: argparse.Namespace) -> None:
         forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
         results[f"{T:g}"] = on_main(lambda: report(policy, records, forced, removed, flags, T))
     summary = dict(model=flags.model, seed=flags.seed, n=flags.n, limit=flags.limit, settings=settings, results=results)
-    on_main(lambda: write(Path(flags.out) / "summary.json", summary))
+    on_main(lambda: write_json(Path(flags.out) / "summary.json", summary))
     if lock:
         lock.close()
 
@@ -876,7 +858,7 @@ def ranged(kind: type, low: float, high: float = math.inf) -> Callable:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = engine.wrong_flag
+    parser.error = wrong_flag
     add, natural = parser.add_argument, ranged(int, 1)
     add("--model", required=True, help="`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
     add("--tasks", nargs="+", default=list(TASKS), help="sets, tiny:STEPS[:SPLIT], JSON/JSONL files [the paper's five]")
@@ -913,7 +895,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
 
 def parse_runs(command: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"eval.py {command}", allow_abbrev=False)
-    parser.error = engine.wrong_flag
+    parser.error = wrong_flag
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of edge_grpo.py, or of results of eval.py")
     if command == "plot":
         parser.add_argument("--out", default="figures", help="folder of the PNGs [figures]")
@@ -923,37 +905,20 @@ def parse_runs(command: str, argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        with engine.one_error():
-            if argv[:1] == ["compare"]:
-                print(comparison(read_runs(parse_runs("compare", argv[1:]).runs)))
-            elif argv[:1] == ["plot"]:
-                flags = parse_runs("plot", argv[1:])
-                print(*draw(read_runs(flags.runs), Path(flags.out), flags.window), sep="\n")
-            else:
-                run(parse_flags(argv))
-                engine.stop_processes()
-            return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                     # `| head` has read enough; Python would complain again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if argv[:1] in (["compare"], ["plot"]) else 141        # an evaluation it ended is not complete
-    except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}; choose another path, or make room and give the "
-              "same command again", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not engine.is_out_of_memory(error):
-            raise
-        print(f"error: out of memory ({engine.first_line(error)}): set --max-rows or --batch lower; the same command "
-              "goes on where it was", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+
+    def work() -> int:
+        if argv[:1] == ["compare"]:
+            print(comparison(read_runs(parse_runs("compare", argv[1:]).runs)))
+        elif argv[:1] == ["plot"]:
+            flags = parse_runs("plot", argv[1:])
+            print(*draw(read_runs(flags.runs), Path(flags.out), flags.window), sep="\n")
+        else:
+            run(parse_flags(argv))
+        return 0
+    only_reads = argv[:1] in (["compare"], ["plot"])
+    return exit_code(work, "the same command goes on where it was", "set --max-rows or --batch lower; the same command "
+                     "goes on where it was", if_unread=0 if only_reads else 141)    # it ended an evaluation
 
 
 if __name__ == "__main__":
-    engine.leave(main())
+    leave(main())

@@ -1,0 +1,15 @@
+"""What training needs and no paper describes. A reader of the method can skip this folder.
+
+processes.py    one process or several under torchrun: who am I, give everyone everything
+models.py       weights, tokenizer, prompts and end tokens of a model: the Policy
+forward.py      the training forward: packed micro-batches -> log-probabilities and entropies
+trainer.py      gradients and AdamW on fp32 master weights, sharded (FSDP2) or offloaded
+checkpoints.py  written whole or not at all, checked by sha256
+memory.py       what a run will need, and what to do when it is not there
+run.py          a run's folder and its life: resume, log, save, stop
+console.py      what is printed, and how an error becomes one sentence
+flags.py        a dataclass of flags as a command line
+"""
+from engine.models import Policy, load_policy
+
+__all__ = ["Policy", "load_policy"]

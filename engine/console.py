@@ -1,0 +1,125 @@
+"""What a program prints, how it is asked to stop, and how whatever goes wrong becomes one sentence and an exit code."""
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from data import UserError
+from engine.processes import is_main, one_error, world_size
+
+
+def say(line: str = "") -> None:
+    """Print a line, on the one process that prints."""
+    if is_main():
+        tqdm.write(line)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: enough to say what was wrong inside one sentence."""
+    if "trust_remote_code" in str(error):
+        return "it brings its own code, which runs only with --trust-remote-code"
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left: on the GPU, on the CPU, or there to pin for a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(
+        "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
+
+
+def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
+    """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr instead.
+
+    go_on: what to do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the
+    output (`| head`).
+    """
+    try:
+        with one_error():
+            return work()
+    except UserError as error:
+        sentence = str(error)
+    except BrokenPipeError:                                         # Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if if_unread != 2:
+            return if_unread
+        sentence = f"nobody reads this output any more; {go_on}"
+    except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
+        sentence = f"{first_line(error)}; make room and {go_on}, or give another --out"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sentence = f"out of memory ({first_line(error)}): {less_memory}"
+    except KeyboardInterrupt:                                       # where there is nothing to finish or to save
+        print(f"stopped; {go_on}", file=sys.stderr)
+        return 130
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+class Stop:
+    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
+
+    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one
+    means nothing; and it ends the processes itself, after --shutdown-timeout seconds.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        if self.signal:
+            return
+        self.signal, note = number, b"\nfinishing the step, then saving"
+        if world_size() == 1:
+            note += b"; once more to stop at once"
+            for n in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(n, signal.SIG_DFL)
+        if is_main():
+            os.write(2, note + b"\n")                               # print may be interrupted in a print
+
+
+SECONDS = Counter()                                                 # by phase, since a step began
+
+
+def timed(phase: str) -> Callable:
+    """A decorator: the seconds that the function takes, the GPU's work included, are added to those of its phase."""
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def run(*arguments, **more):
+            started = time.perf_counter()
+            result = function(*arguments, **more)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            SECONDS[phase] += time.perf_counter() - started
+            return result
+        return run
+    return decorate
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left."""
+
+    def __init__(self, steps: int, done: int, shown: dict[str, str]):
+        """shown: the name on the screen of each metric that is to be seen."""
+        self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
+        self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()), unit="step")
+
+    def show(self, line: dict) -> None:
+        text = ", ".join(f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None)
+        text += f", {line['tokens_per_second']:.0f} tok/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        step = line["step"]
+        if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
+            pace = (time.perf_counter() - self.started) / (step - self.first)
+            say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")

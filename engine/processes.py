@@ -1,0 +1,121 @@
+"""One process, or several under torchrun.
+
+One process, no launcher, is the plain path: then `spread` is a plain call and nothing is ever gathered. Under torchrun
+every process runs the same program on the same list of rows; `spread` lets each work on its share and gives all of
+them everything.
+"""
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from data import UserError
+
+
+def start_processes(device: str) -> torch.device:
+    """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
+    kind = device.split(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
+                        "take --device cpu, or install a CUDA build of torch")
+    if device.startswith("cuda:") and several:
+        raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind == "cuda":
+        if torch.device(device).index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs; start as many "
+                            "processes (--nproc-per-node) as there are GPUs")
+        torch.cuda.set_device(device)
+    if several and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))         # a checkpoint on a slow disk takes its time
+    return torch.device(device)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. One of several ends without tearing Python down: a thread of gloo may still hold a tensor then,
+    and the process aborts after all is done (seen in two of many launches; pytorch/pytorch#179291)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Let only the first process that fails tell its error; the others fail after it, often because of it, silently.
+
+    (torchrun then ends them.) Every process sees torchrun's own store, even before it has joined the group. The group
+    is left only after success: with NCCL leaving waits for the others, who may be waiting for us.
+    """
+    try:
+        yield
+    except BaseException:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                  timeout=timedelta(seconds=10))
+            if store.add("processes that failed", 1) > 1:
+                raise SystemExit(1) from None
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def gather(value: object) -> list:
+    """Every process's `value`, by rank. (A collective: every process must call it.)"""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(work: Callable[[], object]):
+    """`work()` on the one process that prints and writes; every process gets its result. (A collective.)"""
+    return gather(work() if is_main() else None)[0]
+
+
+def spread(items: list, work: Callable[[list], list]) -> list:
+    """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order.
+
+    `work` takes a list and returns a list of the same length; it must cope with an empty one.
+    """
+    if world_size() == 1:
+        return work(items)
+    results = [None] * len(items)
+    for r, part in enumerate(gather(work(items[rank()::world_size()]))):
+        results[r::world_size()] = part
+    return results
+
+
+def stream(*key) -> int:
+    """A 63-bit number that depends on `key` alone, for random choices that are the same in any order and on any number
+    of processes."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

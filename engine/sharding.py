@@ -1,0 +1,63 @@
+"""A model cut over several processes (FSDP2), beside the whole replica that samples. One process needs none of this."""
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from engine.forward import Scorer
+from engine.processes import rank, world_size
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in
+    the model's own dtype and adds up gradients in fp32.
+
+    Layer by layer: beside the model and its own shards, a process never holds more than one whole fp32 layer, or the
+    embedding and output layer (7B: 4.4 GB; a whole fp32 copy would be 30).
+    """
+    param = next(model.parameters())
+    mesh = init_device_mesh(param.device.type, (world_size(),))     # FSDP2's own choice is a GPU whenever there is one
+    precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
+    empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
+    scorer = Scorer(copy.deepcopy(model, empty))                    # the same modules, no weights yet
+    originals = dict(zip(scorer.parameters(), model.parameters()))
+    layers = [m for m in scorer.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    del empty                                                       # or it would keep every layer whole
+    for module in [*layers, scorer]:
+        for p in list(module.parameters()):
+            if p in originals:
+                p.data = originals.pop(p).detach().float()
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    return scorer
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor is its own shard."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a tensor that every process has whole, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    rows = -(-len(tensor) // world_size())
+    return tensor[rank() * rows:(rank() + 1) * rows]
+
+
+def whole(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `share` (a collective)."""
+    if not isinstance(like, DTensor):
+        return tensor
+    sharded = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return sharded.full_tensor()
+
+
+@torch.no_grad()
+def refresh(replica: nn.Module, params: dict[str, Tensor]) -> None:
+    """Copy sharded weights into a whole model, in its dtype before they travel (bf16: half the traffic)."""
+    for name, weight in replica.named_parameters():
+        if isinstance(params[name], DTensor):
+            weight.copy_(params[name].to(weight.dtype).full_tensor())

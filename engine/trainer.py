@@ -1,0 +1,208 @@
+"""The update: gradients summed over micro-batches and processes, and AdamW on fp32 master weights."""
+import copy
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data import UserError
+from engine.forward import Scorer, make_batch, micro_batches, response_logprobs
+from engine.models import Policy
+from engine.processes import gather, is_main, rank, spread, world_size
+from engine.sharding import local, refresh, shard, share, whole
+
+
+class Trainer:
+    """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
+
+    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
+    the GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master
+    shards, compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
+    """
+
+    def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+                 offload: bool = False, checkpointing: bool = False, keep_reference: bool = False):
+        """temperature: of every log-probability and entropy; entropy_grad: entropies are differentiable;
+        keep_reference: the model as it is now stays in memory, for the KL penalty."""
+        self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
+        self.temperature, self.entropy_grad = temperature, entropy_grad
+        self.reference = copy.deepcopy(policy.model).requires_grad_(False) if keep_reference else None
+        self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
+        model = self.scorer.model.requires_grad_(True)
+        self.checkpointing = checkpointing
+        if checkpointing:
+            with warnings.catch_warnings():             # renamed in late 5.x; the new name is not in early 5.x
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.params = dict(model.named_parameters())                       # tied weights once
+        self.offload = offload
+        self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
+        # One optimizer per parameter: only one fp32 gradient exists at a time (7B: 2 GB instead of 30).
+        self.adam = {name: torch.optim.AdamW([m], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+                     for name, m in self.masters.items()}
+        self.host_grads, self.last_backward = {}, False
+        if self.offload:
+            self._copy_gradients_during_backward()
+
+    def _master(self, weight: Tensor) -> Tensor:
+        """fp32 master of a weight: the weight itself where it is fp32 already and stays where it is."""
+        if weight.dtype == torch.float32 and not self.offload:
+            return weight.detach()
+        return weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
+
+    def _copy_gradients_during_backward(self) -> None:
+        """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
+        cuda = self.policy.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if cuda else None
+        sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
+        # One block, because each is rounded up to a power of two (7B: 16 GiB instead of 27).
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
+        for (name, p), part in zip(self.params.items(), block.split(sizes)):
+            self.host_grads[name] = part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
+
+            def copy_out(p, name=name):
+                if self.last_backward:
+                    if self.stream is not None:
+                        self.stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(self.stream):
+                        self.host_grads[name].copy_(local(p.grad), non_blocking=True)
+            p.register_post_accumulate_grad_hook(copy_out)
+
+    def score(self, prompts: list[list[int]], responses: list[list[int]],
+              reference: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """(logp (T_i,), entropy (T_i,)) of each row under the policy or the reference model; no gradient."""
+        model = self.reference if reference else self.policy.model
+        return spread(list(zip(prompts, responses)), lambda mine: response_logprobs(
+            model, [p for p, _ in mine], [r for _, r in mine], self.temperature, self.policy.vocab_size,
+            self.micro_batch_tokens))
+
+    def forward_backward(self, prompts: list[list[int]], responses: list[list[int]], tokens: list, loss_of: Callable,
+                         retry: bool = True) -> tuple[float, list[Tensor], list[Tensor]]:
+        """Add up the gradient of a step's loss: the sum over micro-batches, on all processes, of
+        loss_of(logp (M,), entropy (M,), tokens), where `tokens` joins those of the rows (see Batch.tokens).
+
+        Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are. If the GPU runs
+        out of memory, once more with half the --micro-batch-tokens (on one process only).
+        """
+        mine = slice(rank(), None, world_size())
+        try:
+            loss, scored = self._accumulate(prompts[mine], responses[mine], tokens[mine] or tokens[:1], loss_of)
+        except torch.cuda.OutOfMemoryError as error:
+            self.skip()
+            self.policy.sampler.release()
+            if self.sharded or not retry:
+                raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
+                                f"{self.micro_batch_tokens}, --max-new-tokens or --group-size lower, or add "
+                                "--offload-optimizer") from error
+        else:
+            logp, entropy = zip(*spread(responses, lambda _: scored))
+            return sum(gather(loss)), list(logp), list(entropy)
+        torch.cuda.empty_cache()                        # outside of `except`, whose traceback keeps tensors alive
+        self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
+        print(f"out of GPU memory in the update: going on with --micro-batch-tokens {self.micro_batch_tokens}",
+              file=sys.stderr)
+        return self.forward_backward(prompts, responses, tokens, loss_of, retry=False)
+
+    def _accumulate(self, prompts: list, responses: list, tokens: list, loss_of: Callable) -> tuple[float, list]:
+        """The gradient of this process's rows; returns their loss, and of each (logp, entropy). Every process makes as
+        many passes, since a sharded forward is a collective: one with fewer gets empty batches, whose loss is 0."""
+        batches = micro_batches(prompts, responses, self.micro_batch_tokens, self.policy.device, self.scorer.packed)
+        total, scored = 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
+        count = max(gather(max(len(batches), 1)))
+        empty = make_batch([0], [[0]], [[0]], self.policy.device)
+        empty.index = []
+        self.scorer.train(self.checkpointing)           # transformers recomputes only in training mode (dropout is off)
+        for k in range(count):
+            batch = batches[k] if k < len(batches) else empty
+            self.last_backward = k == count - 1
+            logp, entropy = self.scorer(batch, self.temperature, self.policy.vocab_size, self.entropy_grad)  # (M,) each
+            loss = loss_of(logp, entropy, batch.tokens(tokens))
+            (loss * world_size()).backward()            # FSDP2 averages over processes, the step's loss is a sum
+            total += loss.item()
+            for i, row in zip(batch.index, batch.by_row(logp, entropy)):
+                scored[i] = row
+        self.scorer.eval()
+        return total, scored
+
+    def skip(self) -> float:
+        """Drop the gradients of a step; returns NaN for its norm."""
+        for p in self.params.values():
+            p.grad = None
+        return float("nan")
+
+    def step(self, lr: float, clip: float) -> float:
+        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped); returns the norm before clipping.
+
+        A non-finite norm leaves the weights as they are. Gradients are freed.
+        """
+        norm = self.gradient_norm()
+        if math.isfinite(norm):
+            self._apply(lr, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
+            refresh(self.policy.model, self.params)
+        self.skip()
+        return norm
+
+    def gradient_norm(self) -> float:
+        """L2 norm of the whole gradient, over all processes; read back to the host."""
+        grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.policy.device)
+        if self.sharded:
+            dist.all_reduce(square)
+        return square.sqrt().item()
+
+    @torch.no_grad()
+    def _apply(self, lr: float, scale: float) -> None:
+        if self.offload and self.stream is not None:
+            self.stream.synchronize()
+        for name, p in self.params.items():
+            if p.grad is None:
+                continue
+            weight, master, adam = local(p), self.masters[name], self.adam[name]
+            gradient = self.host_grads[name] if self.offload else local(p.grad)
+            master.grad = gradient.to(master.dtype).mul_(scale) if master.dtype != gradient.dtype else gradient * scale
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+            master.grad = None
+            if self.offload:            # back by the same pinned memory, rounded first: half the traffic
+                weight.copy_(gradient.copy_(master), non_blocking=True)
+            elif master.data_ptr() != weight.data_ptr():
+                weight.copy_(master)
+        if self.offload and self.stream is not None:
+            torch.cuda.current_stream().synchronize()
+
+    def state(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
+        for name, p in self.params.items():
+            moments = self.adam[name].state.get(self.masters[name], {})
+            parts = {"exp_avg": moments.get("exp_avg"), "exp_avg_sq": moments.get("exp_avg_sq")}
+            if self.sharded or self.masters[name].data_ptr() != local(p).data_ptr():
+                parts["master"] = self.masters[name]
+            for part, tensor in parts.items():
+                if tensor is not None:
+                    gathered = whole(tensor.detach(), p)
+                    yield f"{part}.{name}", gathered.cpu() if is_main() else None
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str], Tensor | None], adam_steps: int) -> None:
+        """Inverse of `state`: `read(name)` gives a whole tensor, or None if there is none of that name."""
+        for name, p in self.params.items():
+            master, adam = self.masters[name], self.adam[name]
+            saved = read(f"master.{name}")
+            if saved is None:
+                saved = read(name)
+            master.copy_(share(saved, p))
+            if adam_steps:
+                adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)}
+                for part in ("exp_avg", "exp_avg_sq"):
+                    moment = torch.zeros_like(master)
+                    moment.copy_(share(read(f"{part}.{name}"), p))
+                    adam.state[master][part] = moment
+            local(p).copy_(master)
+        refresh(self.policy.model, self.params)
+
