@@ -57,10 +57,10 @@ FILES = {
 }
 
 
-def fetch(name: str, mirror: str | None = None, cache: Path | None = None) -> Path:
+def fetch(name: str, mirror: str | None = None) -> Path:
     """The cached file of a set, downloaded first if it is absent or damaged. Raises UserError if no address has it."""
-    file, cache = FILES[name], cache or CACHE
-    target = cache / f"{name}{Path(file.paths[0]).suffix}"
+    file = FILES[name]
+    target = CACHE / f"{name}{Path(file.paths[0]).suffix}"
     try:
         if hashlib.sha256(target.read_bytes()).hexdigest() == file.sha256:
             return target
@@ -70,10 +70,18 @@ def fetch(name: str, mirror: str | None = None, cache: Path | None = None) -> Pa
         raise UserError(f"the cached {target} cannot be read: {error.strerror}; remove it and run again") from None
     failures = []
     for path in file.paths:
+        address = str(Path(mirror).expanduser() / path) if mirror and "://" not in mirror \
+            else f"{(mirror or BASE).rstrip('/')}/{urllib.parse.quote(path)}"
         try:
-            content = _read(path, file, mirror)
+            content = _read(address, file)
+        except urllib.error.HTTPError as error:
+            failures.append(f"{address}: the server answered {error.code} {error.reason}")
+        except urllib.error.URLError as error:
+            failures.append(f"{address}: no connection ({error.reason})")
+        except FileNotFoundError:
+            failures.append(f"{address}: there is no such file")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            failures.append(f"{_address(path, mirror)}: {_reason(error)}")
+            failures.append(f"{address}: {getattr(error, 'strerror', None) or error or type(error).__name__}")
         else:
             _write(target, content)
             return target
@@ -81,20 +89,11 @@ def fetch(name: str, mirror: str | None = None, cache: Path | None = None) -> Pa
                     "kept), or name a folder or address that holds the files with --mirror")
 
 
-def _address(path: str, mirror: str | None) -> str:
-    """A URL, or the path of a file if the mirror is a folder."""
-    if mirror and "://" not in mirror:
-        return str(Path(mirror).expanduser() / path)
-    return (mirror or BASE).rstrip("/") + "/" + urllib.parse.quote(path)
-
-
-def _read(path: str, file: PinnedFile, mirror: str | None) -> bytes:
+def _read(address: str, file: PinnedFile) -> bytes:
     """The whole file, checked. Raises OSError, HTTPException or ValueError: what went wrong with this address."""
-    address = _address(path, mirror)
     stream = urllib.request.urlopen(address, timeout=TIMEOUT) if "://" in address else open(address, "rb")
-    content = bytearray()
-    bar = tqdm(total=file.size, desc=Path(path).name, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with stream, bar:
+    name, on_terminal, content = Path(address).name, sys.stderr.isatty(), bytearray()
+    with stream, tqdm(total=file.size, desc=name, unit="B", unit_scale=True, disable=not on_terminal) as bar:
         while len(content) <= file.size and (chunk := stream.read(1 << 16)):       # an endless body is cut off
             content += chunk
             bar.update(len(chunk))
@@ -104,19 +103,9 @@ def _read(path: str, file: PinnedFile, mirror: str | None) -> bytes:
     if digest != file.sha256:
         raise ValueError(f"the checksum does not match (sha256 {digest[:9]}, not {file.sha256[:9]}), so the file "
                          "there has changed")
-    if not sys.stderr.isatty():
-        print(f"fetched {Path(path).name} ({file.size / 1e3:,.0f} kB) from {address}", file=sys.stderr)
+    if not on_terminal:
+        print(f"fetched {name} ({file.size / 1e3:,.0f} kB) from {address}", file=sys.stderr)
     return bytes(content)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server answered {error.code} {error.reason}"
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, urllib.error.URLError):
-        return f"no connection ({error.reason})"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _write(target: Path, content: bytes) -> None:
