@@ -2,16 +2,19 @@
 
     from data import load
     load("deepscaler-hard-1k")        # the paper's training set; fetched once into data/cache/ (data/download.py)
+    load("gsm8k-train:2:validation")  # of those of at most 2 solution lines, the tenth that is held out by hash
     load("my_problems.jsonl")         # rows {"problem" or "question", "answer", optionally "solution"}
     load("tiny:5-8:test")             # synthetic, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it. A row that cannot be a problem stops the loading with its file and row
-number; no row is ever skipped.
+Text is kept byte for byte as the file gives it, but for the solutions of GSM8K. A row that cannot be a problem stops the
+loading with its file and row number; no row is ever skipped.
 """
+import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -30,7 +33,9 @@ class Problem:
 def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
     """The problems of a named set, of a tiny set `tiny:STEPS[:SPLIT[:STYLE]]`, or of a JSON/JSONL file.
 
-    `mirror` is a folder or base address that holds the downloads as OWNER/REPO/COMMIT/PATH. Raises UserError.
+    gsm8k-train[:LINES[:SPLIT]] keeps the problems whose solution has at most LINES lines, and of them all, or those of
+    a SPLIT: train or validation, a tenth by the hash of the question. `mirror` is a folder or base address that holds
+    the downloads as OWNER/REPO/COMMIT/PATH. Raises UserError.
     """
     name = str(name_or_path)
     if name.split(":")[0] == "tiny":
@@ -39,11 +44,32 @@ def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
     from data import download
     if name in download.FILES:
         return read(download.fetch(name, mirror), name)
+    if name.startswith("gsm8k-train:"):
+        return _easier(name, read(download.fetch("gsm8k-train", mirror), "gsm8k-train"))
     path = Path(name)
     if not path.exists():
         raise UserError(f"{name!r} is neither a file nor a known set; the sets are {', '.join(download.FILES)} "
                         "and tiny:STEPS, such as tiny:5-8")
     return read(path, name)
+
+
+def is_test_set(name: str) -> bool:
+    """Whether problems of this name are for testing, so that nobody should train on them."""
+    from data import download
+    return (name in download.FILES and name not in ("deepscaler-hard-1k", "gsm8k-train")) or (
+        name.startswith("tiny:") and "test" in name.split(":"))
+
+
+def _easier(name: str, problems: list[Problem]) -> list[Problem]:
+    match = re.fullmatch(r"gsm8k-train:(\d+)(?::(train|validation))?", name)
+    if not match:
+        raise UserError(f"{name!r} is no such part: it is gsm8k-train:LINES[:SPLIT], with SPLIT train or validation")
+    kept = [p for p in problems if p.solution.count("\n") <= int(match[1])]          # the answer's line not counted
+    held_out = [hashlib.sha256(p.question.encode()).digest()[0] % 10 == 0 for p in kept]
+    kept = [p for p, out in zip(kept, held_out) if match[2] is None or out == (match[2] == "validation")]
+    if not kept:
+        raise UserError(f"{name!r} holds no problem: the shortest solutions have 2 lines")
+    return kept
 
 
 def read(path: Path, name: str) -> list[Problem]:
@@ -90,8 +116,9 @@ def _problem(row: object, where: str) -> Problem:
     question = _text(row[field], f"the {field}", where)
     answers, solution = row["answer"], _solution(row.get("solution"), where)
     if solution is None and isinstance(answers, str) and "#### " in answers:      # GSM8K keeps both in one field
-        solution, _, answers = answers.rpartition("#### ")
-        solution, answers = solution.removesuffix("\n"), answers.strip()
+        solution, _, answers = answers.rpartition("#### ")         # with calculator marks <<48/2=24>> and no box
+        solution, answers = re.sub(r"<<[^<>]*>>", "", solution), answers.strip()
+        solution = solution and f"{solution.removesuffix(chr(10))}\nThe answer is \\boxed{{{answers}}}."
     golds = answers if isinstance(answers, list) else [answers]
     if not golds:
         raise UserError(f"{where} has an empty list of answers; give at least one")
@@ -129,7 +156,7 @@ def gold_text(problem: Problem) -> str:
     r"""The first gold as the text inside \boxed{} when the answer is injected: 142.0 -> 142, $\boxed{a}$ -> a."""
     gold = problem.answers[0]
     if isinstance(gold, float) and gold.is_integer():
-        return str(int(gold))
+        return f"{Decimal(repr(gold)):.0f}"                 # the digits as they were written, also above 2^53
     text, inner = None, str(gold).strip()
     while inner != text:
         text, inner = inner, _unwrapped(inner)

@@ -1,6 +1,6 @@
 """The public data sets: pinned addresses, checked by sha256, kept in data/cache/.
 
-    python -m data.download                        # all of them (4.7 MB)
+    python -m data.download                        # all of them (8.9 MB)
     python -m data.download aime gsm8k             # some
     python -m data.download --mirror FOLDER        # from a folder or another base address: OWNER/REPO/COMMIT/PATH
 
@@ -41,6 +41,11 @@ def _rllm(file: str, sha256: str, size: int, rows: int) -> PinnedFile:
     return PinnedFile((f"rllm-org/rllm/{commit}", f"agentica-project/deepscaler/{commit}"), sha256, size, rows)
 
 
+def _gsm8k(split: str, sha256: str, size: int, rows: int) -> PinnedFile:
+    commit = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+    return PinnedFile((f"{commit}/grade_school_math/data/{split}.jsonl",), sha256, size, rows)
+
+
 FILES = {
     "deepscaler-hard-1k": PinnedFile(
         ("ZhangXJ199/EDGE-GRPO/cbe13ca8e21af39f7b4c791bc6226348267dbfb2/train_data/deepscaler_hard-1k.json",),
@@ -51,9 +56,8 @@ FILES = {
     "minerva": _rllm("minerva.json", "ba6147602d8b2f9071ecf578e29aa1100c634bdfa982d4c6745c2bd3077554ba", 269352, 272),
     "olympiad_bench": _rllm(
         "olympiad_bench.json", "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee", 1582347, 675),
-    "gsm8k": PinnedFile(
-        ("openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",),
-        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738, 1319),
+    "gsm8k": _gsm8k("test", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 749738, 1319),
+    "gsm8k-train": _gsm8k("train", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 4166206, 7473),
 }
 
 

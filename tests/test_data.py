@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 UPSTREAM = Path(__file__).parents[2] / "shared" / "upstream"
 upstream = pytest.mark.skipif(not UPSTREAM.exists(), reason="needs the real data files in ../shared/upstream")
 SETS = {"deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675,
-        "gsm8k": 1319}
+        "gsm8k": 1319, "gsm8k-train": 7473}
 
 
 @pytest.fixture
@@ -40,12 +40,16 @@ def write(path: Path, text) -> str:
 def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     problems = load(name, mirror=str(UPSTREAM))
     text = next(UPSTREAM.rglob(Path(download.FILES[name].paths[0]).name)).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line] if name == "gsm8k" else json.loads(text)
+    gsm8k = name.startswith("gsm8k")
+    rows = [json.loads(line) for line in text.split("\n") if line] if gsm8k else json.loads(text)
     assert len(problems) == len(rows) == SETS[name] == download.FILES[name].rows
     assert [p.question for p in problems] == [row.get("problem") or row["question"] for row in rows]
     assert [p.source for p in problems] == [f"{name}:{i}" for i in range(1, len(rows) + 1)]
-    if name == "gsm8k":
-        assert [f"{p.solution}\n#### {p.answers[0]}" for p in problems] == [row["answer"] for row in rows]
+    if gsm8k:
+        for p, row in zip(problems, rows):
+            answer = p.answers[0]
+            solution = p.solution.removesuffix(f"\nThe answer is \\boxed{{{answer}}}.") + f"\n#### {answer}"
+            assert "<<" not in p.solution and solution == re.sub("<<.*?>>", "", row["answer"])
     else:
         answers, solutions = [r["answer"] for r in rows], [r.get("solution") for r in rows]
         assert [p.answers for p in problems] == [tuple(a) if isinstance(a, list) else (a,) for a in answers]
@@ -57,6 +61,39 @@ def test_kinds_of_golds(cache):
     kinds = {name: {type(gold) for p in load(name, str(UPSTREAM)) for gold in p.answers} for name in SETS}
     assert kinds.pop("amc") == {float} and set(map(frozenset, kinds.values())) == {frozenset({str})}
     assert max(len(p.answers) for p in load("minerva", str(UPSTREAM))) == 3
+
+
+@upstream
+def test_the_easier_part_of_gsm8k_and_its_held_out_tenth(cache):
+    """A problem is in one of the two parts whatever the number of lines, and keeps the row number of its file."""
+    everything, two = load("gsm8k-train", str(UPSTREAM)), load("gsm8k-train:2", str(UPSTREAM))
+    assert len(two) == 1960 and set(two) <= set(everything) and load("gsm8k-train:9", str(UPSTREAM)) == everything
+    train, held_out = (load(f"gsm8k-train:2:{split}", str(UPSTREAM)) for split in ("train", "validation"))
+    assert sorted(train + held_out, key=two.index) == two and 150 < len(held_out) < 250
+    assert set(held_out) <= set(load("gsm8k-train:9:validation", str(UPSTREAM)))
+    for name in ("gsm8k-train:", "gsm8k-train:x", "gsm8k-train:2:test", "gsm8k-train:1"):
+        with pytest.raises(UserError, match=name):
+            load(name, str(UPSTREAM))
+
+
+@upstream
+def test_references_of_gsm8k_grade_right(cache):
+    reward = pytest.importorskip("reward")
+    problems = load("gsm8k", str(UPSTREAM)) + load("gsm8k-train", str(UPSTREAM))
+    scores = reward.score_all([p.solution for p in problems], [p.answers for p in problems])
+    assert [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy != 1.0] == []
+
+
+def test_test_sets_are_known_by_their_names():
+    from data import is_test_set
+    assert all(map(is_test_set, ("gsm8k", "math", "aime", "minerva", "tiny:5-8:test", "tiny:1-3:test:terse")))
+    assert not any(map(is_test_set, ("gsm8k-train", "gsm8k-train:2", "deepscaler-hard-1k", "tiny:5-8", "mine.jsonl")))
+
+
+def test_a_large_float_is_injected_as_it_was_written(tmp_path):
+    rows = '{"problem": "N?", "answer": 6.02e23}\n{"problem": "x?", "answer": 142.0}\n{"problem": "y?", "answer": 0.5}'
+    problems = load(write(tmp_path / "d.jsonl", rows))
+    assert [gold_text(p) for p in problems] == ["602" + "0" * 21, "142", "0.5"]
 
 
 @upstream
@@ -113,7 +150,8 @@ def test_answer_field_in_the_style_of_gsm8k(tmp_path):
             {"question": "q", "answer": "is #### 5", "solution": "s"}]
     problems = load(write(tmp_path / "rows.json", json.dumps(rows)))
     found = [(p.solution, p.answers) for p in problems]
-    assert found == [(" so 1\n2 \n", ("1,002",)), (None, ("5",)), ("#### 1", ("2",)), ("s", ("is #### 5",))]
+    assert found == [(" so 1\n2 \n\nThe answer is \\boxed{1,002}.", ("1,002",)), (None, ("5",)),
+                     ("#### 1\nThe answer is \\boxed{2}.", ("2",)), ("s", ("is #### 5",))]
 
 
 @pytest.mark.parametrize("row, says", [
