@@ -54,7 +54,7 @@ METHODS = {                      # the rows of the paper's tables, each a set of
 TINY = dict(                     # what `--profile tiny` overrides of the paper's settings below
     data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
     correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50,
-    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160,
+    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160, save_tokens=True,
 )
 
 
@@ -131,6 +131,7 @@ class Flags:
     eval_n: int = flag(1, "responses per problem in these evaluations", 1)
     eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
     eval_max_new_tokens: int = flag(3000, "tokens per response there, with its prompt at most 4096", 1)
+    save_tokens: bool = flag(False, "samples.jsonl also holds each token with its entropy, for eval.py show --html")
     template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
@@ -586,7 +587,7 @@ def train(flags: Flags) -> int:
                 A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None)                       # Eq. 6-7
             stats = update(trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps))
             metrics = measure(sampled, corrected, A, A_hat, partial(rewards, flags=flags), CORRECTIONS, flags)
-            run.log(step, stats | metrics, readable(responses, corrected, A, A_hat))
+            run.log(step, stats | metrics, readable(policy, responses, corrected, A, A_hat, flags.save_tokens))
     if run.code == 0:
         conclude(flags)
     return run.code

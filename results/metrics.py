@@ -4,6 +4,7 @@
 edge_grpo.Response. Tensors are (Q, G).
 """
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -62,12 +63,21 @@ def measure(sampled: list, trained: list, A: Tensor, A_hat: Tensor, rewards: Cal
     return m | dict.fromkeys(OF_SAMPLES) if flags.sft else m
 
 
-def readable(responses: list, trained: list, A: Tensor, A_hat: Tensor) -> list[dict]:
-    """The rows of samples.jsonl: each rollout as text, before and after correction."""
-    rows = []
-    for r, t, a, a_hat in zip(responses, trained, A.flatten().tolist(), A_hat.flatten().tolist()):
-        row = dict(source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
+def readable(policy, responses: list, trained: list, A: Tensor, A_hat: Tensor, with_tokens: bool) -> list[dict]:
+    """The rows of samples.jsonl: each rollout as text, before and after correction; with_tokens (about 40 bytes a token):
+    what eval.py show --html draws."""
+    rows, G = [], A.shape[1]
+    for i, (r, t, a, a_hat) in enumerate(zip(responses, trained, A.flatten().tolist(), A_hat.flatten().tolist())):
+        row = dict(question_number=i // G + 1, source=r.problem.source, question=r.problem.question,
+                   answers=list(r.problem.answers), response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
         if t is not r:
-            row.update(correction=t.correction, corrected=t.text, accuracy_corrected=t.accuracy)
+            row.update(correction=t.correction, corrected=t.text, accuracy_corrected=t.accuracy,
+                       tokens_corrected=len(t.ids))
+        parts = [(injected, [i for i, _ in group]) for injected, group in groupby(zip(t.ids, t.injected), lambda x: x[1])]
+        row.update(segments=[[policy.decode(ids), injected] for injected, ids in parts])
+        if with_tokens:
+            row.update(token_texts=[policy.decode_raw([i]) for i in t.ids], token_injected=t.injected,
+                       token_entropies=[round(h, 3) for h in t.entropies],
+                       token_logp=[round(p, 3) for p in t.logp.tolist()])
         rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=t.entropy))
     return rows
