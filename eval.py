@@ -183,8 +183,7 @@ def majority(votes: list[tuple[str | None, bool]]) -> float:
     """
     right = sum(correct for answer, correct in votes if answer is not None)
     wrong = Counter()
-    written = Counter(re.sub(r"\s", "", answer) for answer, correct in votes if answer is not None and not correct)
-    for answer, count in written.items():
+    for answer, count in Counter(a for a, correct in votes if a is not None and not correct).items():
         same = (known for known in wrong if reward.grade(f"\\boxed{{{answer}}}", known))
         wrong[next(same, answer)] += count
     ahead = right > 0 and right >= max(wrong.values(), default=0)

@@ -133,7 +133,9 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_samples(n, correct):
     ([("3", True), ("4", False), ("5", False), ("5", False), ("3.0", True)], 1 / 2),   # right ones are one answer
     ([("5", True), ("7", True), ("4", False)], 1),                              # also where the golds are several
     ([("0.5", False), ("1/2", False), ("3", True)], 0),                         # equal wrong ones are one answer
-    ([("1 2", False), ("12", False), ("3", True)], 0),
+    ([("1 2", False), ("12", False), ("3", True)], 1 / 3),                      # blanks tell answers apart
+    ([("1 1/2", False), ("11/2", False), ("5", True)], 1 / 3), ([("1 1/2", False), ("3/2", False), ("5", True)], 0),
+    ([(" 12", False), ("12 ", False), ("3", True)], 0),                         # where the grader says so
     ([(None, False), (None, False), ("3", True)], 1),                           # no box, no vote
     ([("4", False), ("4", False)], 0), ([(None, False)], 0), ([], 0)])
 def test_majority(votes, expected):
