@@ -15,6 +15,8 @@ def command(argv: list[str]) -> str:
     parser.error = engine.wrong_flag
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of edge_grpo.py or of results of eval.py, or "
                         "packed runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'")
+    if argv[0] == "compare":
+        parser.add_argument("--format", choices=["markdown", "csv", "latex"], default="markdown", help="[markdown]")
     if argv[0] == "plot":
         parser.add_argument("--out", default="figures", help="folder of the PNGs [figures]")
         parser.add_argument("--window", type=ranged(int, 0), default=0, help="steps averaged; 0: a 25th of the run [0]")
@@ -22,7 +24,7 @@ def command(argv: list[str]) -> str:
         parser.add_argument("--out", required=True, help="the file of packed runs, NAME.jsonl.xz")
     flags = parser.parse_args(argv[1:])
     if argv[0] == "compare":
-        return compare.comparison(runs.read_runs(flags.runs))
+        return compare.comparison(runs.read_runs(flags.runs), flags.format)
     if argv[0] == "pack":
         runs.pack(Path(flags.out), flags.runs)
         return flags.out

@@ -3,9 +3,13 @@ PROBLEMS = dict(aime=30, amc=83, math=500, minerva=272, olympiad_bench=675)     
 TASKS = tuple(PROBLEMS)
 CONTEXT = 4096                                                                  # tokens of prompt and response together
 
-# The methods in the order of its table, with Okabe and Ito's colours, which the colour-blind can tell apart: a method
-# has the same one in every figure.
-COLOURS = {"sft": "#000000", "grpo": "#0072B2", "force-r": "#009E73", "force-r-eda": "#CC79A7", "edge-grpo": "#D55E00"}
+# Name and colour of each method in all tables and figures, in their order; the two that switch EDA are not the paper's.
+# The colours are Okabe and Ito's, which the colour-blind can tell apart.
+METHODS = {
+    ("sft", None): ("SFT", "#000000"), ("grpo", None): ("GRPO", "#0072B2"), ("grpo", True): ("GRPO + EDA", "#56B4E9"),
+    ("edge-grpo", False): ("GEC only", "#E69F00"), ("force-r", None): ("Force-R", "#009E73"),
+    ("force-r-eda", None): ("Force-R & EDA", "#CC79A7"), ("edge-grpo", None): ("EDGE-GRPO", "#D55E00"),
+}
 
 # Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. Below the table, averages of the withdrawn
 # one: the base models, and `1k-` rows trained on a 1K sample that was not chosen for hardness.

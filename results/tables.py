@@ -1,6 +1,8 @@
 """Tables in Markdown, and what eval.py prints about one model with them."""
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from results.paper import PROBLEMS, PUBLISHED
 
@@ -15,6 +17,11 @@ def group(items: Iterable, key: Callable) -> dict:
     return dict(groups)
 
 
+def short(task: str) -> str:
+    """5-8 for tiny:5-8:test, which the legend names in full; the name of a file without its folders."""
+    return Path(task).stem.removeprefix("tiny:").removesuffix(":test").replace(":validation", " val.")
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table whose columns also line up on a screen: the first to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
@@ -23,6 +30,17 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
     lines = [" | ".join(row) for row in aligned]
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+
+
+def latex(header: list[str], rows: list[list[str]]) -> str:
+    """The same for LaTeX, without packages."""
+    def line(cells: list[str]) -> str:
+        text = " & ".join(re.sub(r"([&%_#$])", r"\\\1", cell) for cell in cells)
+        for sign, command in {"±": r"$\pm$", "×": r"$\times$", "–": "--", "Â": r"$\hat{A}$"}.items():
+            text = text.replace(sign, command)
+        return text + r" \\"
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", line(header), r"\hline",
+                      *map(line, rows), r"\hline", r"\end{tabular}"])
 
 
 def percent(value: float | None, digits: int = 1) -> str:

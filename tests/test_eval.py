@@ -17,7 +17,7 @@ import torch
 import data
 import engine
 import eval as evaluation
-from data import Problem, UserError
+from data import Problem
 from eval import Record
 from results import tables
 from rollout import Sample
