@@ -1,6 +1,8 @@
 """A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
 import argparse
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import field, fields
 from typing import NoReturn
 
@@ -58,3 +60,14 @@ def check_ranges(flags) -> None:
             if (low is not None and v < low) or (high is not None and v > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"{name} {v}: must be {bounds}")
+
+
+def ranged(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
+    """An argparse type: a number of that kind in [low, high]."""
+    def parse(text: str):
+        if not low <= kind(text) <= high:
+            bounds = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return kind(text)
+    parse.__name__ = kind.__name__                   # argparse names it in "invalid int value"
+    return parse

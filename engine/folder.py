@@ -57,6 +57,15 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
     return rows, len(whole) + bool(whole)
 
 
+def read_json(path: Path) -> dict:
+    """The content of a JSON file. UserError for one that is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}:{line}: not valid JSON; leave that folder out, or delete the file") from None
+
+
 def write_json(path: Path, content: dict) -> None:
     """Written beside and renamed: the file is the old one or the new one, never half of one."""
     unfinished = path.with_name(f".{path.name}.unfinished")

@@ -17,8 +17,9 @@ import torch
 import data
 import engine
 import eval as evaluation
-from data import Problem, UserError
+from data import Problem
 from eval import Record
+from results import tables
 from rollout import Sample
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -34,21 +35,21 @@ def script(answers: dict[str, list[str]], max_positions: int = 10_000) -> Simple
     def encode(text):
         return [END if c == "|" else ord(c) for c in text]
 
-    def sample(prompts, n, limits, temperature, seeds, top_p):
-        assert n == 1 and len(prompts) == len(limits) == len(seeds)
+    def sample(prompts, limits, seeds, temperature, top_p):
+        assert len(prompts) == len(limits) == len(seeds)
         found = []
         for prompt, limit, seed in zip(prompts, limits, seeds):
             text = "".join(map(chr, prompt))
             calls.append(SimpleNamespace(prompt=text, limit=limit, seed=seed, temperature=temperature, top_p=top_p))
             k = sum(c.prompt == text for c in calls) - 1
             ids = encode(answers[text][k])[:limit]
-            found.append([Sample(ids, [0.0] * len(ids), ids[-1:] == [END])])
+            found.append(Sample(ids, [0.0] * len(ids), ids[-1:] == [END]))
         return found
 
     return SimpleNamespace(
         prompt_ids=encode, encode=encode, decode=lambda ids: "".join(chr(i) for i in ids if i != END), calls=calls,
         context=lambda: max_positions, model=None, end_ids={END}, end_id=END,
-        sampler=SimpleNamespace(sample=sample, max_rows=None), vocab_size=10**6)
+        sample=sample, vocab_size=10**6)
 
 
 def problem(question: str, *answers, source: str) -> Problem:
@@ -98,7 +99,7 @@ def test_prompt_and_response_fit_the_context_and_the_model(context, positions, e
 def test_every_number_of_the_table_stands_under_its_name():
     rows = [record(a, row=i, ids=[1] * 10 * (i + 1), finished=i > 0, format=float(i != 1))
             for i, a in enumerate((1, 0, 0, 0))]
-    head, _, task, average = evaluation.score_table(evaluation.scores(rows)).splitlines()
+    head, _, task, average = tables.score_table(evaluation.scores(rows)).splitlines()
     for line in (task, average):
         cells = dict(zip(*([cell.strip() for cell in x.split("|")[1:-1]] for x in (head, line))))
         cells.pop("benchmark")
@@ -132,21 +133,14 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_samples(n, correct):
     ([("3", True), ("4", False), ("5", False), ("5", False), ("3.0", True)], 1 / 2),   # right ones are one answer
     ([("5", True), ("7", True), ("4", False)], 1),                              # also where the golds are several
     ([("0.5", False), ("1/2", False), ("3", True)], 0),                         # equal wrong ones are one answer
-    ([("1 2", False), ("12", False), ("3", True)], 0),
+    ([("1 2", False), ("12", False), ("3", True)], 1 / 3),                      # blanks tell answers apart
+    ([("1 1/2", False), ("11/2", False), ("5", True)], 1 / 3), ([("1 1/2", False), ("3/2", False), ("5", True)], 0),
+    ([(" 12", False), ("12 ", False), ("3", True)], 0),                         # where the grader says so
     ([(None, False), (None, False), ("3", True)], 1),                           # no box, no vote
     ([("4", False), ("4", False)], 0), ([(None, False)], 0), ([], 0)])
 def test_majority(votes, expected):
     assert evaluation.majority(votes) == pytest.approx(expected)
     assert evaluation.majority(votes[::-1]) == pytest.approx(expected)
-
-
-def test_published_averages_are_the_micro_averages_of_their_rows():
-    assert len(evaluation.PUBLISHED) == 22
-    for name, row in evaluation.PUBLISHED.items():
-        if len(row) > 1:
-            numbers = [dict(accuracy=row[t], problems=n) for t, n in zip(evaluation.TASKS, (30, 83, 500, 272, 675))]
-            average = evaluation.micro_average(numbers)
-            assert average == pytest.approx(row["average"], abs=0.015), name     # one is 0.013 off in print
 
 
 def test_published_row_stands_beside_ours_and_its_average_only_beside_the_same_problems():
@@ -156,8 +150,8 @@ def test_published_row_stands_beside_ours_and_its_average_only_beside_the_same_p
     whole = {"tasks": {t: numbers(n) for t, n in sizes.items()}, "all": numbers(1560)}
     part = {"tasks": {"math": numbers(100)}, "all": numbers(100)}
     row = evaluation.PUBLISHED["7b-edge-grpo"]
-    assert "53.21" in evaluation.score_table(whole, row, "7b-edge-grpo").splitlines()[-1]
-    table = evaluation.score_table(part, row, "7b-edge-grpo")
+    assert "53.21" in tables.score_table(whole, row, "7b-edge-grpo").splitlines()[-1]
+    table = tables.score_table(part, row, "7b-edge-grpo")
     assert "79.00" in table and "53.21" not in table and "50.00 ± 10.00" in table
 
 
@@ -247,8 +241,13 @@ def test_broken_files_of_results_are_told_in_one_sentence(tmp_path, capsys):
     file.write_text('{"strange": 1}\n' + good)
     assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
     assert file.read_text() == '{"strange": 1}\n' + good, "a refused folder is left as it was"
-    (tmp_path / "settings.json").write_bytes(b"\xff\xfe")
+    file.write_text(good)
+    settings = tmp_path / "settings.json"
+    settings.write_bytes(b"\xff\xfe")
+    assert evaluation.main(command(tmp_path)) == 2 and f"{settings}:1: not valid JSON" in capsys.readouterr().err
+    settings.write_text("[]")
     assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
+    assert file.read_text() == good and settings.read_text() == "[]"
     (tmp_path / "file").write_text("")
     assert evaluation.main(command(tmp_path / "file" / "out")) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -350,7 +349,7 @@ def test_entropy_report_where_a_side_is_missing():
     found = evaluation.entropy_report([record(1, row=1, entropy=0.5), record(1, row=2, entropy=0.1)])
     assert found["within"] is None, "a question with one response has no average of its own to compare with"
     assert found["overall"]["ratio"] is None and found["overall"]["wrong_below"] is None
-    assert "needs at least two responses" in evaluation.entropy_text(found)
+    assert "needs at least two responses" in tables.entropy_text(found)
     assert evaluation.entropy_report([record(0, ids=[])]) == {}
 
 
@@ -413,7 +412,7 @@ def test_reflection_report_on_a_worked_case():
     assert found["mean_fixed"] == 0.5 and found["gain"] == 0.25
     none = evaluation.reflection_report([record(1, response="3")], [])
     assert none["accuracy_reflecting"] is none["mean_fixed"] is None
-    assert "no response is wrong" in evaluation.reflection_text(none)
+    assert "no response is wrong" in tables.reflection_text(none)
 
 
 def test_forced_reflection_continues_the_wrong_responses_only():
@@ -454,249 +453,7 @@ def test_reflect_on_the_command_line(tmp_path, capsys):
     assert "average of the four" in capsys.readouterr().out
 
 
-# --- runs: comparison and figures ------------------------------------------------------------------------------------
-
-FLAGS = dict(model="tiny", seed=0, steps=20, correction="guided", eda=True, lr=1e-4, out="x", eval_n=1)
-
-
-def make_run(folder: Path, method: str, seed: int, final=(0.5,), tasks=("math",), metrics=(), **changed) -> Path:
-    """A run's folder: two evaluations, of which the first is the better one, and the given metrics lines."""
-    correction, eda = evaluation.METHODS[method]
-    folder.mkdir(parents=True)
-    flags = {**FLAGS, "seed": seed, "correction": correction, "eda": eda, "out": str(folder), **changed}
-    (folder / "config.json").write_text(json.dumps(dict(method=method, seed=seed, flags=flags)))
-    evals = [dict(step=step, task=t, accuracy=a, stderr=0.1, problems=p, n=1, temperature=0.1) for step in (10, 20)
-             for t, a, p in zip(tasks, final if step == 20 else (0.99,) * 9, (100, 300))]
-    (folder / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evals))
-    written = "".join(json.dumps(m) + "\n" for m in metrics)
-    (folder / "metrics.jsonl").write_text(written + '{"step": 9')                         # a line is just being written
-    return folder
-
-
-def test_a_task_measured_in_two_ways_has_two_columns_and_no_average(tmp_path):
-    run = make_run(tmp_path / "g", "grpo", 0)
-    for name, n, temperature, accuracy in (("greedy", 1, "0.0", 0.25), ("avg8", 8, "1.0", 0.5)):
-        (run / "eval" / name).mkdir(parents=True)
-        task = dict(accuracy=accuracy, stderr=0.1, problems=100, n=n)
-        (run / "eval" / name / "summary.json").write_text(json.dumps(dict(
-            model="x", seed=0, results={temperature: dict(tasks={"math": task})})))
-    scores = evaluation.final_scores(evaluation.read_run(run))
-    accuracies = {key: s["accuracy"] for key, s in scores.items()}
-    assert accuracies == {"math (n = 8, T = 1)": 0.5, "math (n = 1, T = 0)": 0.25}
-    assert cells(evaluation.comparison(evaluation.read_runs([run])).split("\n\n")[0])["grpo"][1] == "–"
-
-
-def test_training_table_averages_over_steps_then_over_seeds(tmp_path):
-    lines = lambda a, b: [dict(step=1, mixed_groups=a, entropy=None, seconds_sample=1, seconds_update=2),
-                          dict(step=2, mixed_groups=b, entropy=None, seconds_sample=3, seconds_update=4)]
-    paths = [make_run(tmp_path / "a", "grpo", 0, metrics=lines(0.0, 0.5)),
-             make_run(tmp_path / "b", "grpo", 1, metrics=lines(0.25, 0.5))]
-    row = cells(evaluation.training_table(evaluation.read_runs(paths)))["grpo"]
-    assert row[0] == "0.312 ± 0.088" and row[5] == "–" and row[-1] == "10 ± 0"
-
-
-def cells(table: str) -> dict[str, list[str]]:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    return {row[0]: row[1:] for row in rows}
-
-
-def test_comparison_takes_the_last_step_and_averages_over_seeds(tmp_path):
-    both = ("math", "aime")
-    paths = [make_run(tmp_path / "g0", "edge-grpo", 0, (0.5, 0.1), both),
-             make_run(tmp_path / "g1", "edge-grpo", 1, (0.7, 0.3), both),
-             make_run(tmp_path / "v", "grpo", 3, (0.4, 0.2), both)]
-    table = evaluation.comparison(evaluation.read_runs(paths))
-    rows = cells(table)
-    assert rows["method"] == ["n (seeds)", "average", "aime", "math"], "the benchmarks stand in the paper's order"
-    assert list(rows)[2:] == ["grpo", "edge-grpo"], "so do the methods"
-    # 100 problems of math and 300 of aime; a difference of 20 points between two seeds is a standard deviation of 14.14
-    assert rows["edge-grpo"] == ["2 (0, 1)", "30.00 ± 14.14", "20.00 ± 14.14", "60.00 ± 14.14"]
-    assert rows["grpo"] == ["1 (3)", "25.00", "20.00", "40.00"]
-    assert "NOT MEASURED ALIKE" not in table and "99" not in table
-
-
-def test_comparison_prefers_results_of_eval_and_says_what_differs(tmp_path):
-    first = make_run(tmp_path / "a", "grpo", 0, (0.5,))
-    second = make_run(tmp_path / "b", "grpo", 1, (0.5,), steps=40)
-    numbers = dict(problems=500, n=8, accuracy=0.8)
-    (first / "eval").mkdir()
-    (first / "eval" / "summary.json").write_text(json.dumps(dict(model="runs/a/final", seed=0, n=8, results={
-        "0.6": dict(tasks={"math": numbers}, all=numbers), "1": dict(tasks={"math": {**numbers, "accuracy": 0.1}})})))
-    table = evaluation.comparison(evaluation.read_runs([first, second]))
-    assert "grpo steps=20" in table and "80.00" in table and "10.00" not in table
-    assert "NOT MEASURED ALIKE: 100 problems, n = 1, T = 0.1; 500 problems, n = 8, T = 0.6" in table
-    assert f"{second}: last evaluated at step 20 of 40" in table
-    alone = evaluation.read_runs([first / "eval"])
-    assert alone[0].label == "a/final" and "80.00" in evaluation.comparison(alone)
-
-
-def test_the_average_is_over_the_papers_tasks_or_the_common_ones(tmp_path):
-    def average(name: str, *tasks: dict) -> list[str]:
-        paths = []
-        for seed, accuracies in enumerate(tasks):
-            numbers = {task: dict(problems=100, n=1, accuracy=a) for task, a in accuracies.items()}
-            paths.append(tmp_path / f"{name}{seed}")
-            paths[-1].mkdir()
-            (paths[-1] / "summary.json").write_text(json.dumps(dict(model=str(seed), seed=seed, n=1,
-                                                                    results={"1": dict(tasks=numbers)})))
-        return [row[1] for row in cells(evaluation.comparison(evaluation.read_runs(paths))).values()][2:]
-
-    five = dict.fromkeys(evaluation.TASKS, 0.5)
-    assert average("a", {**five, "gsm8k": 1.0}) == ["50.00"], "gsm8k is not in the paper's average"
-    assert average("b", {"math": 0.1, "gsm8k": 0.9}, {"math": 0.2}) == ["10.00", "20.00"]
-    assert average("c", {"math": 0.1}, {"gsm8k": 0.2}) == ["–", "–"]
-
-
-def test_a_task_that_was_not_evaluated_at_the_last_step_is_not_taken_from_an_earlier_one(tmp_path):
-    run = make_run(tmp_path / "a", "grpo", 0, (0.5,))
-    with open(run / "evals.jsonl", "a") as f:
-        f.write(json.dumps(dict(step=10, task="aime", accuracy=0.9, problems=30, n=1, temperature=0.1)) + "\n")
-    assert list(evaluation.final_scores(evaluation.read_run(run))) == ["math"]
-
-
-@pytest.mark.parametrize("name, content", [
-    ("metrics.jsonl", "3\n"), ("metrics.jsonl", '{"step": 1, "mixed_groups": "x"}\n'),
-    ("metrics.jsonl", '{"mixed_groups": 1}\n'), ("config.json", '{"method": "grpo", "seed": 0, "flags": {"lr": 1}}'),
-    ("config.json", "{}"), ("config.json", "[]"), ("config.json", "{"), ("config.json", b"\xff"),
-    ("evals.jsonl", '{"task": "math"}\n'), ("evals.jsonl", "3\n"), ("summary.json", "{}"), ("summary.json", "[]"),
-    ("summary.json", '{"results": {}}'), ("summary.json", '{"results": {"0.1": {}}}')])
-def test_a_file_that_is_none_of_ours_is_told_with_its_folder(tmp_path, capsys, name, content):
-    folder = make_run(tmp_path / "a", "grpo", 0)
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert evaluation.main(["compare", str(folder)]) == 2
-    [said] = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: {folder}: its files were not written by")
-
-
-def results_of(folder: Path, accuracy: float, model="x", n=1, temperature="0.0", seed=0, **settings) -> Path:
-    folder.mkdir(parents=True)
-    task = dict(accuracy=accuracy, stderr=0.1, problems=100, n=n)
-    (folder / "summary.json").write_text(json.dumps(dict(model=model, seed=seed, settings=settings, results={
-        temperature: dict(tasks={"math": task})})))
-    return folder
-
-
-def test_a_task_measured_twice_in_the_same_way_is_not_dropped_in_silence(tmp_path, capsys):
-    run = make_run(tmp_path / "g", "grpo", 0)
-    results_of(run / "eval" / "s0", 0.25)
-    assert evaluation.main(["compare", str(run)]) == 0
-    results_of(run / "eval" / "s1", 0.5, seed=1)
-    capsys.readouterr()
-    assert evaluation.main(["compare", str(run)]) == 2
-    assert "holds math (n = 1, T = 0) twice" in capsys.readouterr().err
-
-
-def test_scores_measured_with_other_limits_are_marked(tmp_path, capsys):
-    a, b = (make_run(tmp_path / name, "grpo", seed) for seed, name in enumerate("ab"))
-    results_of(a / "eval", 0.25, max_new_tokens=90, context=4096, top_p=1.0)
-    results_of(b / "eval", 0.75, max_new_tokens=20, context=4096, top_p=1.0)
-    table = evaluation.comparison(evaluation.read_runs([a, b]))
-    assert "- math: NOT MEASURED ALIKE: 100 problems, n = 1, T = 0, at most 20 tokens; 100 problems" in table
-    for name, alike in (("context", 512), ("top_p", 0.9)):
-        c = results_of(tmp_path / name, 0.5, max_new_tokens=90, **{name: alike})
-        assert "NOT MEASURED ALIKE" in evaluation.comparison(evaluation.read_runs([a, c]))
-
-
-def test_checkpoints_of_different_runs_are_different_models(tmp_path):
-    folders = [results_of(tmp_path / name, 0.5, model=f"runs/{name}/checkpoints/step-100") for name in "AB"]
-    assert {r.label for r in evaluation.read_runs(folders)} == {"A/step-100", "B/step-100"}
-
-
-def test_runs_are_labelled_by_what_makes_them_another_experiment(tmp_path):
-    paths = [make_run(tmp_path / "a", "edge-grpo", 0), make_run(tmp_path / "b", "edge-grpo", 1, eval_n=4, max_rows=3),
-             make_run(tmp_path / "c", "edge-grpo", 0, correction="none"), make_run(tmp_path / "d", "grpo", 0, eda=True)]
-    assert {r.path.name: r.label for r in evaluation.read_runs(paths)} == {
-        "a": "edge-grpo", "b": "edge-grpo", "c": "edge-grpo correction=none", "d": "grpo eda=True"}
-    paths.append(make_run(tmp_path / "e", "edge-grpo", 0, lr=1e-5))
-    labels = {r.path.name: r.label for r in evaluation.read_runs(paths)}
-    assert labels["e"] == "edge-grpo lr=1e-05" and labels["a"] == labels["b"] == "edge-grpo lr=0.0001"
-    with pytest.raises(UserError, match="neither a run"):
-        evaluation.read_runs([tmp_path])
-    (tmp_path / "a" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="were not written by"):
-        evaluation.read_runs(paths)
-
-
-def test_curve_smooths_each_seed_and_takes_the_steps_they_share():
-    first, second = [(1, 0.0), (2, 1.0), (3, 2.0)], [(1, 4.0), (2, 6.0), (3, 2.0), (4, 9.0)]
-    for seeds in ([first, second], [second, first]):
-        assert evaluation.curve(seeds, window=2) == [(1, 2.0, 0.0, 4.0), (2, 2.75, 0.5, 5.0), (3, 2.75, 1.5, 4.0)]
-    assert evaluation.curve([first], window=1) == [(s, v, v, v) for s, v in first]
-
-
-METRICS = [dict(step=s, entropy=0.5 + s, entropy_sampled=0.25 * s, advantage_variance=0.5, advantage_variance_eda=0.7,
-                mixed_groups=0.5, mixed_groups_corrected=1.0, accuracy=0.1 * s) for s in (1, 2)]
-
-
-def test_the_figures_data(tmp_path):
-    unsampled = [{**m, "accuracy": None, "entropy_sampled": None, "mixed_groups": None} for m in METRICS]
-    runs = evaluation.read_runs([make_run(tmp_path / "a", "grpo", 0, metrics=METRICS),
-                                 make_run(tmp_path / "b", "sft", 0, metrics=unsampled)])
-    figures = evaluation.panels_of_curves(runs, window=2)
-    assert {name: len(panels) for name, panels in figures.items()} == {"entropy": 2, "advantage": 4, "accuracy": 2}
-    title, xlabel, curves = figures["entropy"][0]
-    assert "as sampled" in title and "last 2 steps" in xlabel
-    assert curves == {"grpo": [(1, 0.25, 0.25, 0.25), (2, 0.375, 0.375, 0.375)]}, "SFT samples nothing"
-    assert set(figures["entropy"][1][2]) == {"sft", "grpo"}
-    title, xlabel, curves = figures["accuracy"][1]
-    assert "math" in title and xlabel == "step", "evaluations are not smoothed"
-    assert curves["grpo"] == [(10, 0.99, 0.99, 0.99), (20, 0.5, 0.5, 0.5)]
-    assert not any(evaluation.panels_of_bars(runs).values())
-
-
-def results(seed: int, accuracy: float) -> dict:
-    return dict(model="m", seed=seed, n=1, results={"0.1": dict(
-        tasks={}, reflection=dict(accuracy=accuracy, accuracy_reflecting=None, mean_fixed=0.1),
-        entropy=dict(overall=dict(mean_correct=0.2, mean_wrong=0.4, ratio=2.0, correct_above=0.1, wrong_below=0.2)))})
-
-
-def test_bars_average_over_seeds(tmp_path):
-    for seed, accuracy in ((0, 0.2), (1, 0.4)):
-        (tmp_path / str(seed)).mkdir()
-        (tmp_path / str(seed) / "summary.json").write_text(json.dumps(results(seed, accuracy)))
-    figures = evaluation.panels_of_bars(evaluation.read_runs([tmp_path / "0", tmp_path / "1"]))
-    [(title, _, bars)] = figures["reflection"]
-    assert title == "Reflection, T = 0.1"
-    assert bars["m"]["overall\naccuracy"] == pytest.approx((0.3, 0.2, 0.4)) and len(bars["m"]) == 2, "None is no bar"
-    assert [title for title, _, _ in figures["entropy_correctness"]] == list(evaluation.ENTROPY_BARS)
-    assert figures["entropy_correctness"][2][2] == {"m": {"T = 0.1": (2.0, 2.0, 2.0)}}
-
-
-def test_a_method_has_one_colour_everywhere():
-    labels = [*evaluation.METHODS, "x", "y", "z", "w"]
-    style = evaluation.styles(labels)
-    assert len(set(style.values())) == len(labels)
-    assert all(evaluation.styles([m])[m] == style[m] for m in evaluation.METHODS)
-    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
-    assert {colour for colour, _ in style.values()} == okabe_ito
-
-
-def test_plot_writes_one_png_per_figure(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is only needed to draw")
-    for seed in (0, 1):
-        run = make_run(tmp_path / f"run{seed}", "grpo", seed, metrics=METRICS)
-        (run / "eval").mkdir()
-        (run / "eval" / "summary.json").write_text(json.dumps(results(seed, 0.2 + seed / 10)))
-    out = tmp_path / "figures"
-    assert evaluation.main(["plot", str(tmp_path / "run0"), str(tmp_path / "run1"), "--out", str(out)]) == 0
-    names = ["accuracy", "advantage", "entropy", "entropy_correctness", "reflection"]
-    assert sorted(p.name for p in out.iterdir()) == [f"{name}.png" for name in names]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.iterdir())
-    assert sorted(capsys.readouterr().out.split()) == sorted(str(p) for p in out.iterdir())
-
-
-def test_plot_without_matplotlib_or_data_says_so(tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path / "a", "grpo", 0, metrics=METRICS)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "summary.json").write_text(json.dumps(dict(model="m", seed=0, results={"1": dict(tasks={})})))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluation.main(["plot", str(run), "--out", str(tmp_path)]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(use=lambda name: None))
-    assert evaluation.main(["plot", str(tmp_path / "b"), "--out", str(tmp_path)]) == 2
-    assert "nothing to draw" in capsys.readouterr().err
-    assert evaluation.main(["compare", str(tmp_path / "b")]) == 2 and "nothing to compare" in capsys.readouterr().err
-
+# --- the program ---------------------------------------------------------------------------------------------------
 
 def test_importing_eval_draws_in_neither_matplotlib_nor_the_training_program():
     tree = ast.parse(Path(evaluation.__file__).read_text(encoding="utf-8"))
@@ -705,19 +462,12 @@ def test_importing_eval_draws_in_neither_matplotlib_nor_the_training_program():
     assert "matplotlib" not in imported(tree.body) and "edge_grpo" not in imported(ast.walk(tree))
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    """`eval.py compare ... | head`: the pipe is closed before anything is written."""
-    root = Path(evaluation.__file__).parent
-    runs = sorted(map(str, (root / "results" / "tiny").iterdir()))
-    process = subprocess.Popen([sys.executable, "eval.py", "compare", *runs], cwd=root, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
-    evaluated = subprocess.Popen([sys.executable, "eval.py", *command(tmp_path)], cwd=root, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE)
+def test_an_evaluation_whose_output_nobody_reads_is_no_success(tmp_path):
+    evaluated = subprocess.Popen([sys.executable, "eval.py", *command(tmp_path)], stdout=subprocess.PIPE,
+                                 cwd=Path(evaluation.__file__).parent, stderr=subprocess.PIPE)
     evaluated.stdout.close()
     evaluated.stderr.read()
-    assert evaluated.wait() == 141, "an evaluation that was ended is no success"
+    assert evaluated.wait() == 141
 
 
 def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monkeypatch):
@@ -734,7 +484,7 @@ def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monk
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
-    code = "import engine, pathlib, sys; lock = engine.claim(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    code = "import pathlib, sys; from engine.folder import claim; lock = claim(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(evaluation.__file__).parent,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -747,7 +497,7 @@ def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
 def test_a_gpu_that_is_full_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-    monkeypatch.setattr(engine, "response_logprobs", full)
+    monkeypatch.setattr(evaluation, "response_logprobs", full)
     assert evaluation.main([*command(tmp_path), "--entropy"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: out of memory (CUDA out of memory") and "--max-rows" in said
