@@ -34,6 +34,7 @@ import edge_grpo  # noqa: E402
 import engine  # noqa: E402
 from bench_rollout import SHAPES, build  # noqa: E402
 from data import Problem  # noqa: E402
+from engine.trainer import Trainer  # noqa: E402
 from rollout import Sampler  # noqa: E402
 
 PROMPTS, GROUP, LIMIT = 8, 8, 128
@@ -98,12 +99,12 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
         r.accuracy, r.format = reward_of(r.ids), 0.0
     lap("grade")
     if score:
-        edge_grpo.score(policy.model, policy, responses, flags)
+        trainer.score([r.prompt for r in responses], [r.ids for r in responses])
         lap("score")
-    A = edge_grpo.group_advantages(edge_grpo.rewards(responses, flags))
-    P = edge_grpo.response_entropy(responses, flags.group_size)
+    A = edge_grpo.advantages_of(responses, flags)
+    P = edge_grpo.response_entropy(trainer, responses, flags.group_size)
     A_hat = edge_grpo.entropy_driven_advantages(A, P)
-    edge_grpo.update(trainer, None, responses, A, A_hat, P, flags, flags.lr)
+    edge_grpo.update(trainer, responses, A_hat, P, flags, lr=flags.lr)
     lap("update")
     return phases, [len(r.ids) for r in responses]
 
@@ -120,8 +121,8 @@ def ours(args) -> dict:
     ends = set() if args.rows else set(end_ids(vocab))
     policy = engine.Policy(model, words(vocab), Sampler(model, ends, vocab), ends, 0, vocab, torch.device(args.device),
                            "qwen")
-    trainer = engine.Trainer(policy, flags.micro_batch_tokens, tuple(flags.betas), offload=flags.offload_optimizer,
-                             checkpointing=flags.gradient_checkpointing)
+    trainer = Trainer(policy, flags.micro_batch_tokens, temperature=flags.temperature, betas=tuple(flags.betas),
+                      offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)
     trainer.scorer.packed &= not args.padded
     before, steps, lengths = highest(args.device), [], []
     for step in range(args.steps + 1):
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU")
     parser.add_argument("--offload", action="store_true", help="master weights and moments in CPU memory")
     parser.add_argument("--score", action="store_true", help="add a scoring pass over all responses, as a phase")
-    parser.add_argument("--padded", action="store_true", help="update on padded rows, as for models that cannot be packed")
+    parser.add_argument("--padded", action="store_true", help="update on padded rows, as models that cannot be packed")
     parser.add_argument("--steps", type=int, default=3, help="steps counted in a run")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
     parser.add_argument("--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64")

@@ -4,12 +4,22 @@ The contracts are pinned on the CPU, also where there is a GPU: there they hold 
 runs the tests that need a GPU instead, and only those.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_as_before():
+    """A run takes SIGINT and SIGTERM for itself."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausa
 
 import data
 import edge_grpo
-import engine
 import eval as evaluation
 from data import download
+from engine import models
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny_model"
@@ -30,7 +30,8 @@ FLAGS = [
     ("--steps 0", "--steps 0"), ("--steps 1.5", "1.5"), ("--steps many", "many"), ("--method ppo", "ppo"),
     ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
     ("--lr -1", "--lr"), ("--temperature 0", "--temperature"), ("--top-p 0", "--top-p"), ("--top-p 1.5", "--top-p 1.5"),
-    ("--group-size 0", "--group-size"), ("--questions-per-step 0", "--questions-per-step"),
+    ("--group-size 0", "--group-size"), ("--group-size 1", "a group of one"), ("--data tiny:1:test", "for testing"),
+    ("--questions-per-step 0", "--questions-per-step"),
     ("--max-new-tokens 0", "--max-new-tokens"), ("--micro-batch-tokens 0", "--micro-batch-tokens"),
     ("--max-rows -1", "--max-rows"), ("--seed -1", "--seed"), ("--keep 0", "--keep"),
     ("--max-bad-steps 0", "--max-bad-steps"), ("--eps-low 2", "--eps-low"), ("--format-weight -1", "--format-weight"),
@@ -38,8 +39,9 @@ FLAGS = [
     ("--correction wait", "wait"), ("--betas 0.9 1", "--betas"), ("--betas 0.9", "--betas"),
     ("--method force-r --guided-probs 0.2 0.4 0.4", "belongs to --correction guided"),
     ("--method sft --injected-weight 0", "drop --injected-weight"),
-    ("--guided-probs 0.5 0.5 0.5", "must sum to 1, not 1.5"), ("--guided-probs 1 0", "--guided-probs"),
-    ("--guided-probs -1 1 1", "--guided-probs"), ("--eda-clamp 2 1", "LO < HI"), ("--eda-clamp 0 1", "0 < LO"),
+    ("--guided-probs 0.5 0.5 0.5", "must sum to 1, not 1.5"), ("--guided-probs .4 .3 .1 .1 .1", "at most 4"),
+    ("--guided-probs -1 1 1", "--guided-probs"), ("--guided-probs 0.5 0.25", "must sum to 1, not 0.75"),
+    ("--eda-clamp 2 1", "LO < HI"), ("--eda-clamp 0 1", "0 < LO"),
     ("--eda-clamp 0.5 2 --no-eda", "--eda-clamp"), ("--eda-grad --no-eda", "--eda-grad"),
     ("--eda-grad --updates-per-rollout 2", "--updates-per-rollout 1"), ("--method sft --eda", "--no-eda"),
     ("--method sft --correction reflect", "--correction none"), ("--method sft --kl 0.1", "--kl 0"),
@@ -71,11 +73,6 @@ DATA = {        # file: (content, what the sentence must hold)
     "no_solution.jsonl": ('{"problem": "1+1?", "answer": "2"}', "no reference solution"),
     "long.jsonl": (json.dumps(dict(problem="1+1? " * 200, answer="2", solution="2")), "--max-prompt-tokens 512"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_command_leaves_nothing_behind(monkeypatch):
-    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())       # keep pytest's own handlers
 
 
 def the_sentence(capfd, main, argv) -> str:
@@ -270,23 +267,23 @@ def test_a_wrong_model_folder(tmp_path, capfd, name):
     damage(folder)
     if name == "not finite":                                      # found only when it samples: the run has begun
         said = the_sentence(capfd, edge_grpo.main, [*SMALL, "--out", str(tmp_path / "run"), "--model", str(folder),
-                                                    "--data", "tiny:1:test"])
+                                                    "--data", "tiny:1"])
     else:
-        said = wrong(tmp_path, capfd, "--model {tmp}/model --data tiny:1:test")
+        said = wrong(tmp_path, capfd, "--model {tmp}/model --data tiny:1")
     assert holds in said
     assert not (folder / "ran").exists()
 
 
 def test_a_model_without_an_end_token(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(engine, "find_end_ids", lambda *_: set())       # transformers' tokenizers add one by themselves
-    assert "end token" in wrong(tmp_path, capfd, "--data tiny:1:test")
+    monkeypatch.setattr(models, "find_end_ids", lambda *_: set())       # transformers' tokenizers add one by themselves
+    assert "end token" in wrong(tmp_path, capfd, "--data tiny:1")
 
 
 @pytest.mark.parametrize("name, holds", [
     ("{tmp}/nothing", "no such folder"), ("./nothing", "no such folder"), ("nothing", "neither a local folder"),
     ("a/b/c", "no such folder"), ("~/nothing", "no such folder"), ("{tmp}", "no config.json")])
 def test_a_model_that_is_not_there(tmp_path, capfd, name, holds):
-    said = wrong(tmp_path, capfd, f"--data tiny:1:test --model {name}")
+    said = wrong(tmp_path, capfd, f"--data tiny:1 --model {name}")
     assert holds in said and said.count("--model") == 1                  # not one message inside another
 
 
@@ -298,10 +295,10 @@ def test_a_hub_model_without_network_fails_at_once(tmp_path, capfd, monkeypatch,
         asked.append(address)
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
     monkeypatch.setattr(urllib.request, "urlopen", away)
-    monkeypatch.setattr(engine, "ENDPOINT", "http://127.0.0.1:9")         # whatever else is asked is refused
-    engine.hub_is_away.cache_clear()
-    said = wrong(tmp_path, capfd, f"--data tiny:1:test --model {name}")
-    engine.hub_is_away.cache_clear()
+    monkeypatch.setattr(models, "ENDPOINT", "http://127.0.0.1:9")         # whatever else is asked is refused
+    models.hub_is_away.cache_clear()
+    said = wrong(tmp_path, capfd, f"--data tiny:1 --model {name}")
+    models.hub_is_away.cache_clear()
     assert "couldn't connect" in said and len(asked) == 1
 
 
@@ -312,8 +309,8 @@ def test_with_permission_a_model_brings_its_own_code(tmp_path, capfd):
     (folder / "code_of_mine.py").write_text("from transformers import Qwen2Config\n"
                                             "class Mine(Qwen2Config):\n    model_type = 'mine'\n")
     with pytest.raises(data.UserError, match="trust"):
-        engine.load_config(str(folder))
-    assert type(engine.load_config(str(folder), trust_remote_code=True)).__name__ == "Mine"
+        models.load_config(str(folder))
+    assert type(models.load_config(str(folder), trust_remote_code=True)).__name__ == "Mine"
 
 
 # --- eval.py ---------------------------------------------------------------------------------------------------------

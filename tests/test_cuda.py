@@ -11,8 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import edge_grpo
 import engine
 import rollout
+from engine.forward import Scorer, micro_batches
+from engine.trainer import Trainer
+from helpers import Weights, backward, random_rows
 from rollout import Sampler
-from test_engine import random_rows
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -80,12 +82,12 @@ def test_graphs_see_an_update_in_place():
 def test_a_packed_batch_scores_and_learns_as_its_rows_alone():
     """The prompt's part of the gradient is summed over its responses in bf16, in any order."""
     model = bf16_model().requires_grad_()
-    scorer = engine.Scorer(model)
+    scorer = Scorer(model)
     prompts, responses = random_rows(8)
     prompts = [prompts[i // 4] for i in range(8)]
     told, gradients = [], []
     for budget in (1, 10_000):
-        batches = engine.micro_batches(prompts, responses, budget, DEVICE, scorer.packed)
+        batches = micro_batches(prompts, responses, budget, DEVICE, scorer.packed)
         logp = [(b.index, b.by_row(*scorer(b, 0.7, 500))) for b in batches]
         told.append([row[0] for _, row in sorted((i, row) for index, rows in logp for i, row in zip(index, rows))])
         model.zero_grad()
@@ -105,12 +107,10 @@ def test_offload_trains_as_without():
     for offload in (False, True):
         model = bf16_model()
         policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
-        trainer = engine.Trainer(policy, 200, offload=offload, checkpointing=True)
+        trainer = Trainer(policy, 200, offload=offload, checkpointing=True)
         prompts, responses = random_rows(12)
         for _ in range(3):
-            for batch, last in trainer.in_step(trainer.micro_batches(prompts, responses)):
-                logp, _ = trainer.scorer(batch, 1.0, 500)
-                trainer.backward(-logp.sum() / 100, last)
+            backward(trainer, prompts, responses, factor=-1 / 100)
             trainer.step(1e-4, 1.0)
         masters.append({name: m.float().cpu() for name, m in trainer.masters.items()})
         assert all(torch.equal(p.cpu(), trainer.masters[name].to(torch.bfloat16).cpu())
@@ -121,8 +121,7 @@ def test_offload_trains_as_without():
     assert sum(apart) < 0.05 * sum(moved) and sum(moved) > 0
 
 
-def test_a_run_on_the_gpu_and_its_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())
+def test_a_run_on_the_gpu_and_its_resume(tmp_path):
     argv = (f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 --max-new-tokens 40 "
             f"--eval-limit 8 --out {tmp_path / 'run'}").split()
     assert edge_grpo.main(argv) == 0
@@ -136,22 +135,21 @@ def test_a_run_on_the_gpu_and_its_resume(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
-def test_running_out_of_memory_in_the_update_is_survived(monkeypatch):
+def test_running_out_of_memory_in_the_update_is_survived():
     """The first try fails as the allocator does; the second, with half the budget, gives the whole gradient."""
     model = bf16_model()
     policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
-    trainer = engine.Trainer(policy, 400)
-    prompts, responses = random_rows(12)
-    tries = []
+    trainer, (prompts, responses) = Trainer(policy, 400), random_rows(12)
+    tokens, tries = [Weights(torch.full((len(r),), -1 / 100)) for r in responses], []
 
-    def work():
+    def loss_of(logp, entropy, t):
         tries.append(trainer.micro_batch_tokens)
-        for batch, last in trainer.in_step(trainer.micro_batches(prompts, responses)):
-            logp, _ = trainer.scorer(batch, 1.0, 500)
-            trainer.backward(-logp.sum() / 100, last)
-            if len(tries) == 1:
-                torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
-        return trainer.gradient_norm()
-    norm = engine.halve_batch_on_oom(trainer, work)
+        if len(tries) == 2:                                     # when there are gradients already
+            torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
+        return (t.weights * logp).sum()
+    trainer.forward_backward(prompts, responses, tokens, loss_of)
+    norm = trainer.gradient_norm()
     trainer.skip()
-    assert tries == [400, 200] and norm == pytest.approx(work(), rel=0.02)
+    backward(trainer, prompts, responses, factor=-1 / 100)
+    assert tries[:3] == [400, 400, 200] and set(tries[3:]) == {200}
+    assert norm == pytest.approx(trainer.gradient_norm(), rel=0.02)

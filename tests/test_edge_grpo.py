@@ -1,8 +1,11 @@
 """The method against its equations: group advantages, EDA, the loss, GEC, and one whole update."""
 import copy
+import json
 import math
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ import data
 import edge_grpo as eg
 import engine
 from data import Problem
+from engine import run
+from engine.processes import stream
+from engine.trainer import Trainer
 
-SHARED = Path(__file__).parents[2] / "shared"
+BRANCHES = {"reflect", "answer", "reference"}               # of the paper's GEC
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +71,24 @@ def test_eda_cannot_revive_a_collapsed_group_and_survives_zero_entropy():
     assert torch.isfinite(eg.entropy_driven_advantages(A, torch.tensor([[0.0, 1.0, 1.0]]))).all()
 
 
-def test_eda_gradient_flows_through_the_entropies_only_if_they_have_one():
+def test_eda_gradient_flows_through_each_responses_own_entropy_only_if_it_has_one():
     A, P = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.2, 0.6]], requires_grad=True)
     eg.entropy_driven_advantages(A, P).sum().backward()
-    # A^_1 = mean / P_1 = (P1 + P2)/(2 P1): d/dP2 = 1/(2 P1); A^_2 = -(P1 + P2)/(2 P2): d/dP2 = P1/(2 P2^2)
-    assert P.grad[0, 1].item() == pytest.approx(1 / 0.4 + 0.2 / (2 * 0.36))
+    # A^_1 = mean / P_1 with the mean as it is, 0.4: d/dP1 = -0.4 / P1^2; A^_2 = -mean / P_2: d/dP2 = 0.4 / P2^2
+    assert P.grad[0].tolist() == pytest.approx([-0.4 / 0.04, 0.4 / 0.36])
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
+LENGTHS = [9, 1, 4, 7, 3]
+
+
 def padded(seed=0, B=5, T=9):
+    """logp (B, T), old logp (B, T), advantages (B,) and the mask (B, T) of responses of those LENGTHS."""
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(B, T, generator=g, dtype=torch.float64)
     old = logp + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64)
-    lengths = torch.tensor([9, 1, 4, 7, 3])[:B]
-    mask = (torch.arange(T)[None] < lengths[:, None]).double()
+    mask = (torch.arange(T)[None] < torch.tensor(LENGTHS)[:, None]).double()
     return logp.requires_grad_(), old, torch.randn(B, generator=g, dtype=torch.float64), mask
 
 
@@ -96,28 +105,40 @@ def trl_loss(logp, old, advantages, mask, low, high, loss_type):
 
 
 @pytest.mark.parametrize("ours, theirs", [("sequence", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")])
-def test_policy_loss_equals_trls_formula_in_value_and_gradient(ours, theirs):
+def test_the_loss_equals_trls_formula_in_value_and_gradient(ours, theirs):
+    """token_weights and policy_loss on the tokens of five responses, one after the other: what a step is trained on.
+    There is no padding in it, so what would stand there (infinities) cannot enter."""
     logp, old, advantages, mask = padded()
     expected = trl_loss(logp, old, advantages, mask, 0.2, 0.3, theirs)
     g_expected, = torch.autograd.grad(expected, logp)
-    loss = eg.policy_loss(logp, old, advantages, mask, 0.2, 0.3, ours)
-    gradient, = torch.autograd.grad(loss, logp)
+    real, lengths = mask.bool(), torch.tensor(LENGTHS)
+    weights = torch.tensor(eg.token_weights(LENGTHS, ours, 9), dtype=torch.float64)                     # (B,)
+    dirty = logp.detach().masked_fill(~real, -math.inf).requires_grad_()
+    A, w = (of_row.repeat_interleave(lengths) for of_row in (advantages, weights))                      # (M,)
+    loss = eg.policy_loss(dirty[real], old[real], A, w, 0.2, 0.3)
+    gradient, = torch.autograd.grad(loss, dirty)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert torch.allclose(gradient, g_expected, atol=1e-12) and g_expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("ours, theirs", [("sequence", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")])
+def test_a_step_hands_that_loss_what_it_needs_of_each_token(ours, theirs):
+    """From responses and advantages to the loss of all their tokens, as `update` goes."""
+    logp, old, advantages, mask = padded()
+    flags = flags_of("--loss", ours, "--max-new-tokens", "9", "--eps-high", "0.3")
+    responses = [eg.Response(None, [1], [5] * n, [False] * n, finished=True) for n in LENGTHS]
+    tokens = eg.tokens_of(responses, advantages.view(1, 5), flags)
+    for t, row, n in zip(tokens, old, LENGTHS):
+        t.old_logp = row[:n]
+    parts = [eg.loss_of_tokens(row[:n], None, t, flags) for row, n, t in zip(logp, LENGTHS, tokens)]
+    assert sum(parts).item() == pytest.approx(trl_loss(logp, old, advantages, mask, 0.2, 0.3, theirs).item(), abs=1e-7)
 
 
 def test_clipping_on_worked_numbers():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
     A = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss = eg.clipped_surrogate(ratio, torch.zeros(4), A, 0.2, 0.2)
-    assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
-
-
-def test_padding_with_infinite_values_never_enters_the_loss():
-    logp, old, advantages, mask = padded()
-    dirty = logp.detach().masked_fill(mask == 0, -math.inf)
-    clean = eg.policy_loss(logp, old, advantages, mask).item()
-    assert eg.policy_loss(dirty, old, advantages, mask) == pytest.approx(clean)
+    loss = [eg.policy_loss(*(x[k:k + 1] for x in (ratio, torch.zeros(4), A, torch.ones(4)))).item() for k in range(4)]
+    assert loss == pytest.approx([-1.2, 1.5, -0.5, 0.8])
 
 
 def test_kl_penalty_is_zero_at_equality_and_positive_elsewhere():
@@ -138,26 +159,29 @@ def wrong_and_right(policy, n=40):
         ids = ids + [policy.end_id] * finished
         unknown = [math.nan] * len(ids)
         rows.append(eg.Response(p, policy.prompt_ids(p.question), ids, [False] * len(ids), [-0.5] * len(ids), unknown,
-                                finished))
+                                sampled=len(ids), finished=finished))
     eg.grade(policy, rows)
     assert [r.accuracy for r in rows] == [float(k % 4 == 0) for k in range(n)]
     return rows
 
 
 def test_branch_frequencies():
-    probabilities = [0.5, 0.25, 0.25]
-    drawn = [eg.draw_branch(probabilities, eg.stream(0, "test", k) / 2**63) for k in range(20000)]
-    for branch, p in zip(eg.BRANCHES, probabilities):
+    probabilities = eg.correction_probabilities(flags_of())
+    assert probabilities == {"reflect": 0.5, "answer": 0.25, "reference": 0.25}
+    drawn = [eg.draw_correction(probabilities, stream(0, "test", k) / 2**63) for k in range(20000)]
+    for branch, p in probabilities.items():
         assert drawn.count(branch) / 20000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 20000))
 
 
-def test_draw_branch_at_its_edges():
-    assert eg.draw_branch([0.5, 0.25, 0.25], 0.0) == "reflect"
-    assert eg.draw_branch([0.5, 0.25, 0.25], 0.5) == "answer"
-    assert eg.draw_branch([0.5, 0.25, 0.25], 1 - 2**-53) == "reference"
-    assert eg.draw_branch([1 / 3, 1 / 3, 1 / 3 - 1e-9], 1 - 1e-12) == "reference"
-    assert eg.draw_branch([0, 0, 0], 0.0) == ""
-    assert {eg.draw_branch([1, 0, 0], u) for u in (0.0, 0.5, 1 - 2**-53)} == {"reflect"}
+def test_a_draw_at_its_edges():
+    def draw(probabilities, u):
+        return eg.draw_correction(dict(zip(("reflect", "answer", "reference"), probabilities)), u)
+    assert draw([0.5, 0.25, 0.25], 0.0) == "reflect"
+    assert draw([0.5, 0.25, 0.25], 0.5) == "answer"
+    assert draw([0.5, 0.25, 0.25], 1 - 2**-53) == "reference"
+    assert draw([1 / 3, 1 / 3, 1 / 3 - 1e-9], 1 - 1e-12) == "reference"
+    assert draw([], 0.0) == ""
+    assert {draw([1], u) for u in (0.0, 0.5, 1 - 2**-53)} == {"reflect"}
 
 
 def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
@@ -170,7 +194,7 @@ def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
             assert c is r
             continue
         kept = len(r.ids) - r.finished
-        assert c.correction in eg.BRANCHES and c.accuracy is None
+        assert c.correction in BRANCHES and c.accuracy is None
         assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
         assert all(math.isnan(p) == x for p, x in zip(c.logprobs, c.injected))
         if c.correction == "reference":
@@ -185,7 +209,7 @@ def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
         else:
             assert not any(c.injected[kept + len(added):])
             assert c.finished == (c.ids[-1] in policy.end_ids)
-    assert {c.correction for c in corrected} == {"", *eg.BRANCHES}
+    assert {c.correction for c in corrected} == {"", *BRANCHES}
 
 
 def test_end_tokens_inside_a_response_are_only_at_its_end(policy):
@@ -283,11 +307,28 @@ def test_reflections_draw_from_another_stream_than_samples(policy, monkeypatch):
 
 # --- the update ------------------------------------------------------------------------------------------------------
 
-def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None, score=True):
+def trainer_of(policy, flags, **more):
+    """A trainer as the run makes it."""
+    return Trainer(policy, flags.micro_batch_tokens, temperature=1.0 if flags.sft else flags.temperature,
+                   entropy_grad=flags.eda_grad, betas=tuple(flags.betas), offload=flags.offload_optimizer,
+                   checkpointing=flags.gradient_checkpointing, **more)
+
+
+def a_step(trainer, responses, flags, lr, A=None):
+    """From graded responses to the weights, as the run does it; returns update's numbers and (A, A^, P)."""
+    A_hat = A = eg.advantages_of(responses, flags) if A is None else A
+    P = None
+    if flags.eda:
+        P = eg.response_entropy(trainer, responses, A.shape[1]).requires_grad_(flags.eda_grad)
+        A_hat = eg.entropy_driven_advantages(A, P)
+    return eg.update(trainer, responses, A_hat, P, flags, lr=lr), (A, A_hat, P)
+
+
+def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None):
     """The gradient of one step as {name: tensor}, without an optimizer step."""
-    model = copy.deepcopy(policy.model)
-    own = replace(policy, model=model)
-    trainer = engine.Trainer(own, micro_batch_tokens or flags.micro_batch_tokens)
+    own = replace(policy, model=copy.deepcopy(policy.model))
+    trainer = trainer_of(own, replace(flags, micro_batch_tokens=micro_batch_tokens or flags.micro_batch_tokens))
+    trainer.reference = reference
     grads = {}
 
     def catch(lr, clip):
@@ -295,14 +336,7 @@ def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=N
         trainer.skip()
         return 1.0
     trainer.step = catch
-    if score:
-        eg.score_injected(own, responses, flags)
-    if A is None:
-        A = eg.group_advantages(eg.rewards(responses, flags))
-    P = eg.response_entropy(responses, A.shape[1])
-    A_hat = eg.entropy_driven_advantages(A, P) if flags.eda else A
-    stats = eg.update(trainer, reference, responses, A, A_hat, P, flags, lr=1e-3)
-    return grads, stats, (A, A_hat, P)
+    return grads, *a_step(trainer, responses, flags, 1e-3, A)
 
 
 def graded_groups(policy, groups=2):
@@ -354,18 +388,21 @@ def test_eda_grad_equals_autograd_through_the_whole_expression(policy):
 
 def test_entropies_come_from_the_sampler_and_a_pass_over_injected_rows_only(policy, monkeypatch):
     """Three sources, one function: what a scoring pass over everything would tell. Without EDA the update tells it."""
-    flags, scored, plain = flags_of("--questions-per-step", "4", "--max-new-tokens", "30"), [], eg.score
+    flags, scored, score = flags_of("--questions-per-step", "4", "--max-new-tokens", "30"), [], Trainer.score
     responses = eg.sample(policy, data.load("tiny:1-3")[:4], flags, step=0)
     eg.grade(policy, responses)
     corrected = eg.correct_errors(policy, responses, flags, step=0)
     eg.grade(policy, corrected)
-    assert {r.correction for r in corrected} == {"", *eg.BRANCHES}
-    expected = [entropy.tolist() for _, entropy in plain(policy.model, policy, corrected, flags)]
+    assert {r.correction for r in corrected} == {"", *BRANCHES}
+    trainer = trainer_of(replace(policy, model=copy.deepcopy(policy.model)), flags)
+    expected = [entropy.tolist() for _, entropy in score(trainer, [r.prompt for r in corrected],
+                                                         [r.ids for r in corrected])]
     unscored = [copy.copy(r) for r in corrected]
-    monkeypatch.setattr(eg, "score", lambda m, p, rows, f: scored.extend(rows) or plain(m, p, rows, f))
-    eg.score_injected(policy, corrected, flags)
+    monkeypatch.setattr(Trainer, "score", lambda self, prompts, ids: scored.extend(ids) or score(self, prompts, ids))
+    eg.response_entropy(trainer, corrected, flags.group_size)
     assert len(scored) == sum(any(r.injected) for r in corrected) < len(corrected)
-    step_gradient(policy, flags_of("--no-eda"), unscored, score=False)
+    step_gradient(policy, flags_of("--no-eda"), unscored)
+    assert len(scored) == sum(any(r.injected) for r in corrected)                   # no pass of its own
     for r, u, entropies in zip(corrected, unscored, expected):
         assert r.entropies == pytest.approx(entropies, abs=1e-5) == u.entropies
         assert len(u.logp) == len(u.ids)
@@ -386,14 +423,12 @@ def test_injected_weight_zero_leaves_only_sampled_tokens(policy):
 
 
 def test_ratios_differ_from_one_only_after_the_first_of_several_updates(policy, monkeypatch):
-    seen, plain = [], eg.clipped_surrogate
-    monkeypatch.setattr(eg, "clipped_surrogate", lambda logp, old, *rest: seen.append((logp - old).abs().max().item())
-                        or plain(logp, old, *rest))
+    seen, plain = [], eg.policy_loss
+    monkeypatch.setattr(eg, "policy_loss", lambda logp, old_logp, *rest: plain(logp, old_logp, *rest)
+                        if seen.append((logp - old_logp).abs().max().item()) is None else None)
     flags, responses = flags_of("--updates-per-rollout", "3", "--micro-batch-tokens", "100000"), graded_groups(policy)
     own = replace(policy, model=copy.deepcopy(policy.model))
-    eg.score_injected(own, responses, flags)
-    A = eg.group_advantages(eg.rewards(responses, flags))
-    eg.update(engine.Trainer(own, flags.micro_batch_tokens), None, responses, A, A, None, flags, lr=1e-5)
+    a_step(trainer_of(own, flags), responses, flags, lr=1e-5)
     assert len(seen) == 3 and seen[0] < 1e-5 and seen[1] > 1e-3 and seen[2] > seen[1]
 
 
@@ -417,8 +452,8 @@ def independent_step(model, reference, responses, flags, lr):
         if k == 0:
             old = [logp.detach() for logp, _ in now]
             P = torch.stack([entropy.sum() / max(len(entropy), 1) for _, entropy in now]).view(Q, G)
-            P = P if flags.eda_grad else P.detach()
-            A_hat = A / (P / P.mean(1, keepdim=True)).clamp(min=1e-4) if flags.eda else A
+            P = P if flags.eda_grad else P.detach()                 # the gradient is that of each row's own entropy
+            A_hat = A / (P / P.mean(1, keepdim=True).detach()).clamp(min=1e-4) if flags.eda else A
         loss = 0.0
         for r, (logp, _), before, a in zip(responses, now, old, A_hat.flatten()):
             weight = {"sequence": 1 / (Q * G * max(len(r.ids), 1)), "token": 1 / tokens,
@@ -427,7 +462,8 @@ def independent_step(model, reference, responses, flags, lr):
             ratio = (logp - before).exp()
             d = told(reference, r)[0].detach() - logp
             term = -torch.min(ratio * a, ratio.clamp(1 - flags.eps_low, 1 + flags.eps_high) * a)
-            loss = loss + weight * (of_token * (term + flags.kl * (d.exp() - d - 1))).sum()
+            kl = (d.exp() - d - 1) * ~torch.tensor(r.injected, dtype=torch.bool)       # of what the policy has drawn
+            loss = loss + weight * (of_token * (term + flags.kl * kl)).sum()
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip).item())
@@ -453,20 +489,14 @@ def test_a_whole_step_equals_an_independent_one_in_float64(policy, argv):
         r.accuracy, r.format = float(row % 4 in (1, row // 4 + 1)), 0.0
         responses.append(r)
     own = replace(policy, model=copy.deepcopy(policy.model))
-    reference = engine.frozen_copy(own.model)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=draw))
     expected, start = copy.deepcopy(own.model).double(), copy.deepcopy(own.model).double()
-    loss, norm = independent_step(expected, copy.deepcopy(reference).double(), responses, flags, lr=1e-4)
-    trainer = engine.Trainer(own, flags.micro_batch_tokens, tuple(flags.betas), offload=flags.offload_optimizer,
-                             checkpointing=flags.gradient_checkpointing)
-    eg.score_injected(own, responses, flags)
-    A = eg.group_advantages(eg.rewards(responses, flags))
-    P = eg.response_entropy(responses, 4)
-    A_hat = eg.entropy_driven_advantages(A, P) if flags.eda else A
-    stats = eg.update(trainer, reference, responses, A, A_hat, P, flags, lr=1e-4)
-    assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    trainer = trainer_of(own, flags, keep_reference=True)
+    with torch.no_grad():
+        for p in trainer.reference.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=draw))
+    loss, norm = independent_step(expected, copy.deepcopy(trainer.reference).double(), responses, flags, lr=1e-4)
+    stats, _ = a_step(trainer, responses, flags, lr=1e-4)
+    assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-5)     # float32; it is a sum of terms that cancel
     assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
     moved, off = ([(x.double() - y).norm() ** 2 for x, y in zip(a.parameters(), expected.parameters())]
                   for a in (start, own.model))
@@ -517,24 +547,24 @@ def test_a_dataset_shorter_than_a_step_goes_round():
     assert len(batch) == 8 and {p.question for p in batch} == {"0", "1", "2"}
 
 
-def test_mixed_groups_and_variances():
-    r = torch.tensor([[1.0, 0], [1, 1], [0, 0], [0, 1]])
-    assert eg.share_mixed(r) == 0.5
-    assert eg.mean_variance(r) == pytest.approx(0.25)
-    assert eg.mean_variance(torch.ones(3, 1)) == 0
-
-
-def test_tokens_per_second_counts_what_was_sampled_and_nothing_else(policy):
+def test_tokens_per_second_counts_what_was_sampled_and_nothing_else(policy, monkeypatch, tmp_path):
     flags, rows = flags_of(), wrong_and_right(policy)
     corrected = eg.correct_errors(policy, rows, flags, step=3)
-    clock = eg.Clock()
-    clock.seconds = dict(sample=3.0, grade=0.0, correct=1.0, update=0.0)
     added = 0
     for r, c in zip(rows, corrected):
         if c.correction == "reflect":
             added += len(c.ids) - (len(r.ids) - r.finished) - len(policy.encode(eg.REFLECT))
-    expected = (sum(len(r.ids) for r in rows) + added) / 4
-    assert eg.timings(clock, rows, corrected, policy)["tokens_per_second"] == expected
+    eg.grade(policy, corrected)
+    for c in corrected:                                     # as after the update
+        c.logp = c.trainer_entropies = torch.zeros(len(c.ids))
+    A = eg.advantages_of(corrected, flags)
+    m = eg.measure(rows, corrected, A, A, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags)
+    assert m["sampled_tokens"] == sum(len(r.ids) for r in rows) + added and added > 0
+    monkeypatch.setattr(run, "SECONDS", Counter(sample=3.0, correct=1.0, grade=9.0, update=9.0))
+    around = SimpleNamespace(bad_steps=0, out=tmp_path, policy=policy, progress=SimpleNamespace(show=lambda line: None))
+    run.Run.log(around, 0, m | dict(skipped_updates=0), [])
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["tokens_per_second"] == (sum(len(r.ids) for r in rows) + added) / 4
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------

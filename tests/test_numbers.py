@@ -9,19 +9,18 @@ import torch
 import data
 import edge_grpo as eg
 import engine
+import eval as evaluation
 import reward
+from data import UserError
+from data.training import training_problems
+from engine import run as running
+from engine import trainer as training
+from engine.checkpoints import checkpoint_folders, damage
+from engine.models import load_model
+from engine.trainer import Trainer
 
 SMALL = ("--steps 4 --save-every 1 --questions-per-step 1 --group-size 4 --max-new-tokens 12 --correction-tokens 6 "
          "--micro-batch-tokens 512 --eval-tasks").split()
-
-
-class NoSignal:
-    signal = 0
-
-
-@pytest.fixture(autouse=True)
-def keep_pytests_signal_handlers(monkeypatch):
-    monkeypatch.setattr(eg, "Stop", NoSignal)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def run(tmp_path, problems):
     start.out = out
     start.metrics = lambda: [json.loads(line, parse_constant=not_json)
                              for line in (out / "metrics.jsonl").read_text().splitlines()]
-    start.checkpoints = lambda: [f.name for f in engine.checkpoint_folders(out / "checkpoints")]
+    start.checkpoints = lambda: [f.name for f in checkpoint_folders(out / "checkpoints")]
     return start
 
 
@@ -52,7 +51,7 @@ def not_json(constant):
 
 
 def weights(folder):
-    return engine.load_model(str(folder), torch.device("cpu"), torch.float32).state_dict()
+    return load_model(str(folder), torch.device("cpu"), torch.float32).state_dict()
 
 
 def same(a, b):
@@ -61,25 +60,37 @@ def same(a, b):
 
 def from_step(monkeypatch, first, last=10**9, value=float("nan"), what="loss"):
     """In steps first..last the loss (or only its gradient) is not finite."""
-    update, now, backward, surrogate = eg.update, [0], engine.Trainer.backward, eg.clipped_surrogate
+    now, batch_of_problems, policy_loss, forward_backward = [0], eg.batch_of_problems, eg.policy_loss, \
+        Trainer.forward_backward
 
-    def counted(*arguments):
-        lr = arguments[-1]
-        now[0] = round(4 - 4 * lr / 1e-4) + 1                         # the schedule tells the step, also after --resume
-        return update(*arguments)
+    def counted(problems, flags, step, *again):
+        now[0] = step + 1
+        return batch_of_problems(problems, flags, step, *again)
 
     def bad_loss(*arguments):
-        return surrogate(*arguments) * (value if first <= now[0] <= last else 1.0)
+        return policy_loss(*arguments) * (value if first <= now[0] <= last else 1.0)
 
-    def bad_gradient(trainer, loss, is_last):
-        backward(trainer, loss, is_last)
+    def bad_gradient(trainer, *arguments):
+        result = forward_backward(trainer, *arguments)
         if first <= now[0] <= last:
             next(iter(trainer.params.values())).grad.view(-1)[3] = value
-    monkeypatch.setattr(eg, "update", counted)
+        return result
+    monkeypatch.setattr(eg, "batch_of_problems", counted)
     if what == "loss":
-        monkeypatch.setattr(eg, "clipped_surrogate", bad_loss)
+        monkeypatch.setattr(eg, "policy_loss", bad_loss)
     else:
-        monkeypatch.setattr(engine.Trainer, "backward", bad_gradient)
+        monkeypatch.setattr(Trainer, "forward_backward", bad_gradient)
+
+
+def after_each_update(monkeypatch, look):
+    """look(trainer, update's numbers) after every step's update."""
+    update = eg.update
+
+    def looked_at(trainer, *rest, **more):
+        stats = update(trainer, *rest, **more)
+        look(trainer, stats)
+        return stats
+    monkeypatch.setattr(eg, "update", looked_at)
 
 
 # --- not finite ------------------------------------------------------------------------------------------------------
@@ -88,13 +99,9 @@ def from_step(monkeypatch, first, last=10**9, value=float("nan"), what="loss"):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted_and_printed(run, monkeypatch, capsys, what, value):
     from_step(monkeypatch, 2, 2, value, what)
-    after, update = [], eg.update
-
-    def recorded(trainer, *rest):
-        stats = update(trainer, *rest)
-        after.append({k: v.detach().clone() for k, v in trainer.params.items()})
-        return stats
-    monkeypatch.setattr(eg, "update", recorded)
+    after = []
+    after_each_update(monkeypatch, lambda trainer, _: after.append({k: v.detach().clone()
+                                                                    for k, v in trainer.params.items()}))
     assert run("--keep", "9") == 0
     lines = run.metrics()
     assert [m["skipped_updates"] for m in lines] == [0, 1, 0, 0]
@@ -107,23 +114,12 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted_and_printed(
     assert all(v.isfinite().all() for v in after[-1].values())
 
 
-def test_a_skipped_update_leaves_weights_and_optimizer_as_they_were():
-    trainer = engine.Trainer(engine.load_policy("tiny", "cpu"), 512)
-    before = {k: v.detach().clone() for k, v in trainer.params.items()}
-    for p in trainer.params.values():
-        p.grad = torch.full_like(p, 1.0)
-    next(iter(trainer.params.values())).grad.view(-1)[0] = float("inf")
-    assert trainer.step(1.0, 1.0) == float("inf")
-    assert same(before, trainer.params) and engine.adam_steps(trainer) == 0
-    assert all(p.grad is None for p in trainer.params.values())
-
-
 def test_after_max_bad_steps_the_run_stops_and_names_the_last_good_checkpoint(run, monkeypatch, capsys):
     from_step(monkeypatch, 3)
     assert run("--max-bad-steps", "2", "--keep", "1") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "in 2 steps in a row" in said and str(run.out / "checkpoints" / "step-2") in said
-    assert run.checkpoints() == ["step-2"] and not engine.damage(run.out / "checkpoints" / "step-2")[0]
+    assert run.checkpoints() == ["step-2"] and not damage(run.out / "checkpoints" / "step-2")[0]
     assert [m["skipped_updates"] for m in run.metrics()] == [0, 0, 1, 1]
     assert not (run.out / "final").exists()
 
@@ -142,21 +138,16 @@ def test_without_a_checkpoint_the_message_says_so(run, monkeypatch, capsys):
 
 def test_a_signal_among_bad_steps_saves_the_run_and_keeps_the_last_good_checkpoint(run, monkeypatch, capsys):
     from_step(monkeypatch, 2)
-    update = eg.update
 
     class Asked:
         signal = 0
-    monkeypatch.setattr(eg, "Stop", lambda: Asked)
 
-    def asked(*arguments):
-        stats = update(*arguments)
-        Asked.signal = signal.SIGTERM if stats["skipped_updates"] else 0
-        return stats
-    monkeypatch.setattr(eg, "update", asked)
-    assert run("--max-bad-steps", "2", "--keep", "1") == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "Stop", lambda: Asked)
+        after_each_update(patch, lambda _, stats: setattr(Asked, "signal", signal.SIGTERM if stats["skipped_updates"]
+                                                          else 0))
+        assert run("--max-bad-steps", "2", "--keep", "1") == 143
     assert run.checkpoints() == ["step-2", "step-1"]
-    Asked.signal = 0
-    monkeypatch.setattr(eg, "update", update)
     assert run("--max-bad-steps", "2", "--keep", "1", "--resume") == 2          # the count goes on
     assert str(run.out / "checkpoints" / "step-1") in capsys.readouterr().err
     assert len(run.metrics()) == 3 and "step-1" in run.checkpoints()
@@ -164,8 +155,8 @@ def test_a_signal_among_bad_steps_saves_the_run_and_keeps_the_last_good_checkpoi
 
 def test_each_of_several_updates_is_judged_by_itself(run, monkeypatch):
     calls = []
-    norm = engine.Trainer.gradient_norm
-    monkeypatch.setattr(engine.Trainer, "gradient_norm",
+    norm = Trainer.gradient_norm
+    monkeypatch.setattr(Trainer, "gradient_norm",
                         lambda t: float("nan") if calls.append(0) or len(calls) == 2 else norm(t))
     assert run("--updates-per-rollout", "3", "--steps", "1") == 0
     assert run.metrics()[0]["skipped_updates"] == 1
@@ -175,12 +166,6 @@ def test_weights_that_explode_stop_the_run_in_one_sentence(run, capsys):
     assert run("--lr", "1e30") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "logits are not finite" in said and "step-1" in said
-
-
-def test_not_even_a_nan_makes_a_metrics_line_that_is_no_json(tmp_path):
-    eg.append(tmp_path / "x.jsonl", [dict(a=float("nan"), b=float("-inf"), c=1.5, d="NaN", e=None, f=3)])
-    row = json.loads((tmp_path / "x.jsonl").read_text(), parse_constant=not_json)
-    assert row == dict(a=None, b=None, c=1.5, d="NaN", e=None, f=3)
 
 
 # --- rows at the edge ------------------------------------------------------------------------------------------------
@@ -251,11 +236,17 @@ def test_a_response_of_one_repeated_token_among_others():
 
 
 @pytest.mark.parametrize("method", ["edge-grpo", "grpo"])
-def test_a_group_of_one_has_no_advantage(run, method):
-    assert run("--group-size", "1", "--method", method) == 0
+def test_a_group_of_one_has_no_advantage(run, method, capsys):
+    """So it is refused, but where wrong responses get one of their own: then only they teach."""
+    assert run("--group-size", "1", "--method", method) == 2
+    assert capsys.readouterr().err.startswith("error: --group-size 1") and not run.out.exists()
+    assert run("--group-size", "1", "--method", method, "--no-eda", "--all-wrong-advantage", "-0.5") == 0
     lines = run.metrics()
     assert finite(lines)
-    assert all(m["loss"] == m["grad_norm"] == m["mixed_groups"] == m["advantage_variance"] == 0 for m in lines)
+    assert all(m["mixed_groups"] == m["advantage_variance"] == 0 for m in lines)
+    for m in lines:
+        wrong = m["accuracy_corrected"] == 0
+        assert m["loss"] == pytest.approx(0.5 * wrong) and (m["grad_norm"] > 0) == wrong
 
 
 def test_problems_with_a_long_prompt_are_left_out_and_counted(run, problems, tmp_path, capsys):
@@ -273,11 +264,11 @@ def test_a_prompt_must_leave_room_for_a_response(problems):
     flags = eg.parse_flags(["--model", "tiny", "--data", str(problems)])
     lengths = [len(policy.prompt_ids(p.question)) for p in data.load(str(problems))]
     policy.model.config.max_position_embeddings = max(lengths)
-    kept, left_out = eg.load_problems(flags, policy)
+    kept, left_out = training_problems(flags, policy, needs_solution=False)
     assert len(kept) == sum(n < max(lengths) for n in lengths) > 0 and len(left_out) == len(lengths) - len(kept) > 0
     policy.model.config.max_position_embeddings = min(lengths)
-    with pytest.raises(eg.UserError, match="no room for a response in the model's context"):
-        eg.load_problems(flags, policy)
+    with pytest.raises(UserError, match="no room for a response in the model's context"):
+        training_problems(flags, policy, needs_solution=False)
 
 
 def test_a_data_set_shorter_than_a_step_is_repeated_evenly(run, problems):
@@ -326,7 +317,7 @@ def expected(run):
 def test_no_cache_of_an_evaluation_stands_in_the_way_of_the_update(tmp_path):
     flags, policy = eg.parse_flags(["--out", str(tmp_path)]), engine.load_policy("tiny", "cpu")
     policy.sampler.fixed = True                             # as on a GPU, where the cache outlives the call
-    eg.evaluate(policy, {"easy": data.load("tiny:1-3:validation")[:2]}, flags, 0)
+    evaluation.while_training(policy, {"easy": data.load("tiny:1-3:validation")[:2]}, flags, 0)
     assert policy.sampler.slots is None and json.loads((tmp_path / "evals.jsonl").read_text())["problems"] == 2
 
 
@@ -352,13 +343,17 @@ def test_out_of_memory_while_sampling_halves_the_rows_once(run, expected, monkey
 
 def test_out_of_memory_in_the_update_halves_the_micro_batch_once_and_counts_no_gradient_twice(
         run, expected, monkeypatch, capsys):
-    gradients, budgets = eg.gradients, []
+    backward, budgets = torch.Tensor.backward, []
 
-    def scarce(trainer, *rest):
-        loss = gradients(trainer, *rest)                            # the gradients are there when the memory runs out
+    def scarce(loss):
+        backward(loss)                                              # the gradients are there when the memory runs out
+        [trainer] = trainers
         budgets.append(trainer.micro_batch_tokens)
-        return out_of_memory() if budgets[-1] > 256 else loss
-    monkeypatch.setattr(eg, "gradients", scarce)
+        if budgets[-1] > 256:
+            out_of_memory()
+    trainers, make = [], Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda t, *args, **more: trainers.append(t) or make(t, *args, **more))
+    monkeypatch.setattr(torch.Tensor, "backward", scarce)
     assert run("--steps", "2", "--overwrite") == 0
     assert capsys.readouterr().err == "out of GPU memory in the update: going on with --micro-batch-tokens 256\n"
     assert budgets == [512, 256, 256]
@@ -369,7 +364,11 @@ def test_out_of_memory_in_the_update_halves_the_micro_batch_once_and_counts_no_g
 @pytest.mark.parametrize("where, flag", [("gradients", "--micro-batch-tokens"), ("sample", "--max-rows"),
                                          ("score", "--micro-batch-tokens"), ("load", "--offload-optimizer")])
 def test_out_of_memory_again_stops_with_the_flag_to_set(run, monkeypatch, capsys, where, flag):
-    if where == "sample":
+    if where == "gradients":
+        monkeypatch.setattr(torch.Tensor, "backward", out_of_memory)
+    elif where == "score":
+        monkeypatch.setattr(training, "response_logprobs", out_of_memory)
+    elif where == "sample":
         load = engine.load_policy
 
         def never(*arguments, **more):
@@ -377,10 +376,8 @@ def test_out_of_memory_again_stops_with_the_flag_to_set(run, monkeypatch, capsys
             policy.sampler.sample = out_of_memory
             return policy
         monkeypatch.setattr(engine, "load_policy", never)
-    elif where == "load":
-        monkeypatch.setattr(engine, "Trainer", out_of_memory)
     else:
-        monkeypatch.setattr(eg, where, out_of_memory)
+        monkeypatch.setattr(eg, "Trainer", out_of_memory)
     assert run() == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("error: ") and "out of" in said[-1] and flag in said[-1]

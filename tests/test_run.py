@@ -29,11 +29,6 @@ KEYS = set("step loss grad_norm lr reward accuracy accuracy_corrected format mix
 UNDEFINED_FOR_SFT = set("accuracy format mixed_groups entropy_sampled response_tokens truncated logprob_gap".split())
 
 
-@pytest.fixture(autouse=True)
-def keep_pytests_signal_handlers(monkeypatch):
-    monkeypatch.setattr(edge_grpo, "Stop", lambda: type("Stop", (), {"signal": 0})())
-
-
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "nine.jsonl"
@@ -202,7 +197,7 @@ def test_the_sampler_takes_as_many_rows_as_preflight_allows(tmp_path, monkeypatc
     policies, lines, load = [], [], engine.load_policy
     monkeypatch.setattr(engine, "load_policy", lambda *args: policies.append(load(*args)) or policies[-1])
     for rows in (None, 3):
-        monkeypatch.setattr(edge_grpo, "preflight", lambda flags: ("", rows))
+        monkeypatch.setattr(edge_grpo, "preflight", lambda *_: rows)
         assert edge_grpo.main([*SMALL, "--device", "cpu", "--out", str(tmp_path / str(rows))]) == 0
         lines.append([json.loads(line) for line in (tmp_path / str(rows) / "metrics.jsonl").read_text().splitlines()])
     assert [policy.sampler.max_rows for policy in policies] == [None, 3]

@@ -1,0 +1,79 @@
+"""engine/models.py: prompts, end tokens, names of models, and sampling with less memory."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config
+
+import data
+import engine
+from data import UserError
+from engine.models import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, find_model, prompt_text
+from rollout import Sample
+
+QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
+
+
+@pytest.mark.skipif(not QWEN.exists(), reason="../shared is absent: no real tokenizer to test with")
+def test_qwen_prompt_is_the_papers_and_both_end_tokens_stop():
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    expected = QWEN_TEMPLATE.replace("{question}", "What is $1+1$?")
+    assert prompt_text(tokenizer, "What is $1+1$?", "qwen") == expected
+    ids = tokenizer.encode(expected, add_special_tokens=False)
+    assert ids[0] == 151644 and tokenizer.decode(ids) == expected
+    config = Qwen2Config(**json.loads((QWEN / "config.json").read_text()))
+    assert find_end_ids(config, None, tokenizer) == {151643, 151645}
+    tokenizer.chat_template = None
+    assert prompt_text(tokenizer, "What is $1+1$?", "qwen") == expected
+
+
+def test_llama_gets_the_instruction_in_the_user_turn():
+    class Fake:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **_):
+            return messages
+    assert prompt_text(Fake(), "Q", "llama") == [{"role": "user", "content": f"Q {INSTRUCTION}"}]
+    Fake.chat_template, Fake.name_or_path = None, "base"
+    with pytest.raises(UserError, match="take the Instruct model"):
+        prompt_text(Fake(), "Q", "llama")
+
+
+def test_a_prompt_does_not_change_with_the_day():
+    """Llama 3's template asks for the date unless it is told one."""
+    tiny = engine.load_policy("tiny", "cpu")
+    tiny.tokenizer.chat_template = ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+                                    "{{ messages[0]['content'] }}")
+    assert prompt_text(tiny.tokenizer, "Q", "llama").startswith("26 Jul 2024Q")
+
+
+def test_half_the_rows_means_half_of_those_that_were_in_the_cache(capsys):
+    """What was asked for may be far above what fitted, and half of it too."""
+    tiny = engine.load_policy("tiny", "cpu")
+    tiny.sampler.last_slots, tried = 60, []
+
+    def scarce(prompts, n, limits, temperature, seeds, top_p):
+        tried.append(tiny.sampler.max_rows)
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return [[Sample([seed], [0.0], False)] for seed in seeds]
+    tiny.sampler.sample = scarce
+    samples = tiny.sample([[1]] * 256, [5] * 256, list(range(256)), 1.0)
+    assert [s.ids for s in samples] == [[k] for k in range(256)]
+    assert tried == [None, 30] and "--max-rows 30" in capsys.readouterr().err
+
+
+def test_bare_names():
+    assert find_model("Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
+    assert find_model("Llama-3.2-3B-Instruct") == "meta-llama/Llama-3.2-3B-Instruct"
+    assert find_model("owner/name") == "owner/name"
+    with pytest.raises(UserError, match="neither"):
+        find_model("nothing")
+
+
+def test_tiny_policy_round_trips_text():
+    policy = engine.load_policy("tiny", "cpu")
+    problem = data.load("tiny:1-3")[0]
+    assert policy.decode(policy.encode(problem.solution)) == problem.solution
+    assert policy.end_id in policy.end_ids
