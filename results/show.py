@@ -7,6 +7,7 @@ import html
 import shutil
 import sys
 import textwrap
+from itertools import groupby
 from pathlib import Path
 
 import data
@@ -93,8 +94,7 @@ def wrapped(text: str, width: int, indent: str) -> list[str]:
 
 STYLE = """body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.2rem } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } pre { white-space: pre-wrap; font-size: 13px;
-background: #fafafa; padding: .6rem; border-radius: 4px; line-height: 1.9 } .injected { outline: 1.5px solid #7b1fa2;
-outline-offset: -1px } .sampled { color: #777 } td { padding-right: 1rem }"""
+background: #fafafa; padding: .6rem; border-radius: 4px; line-height: 1.9 } .injected { outline: 1.5px solid #7b1fa2 } .sampled { color: #777 } td { padding-right: 1rem }"""
 
 
 def as_page(rows: list[dict]) -> str:
@@ -110,13 +110,18 @@ def as_page(rows: list[dict]) -> str:
         body.append(f"<h2>{html.escape(heading(number, row, rows))}</h2>")
         if "correction" in row and row["segments"][0][1]:
             body.append(f"<pre class=sampled>{html.escape('as sampled: ' + row['response'])}</pre>")
-        tokens = zip(row["token_texts"], row["token_injected"], row["token_entropies"], row["token_logp"])
-        body.append("<pre>" + "".join(
-            f'<span{" class=injected" if injected else ""} style="background:rgba(230,97,0,{0.85 * h / top:.2f})" '
-            f'title="entropy {h:.3f}, log-probability {logp:.3f}">{html.escape(text)}</span>'
-            for text, injected, h, logp in tokens) + "</pre>")
+        tokens = zip(row["token_injected"], row["token_texts"], row["token_entropies"], row["token_logp"])
+        runs = ((injected, "".join(shaded(*token, top) for _, *token in run))
+                for injected, run in groupby(tokens, key=lambda token: token[0]))
+        body.append("<pre>" + "".join(f"<span class=injected>{run}</span>" if injected else run
+                                      for injected, run in runs) + "</pre>")
     return f"<!doctype html><meta charset=utf-8><title>{html.escape(title(rows))}</title><style>{STYLE}</style>" \
         + "\n".join(body) + "\n"
+
+
+def shaded(text: str, entropy: float, logp: float, top: float) -> str:
+    return (f'<span style="background:rgba(230,97,0,{0.85 * entropy / top:.2f})" title="entropy {entropy:.3f}, '
+            f'log-probability {logp:.3f}">{html.escape(text)}</span>')
 
 
 def show(folder: Path, step: int | None, question: int, page: str | None) -> str:
