@@ -185,9 +185,9 @@ READ_ALIKE = {      # name: (config, what transformers 4 reads in config.json)
     "phi3": (tf.Phi3Config(**C, **GQA, original_max_position_embeddings=96, **rope(**LONGROPE)),
              dict(rope_theta=1e6, original_max_position_embeddings=96,
                   rope_scaling=dict(type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4))),
-    "stablelm": (tf.StableLmConfig(**C, **GQA, **rope(partial_rotary_factor=0.5)),
-                 dict(rope_theta=1e6, partial_rotary_factor=0.5)),
-    "gpt_neox": (tf.GPTNeoXConfig(**C, **rope(partial_rotary_factor=0.5)), dict(rotary_emb_base=1e6, rotary_pct=0.5)),
+    "stablelm": (tf.StableLmConfig(**C, **GQA, **rope(partial_rotary_factor=0.25)),
+                 dict(rope_theta=1e6, partial_rotary_factor=0.25)),
+    "gpt_neox": (tf.GPTNeoXConfig(**C, **rope(partial_rotary_factor=0.25)), dict(rotary_emb_base=1e6, rotary_pct=0.25)),
     "qwen3_moe": (tf.Qwen3MoeConfig(**C, **GQA, **rope(), head_dim=16, num_experts=4, num_experts_per_tok=2,
                                     moe_intermediate_size=32), dict(rope_theta=1e6, num_experts=4)),
 }
