@@ -71,9 +71,10 @@ def check_output_layer(model: torch.nn.Module) -> None:
         raise ValueError(f"{name} has no output matrix; take a causal language model.")
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"The output layer of {name} has a bias, which entropy.py does not add; take another model.")
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-        raise ValueError(f"{name} caps its logits (final_logit_softcapping in its config), which entropy.py does not "
-                         "do; take another model.")
+    for cap in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):     # Gemma, Griffin, xLSTM
+        if getattr(model.config.get_text_config(), cap, None):
+            raise ValueError(f"{name} caps its logits ({cap} in its config), which entropy.py does not do; take "
+                             "another model.")
     ids = torch.arange(4, device=head.weight.device)[None]                          # (1, 4)
     logits = model(input_ids=ids).logits.float()
     product = _mm(model.base_model(input_ids=ids).last_hidden_state[0], head.weight.T)

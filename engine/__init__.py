@@ -2,6 +2,7 @@
 
 processes.py    one process or several under torchrun: who am I, give everyone everything
 models.py       weights, tokenizer, prompts and end tokens of a model: the Policy
+modelfiles.py   where a model's files are, whatever is wrong with them, and what is saved beside trained weights
 forward.py      the training forward: packed micro-batches -> log-probabilities and entropies
 trainer.py      gradients and AdamW on fp32 master weights, sharded (FSDP2) or offloaded
 checkpoints.py  written whole or not at all, checked by sha256

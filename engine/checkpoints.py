@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from data import UserError
 from engine.console import first_line
@@ -24,9 +25,14 @@ SHARD_BYTES = 4 * GIB
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """Model and tokenizer in Hugging Face format."""
-    policy.model.save_pretrained(folder, max_shard_size=SHARD_BYTES)        # a file is gathered in CPU memory
-    policy.tokenizer.save_pretrained(folder)
+    """The weights in Hugging Face format, and beside them all else that the model came with."""
+    model = policy.model
+    model.generation_config, kept = GenerationConfig(), model.generation_config         # some are refused in saving
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)                           # a file is gathered in memory
+    model.generation_config = kept
+    for name, content in policy.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def save_final(policy: Policy, folder: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from data import UserError
-from engine.console import first_line, say
-from engine.models import BROKEN, load_config
+from engine.console import say
+from engine.modelfiles import from_model
+from engine.models import load_config
 from engine.processes import world_size
 
 GIB = 2**30
@@ -45,12 +45,9 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     Weights, gradients, optimizer and cache (keys and values) are exact; activations are those of transformers'
     Llama-like layers.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except BROKEN as error:
-        raise UserError(f"--model {config.name_or_path}: its config.json describes no causal language model "
-                        f"({first_line(error)})") from error
+    problem = "its config.json describes no causal language model"
+    with from_model(config.name_or_path, problem), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     count = sum(p.numel() for p in model.parameters())
     c = config.get_text_config()
     heads = getattr(c, "num_attention_heads", None) or 0                        # 0: Mamba and its like

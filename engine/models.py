@@ -1,34 +1,34 @@
 """A model of transformers as the policy: weights, tokenizer, prompt, end tokens and sampler, checked before use."""
 import functools
+import json
+import re
 import sys
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
-import jinja2
 import torch
 import transformers
-from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import UserError
-from engine.console import first_line
+from engine.console import say
+from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
 from engine.processes import spread, start_processes
 from entropy import check_output_layer
 from rollout import Sample, Sampler
 
 transformers.utils.logging.disable_progress_bar()          # the run prints its own
 
-TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny_model"
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 QWEN_TEMPLATE = (f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
                  "<|im_start|>assistant\n")
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>")        # what ends an assistant's turn in the two families of the paper
+QUESTION = "What is 1 + 1?"         # to try a chat template with
+TODAY = date(2024, 7, 26)           # for every chat template, so that a prompt does not change with the day
+CLOCK = ("{% macro strftime_now(format) %}{{ format"
+         + "".join(f"|replace('%{c}', '{TODAY.strftime('%' + c)}')" for c in "aAbBdHIjmMpSyY") + " }}{% endmacro %}\n")
 
 
 @dataclass
@@ -39,22 +39,47 @@ class Policy:
     sampler: Sampler
     end_ids: set[int]           # any of them ends a response
     end_id: int                 # the one that ends injected text
-    vocab_size: int             # ids from here on are padding of the embedding
+    vocab_size: int             # ids from here on are padding of the embedding, or have no row in it
     device: torch.device
     template: str               # "qwen" or "llama"
+    files: dict[str, bytes] = field(default_factory=dict)       # what is saved beside its weights: name, content
 
     def context(self) -> int:
-        """The most tokens, of prompt and response together, that the model has positions for."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        """The most tokens, of prompt and response together, that the model has positions for. With longrope only the
+        original context: one longer row in a batch would change the rotations of all of them."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}                   # one, or one for each type of layer
+        lengths = [r["original_max_position_embeddings"] for r in (rope, *rope.values())
+                   if isinstance(r, dict) and r.get("rope_type") == "longrope"]
+        lengths += [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        return min(filter(None, lengths), default=2**31)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The question in the model's chat template, the assistant's turn opened."""
-        text = prompt_text(self.tokenizer, question, self.template)
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        """The question in the model's chat template, the assistant's turn opened; without a template behind the BOS, if
+        the tokenizer begins a text with one. Raises UserError, whatever the template does."""
+        tokenizer = self.tokenizer
+        with from_model(tokenizer.name_or_path, "its chat template fails", "; correct it, or try another --template"):
+            ids = self._ids(prompt_text(tokenizer, question, self.template))
+            begin = tokenizer.encode("")[:1] if tokenizer.chat_template is None else []
+            return begin + ids if begin == [tokenizer.bos_token_id] else ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text that stands inside a response."""
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        """Ids of text that stands inside a response: a tokenizer that puts a blank in front of every text is shown
+        something before it. Raises UserError where the text needs ids that the model has not."""
+        adds_blank = self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(("\u2581", "\u0120"))
+        for before in ("\n", ".") if adds_blank else ():
+            head, ids = self._ids(before), self._ids(before + text)
+            if ids[:len(head)] == head:
+                return ids[len(head):]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError(f"--model {self.tokenizer.name_or_path}: the tokenizer has ids up to {max(ids)}, but the "
+                            f"model's embedding only {self.vocab_size} rows, too few for {text[-60:]!r}; the tokenizer "
+                            "belongs to another model")
+        return ids
 
     def decode_raw(self, ids: list[int]) -> str:
         """Text of ids, special tokens shown."""
@@ -99,8 +124,10 @@ class CannotSample(UserError):
     """The policy's logits are not finite, or the GPU has no memory to sample with."""
 
 
-def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, template: str) -> str:
-    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (as in the paper)."""
+def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, template: str,
+                response: str = "") -> str:
+    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (as in the paper). The
+    assistant's turn is opened, or holds the response and is closed. Raises whatever the template does."""
     if template == "llama":
         messages = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
     else:
@@ -109,80 +136,33 @@ def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, 
         raise UserError(f"--model {tokenizer.name_or_path}: its tokenizer has no chat template, which a Llama prompt "
                         "needs; take the Instruct model, or --template qwen")
     if tokenizer.chat_template is None:
-        return QWEN_TEMPLATE.replace("{question}", question)
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                             date_string="26 Jul 2024")       # Llama 3 would put today's date
-    except (jinja2.TemplateError, TypeError, ValueError) as error:            # ValueError: several and no default
-        raise UserError(f"--model {tokenizer.name_or_path}: its chat template fails ({first_line(error)}); correct the "
-                        "template, or try another --template") from error
-
-
-def find_model(name: str) -> str:
-    """`tiny`, a local folder, a hub id, or a bare Qwen or Llama name -> what from_pretrained takes."""
-    if name == "tiny":
-        return str(TINY_MODEL)
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"--model {name}: the folder has no config.json; give a Hugging Face model folder")
-        return name
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--model {name}: there is no such folder")
-    for start, owner in (("Qwen", "Qwen"), ("Llama", "meta-llama")):
-        if name.startswith(start):
-            return f"{owner}/{name}"
-    if "/" not in name:
-        raise UserError(f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`")
-    return name
-
-
-# What transformers raises on a folder that is not a whole and consistent model.
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, ImportError,
-          RuntimeError, SafetensorError, StrictDataclassError)
-
-
-@functools.cache
-def hub_is_away() -> bool:
-    """Asked once: then files come from the cache at once, or not at all, instead of after 20 s of retries each."""
-    try:
-        urllib.request.urlopen(ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:              # an answer, whatever it says
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def where(name: str) -> dict:
-    """What every from_pretrained is given to find `name`."""
-    path = find_model(name)
-    return dict(pretrained_model_name_or_path=path, local_files_only=Path(path).is_dir() or hub_is_away())
+        return QWEN_TEMPLATE.replace("{question}", question) + (response and f"{response}<|im_end|>")
+    if response:
+        messages.append({"role": "assistant", "content": response})
+    several = not isinstance(tokenizer.chat_template, str)                          # then there may be a default one
+    chosen = CLOCK + (tokenizer.get_chat_template() if several else tokenizer.chat_template)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not response,
+                                         chat_template=chosen, date_string=TODAY.strftime("%d %b %Y"))
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The model's configuration, with one clear sentence for whatever is wrong with it."""
-    try:
-        return AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
-    except UserError:                           # find_model's own sentence
-        raise
-    except BROKEN as error:
-        raise UserError(f"--model {name}: no usable config.json ({first_line(error)}); give a local folder, or a hub "
-                        "id while the hub can be reached") from error
+    with from_model(name, "no usable config.json", "; give a local folder, or a hub id while the hub can be reached"):
+        config = AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
+    if any(getattr(c, "quantization_config", None) for c in (config, config.get_text_config())):
+        raise UserError(f"--model {name}: its weights are quantized (quantization_config), which cannot be trained; "
+                        "take the model that was quantized, or dequantize it and save that")
+    return config
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
     """The model's tokenizer, with one clear sentence for whatever is wrong with it."""
-    path, files = Path(find_model(name)), ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if path.is_dir() and not any((path / f).is_file() for f in files):
+    path = Path(find_model(name))
+    if path.is_dir() and not any(re.search(r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$", f.name)
+                                 for f in path.iterdir()):
         raise UserError(f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model")
-    try:
+    with from_model(name, "its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
-    except BROKEN as error:
-        raise UserError(f"--model {name}: its tokenizer cannot be read ({first_line(error)})") from error
-    except Exception as error:              # the Rust tokenizer raises the bare class on a broken tokenizer.json
-        if type(error) is not Exception:
-            raise
-        raise UserError(f"--model {name}: its tokenizer.json is broken ({first_line(error)})") from error
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -190,18 +170,26 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     path = Path(find_model(name))
     if path.is_dir() and not list(path.glob("*.safetensors")):
         raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **where(name), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, attn_implementation="sdpa", ignore_mismatched_sizes=True)
-    except BROKEN as error:
-        raise UserError(f"--model {name}: its weights cannot be loaded ({first_line(error)})") from error
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        names = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
-        raise UserError(f"--model {name}: weights missing or of the wrong shape: {', '.join(names[:3])}"
-                        f"{' …' if len(names) > 3 else ''}; the folder is incomplete or of another architecture")
-    drop_nothing(model)
-    return model.to(device).eval()
+    with from_model(name, "its weights cannot be loaded"):
+        folder = folder_of(name)
+        named = [json.loads((folder / "config.json").read_bytes()).get("transformers_weights") or ".safetensors"]
+        for index in folder.glob("*.safetensors.index.json"):
+            named += json.loads(index.read_bytes())["weight_map"].values()
+        if pickled := [f for f in named if not f.endswith((".safetensors", ".safetensors.index.json"))]:
+            raise UserError(f"--model {name}: its weights are in {pickled[0]}; pickled weights are not loaded, so "
+                            "convert them to safetensors")
+        load = functools.partial(AutoModelForCausalLM.from_pretrained, **where(name), dtype=dtype, use_safetensors=True,
+                                 trust_remote_code=trust_remote_code, output_loading_info=True,
+                                 ignore_mismatched_sizes=True)
+        try:
+            model, info = load(attn_implementation="sdpa")
+        except ValueError:                          # a family that has no such attention
+            model, info = load(attn_implementation="eager")
+        if missing := sorted(map(str, info["missing_keys"] or info.get("mismatched_keys"))):
+            raise UserError(f"--model {name}: weights missing or of the wrong shape: {', '.join(missing[:3])}"
+                            f"{' …' if len(missing) > 3 else ''}; the folder is incomplete or of another architecture")
+        drop_nothing(model)
+        return model.to(device).eval()
 
 
 def drop_nothing(model: nn.Module) -> None:
@@ -215,15 +203,27 @@ def drop_nothing(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def find_end_ids(config, generation_config, tokenizer) -> set[int]:
-    """Every id that ends a sample: of the generation config, the config, the tokenizer, and a chat template's turns."""
-    ids = set()
+def turn_end(tokenizer, template: str) -> int | None:
+    """The special token that the chat template puts behind a response; None if there is none."""
+    response = "The answer is 2."
+    try:
+        behind = prompt_text(tokenizer, QUESTION, template, response).rpartition(response)
+    except Exception:                               # a template that takes no response; prompts may be in order
+        return None
+    ids = tokenizer.encode(behind[2].strip(), add_special_tokens=False) if behind[1] else []
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return next((i for i in ids if i in special and tokenizer.decode([i]).strip()), None)
+
+
+def find_end_ids(config, generation_config, tokenizer, template: str = "qwen") -> set[int]:
+    """Every id that ends a sample: of the generation config, the config and the tokenizer, and the end of a turn."""
+    ids = [turn_end(tokenizer, template)]
     for source in (generation_config, config, tokenizer):
         found = getattr(source, "eos_token_id", None)
-        ids.update(found if isinstance(found, (list, tuple)) else [found])
-    vocabulary = tokenizer.get_vocab()
-    ids.update(vocabulary.get(token) for token in END_TOKENS)
-    return ids - {None}
+        ids += found if isinstance(found, (list, tuple)) else [found]
+    if strange := [i for i in ids if i is not None and type(i) is not int]:
+        raise ValueError(f"{strange[0]!r} is no id")
+    return set(ids) - {None}
 
 
 def load_policy(name: str, device: str = "auto", template: str = "auto", max_rows: int | None = None,
@@ -232,27 +232,36 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     device = start_processes(device)
     config = load_config(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    vocabulary = tokenizer.get_vocab()
-    vocab_size = max(vocabulary.values()) + 1
-    if vocab_size > config.get_text_config().vocab_size:
-        raise UserError(f"--model {name}: the tokenizer has ids up to {vocab_size - 1}, but the model's embedding only "
-                        f"{config.get_text_config().vocab_size} rows; the tokenizer belongs to another model")
+    vocabulary, rows = set(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if max(vocabulary - set(tokenizer.added_tokens_decoder), default=0) >= rows:
+        raise UserError(f"--model {name}: the tokenizer has ids up to {max(vocabulary)}, but the model's embedding "
+                        f"only {rows} rows; the tokenizer belongs to another model")
+    if template == "auto":
+        template = "llama"
+        if config.model_type != "llama":
+            with suppress(Exception):                       # some templates, such as Gemma's, refuse a system turn
+                prompt_text(tokenizer, QUESTION, "qwen")
+                template = "qwen"
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code)
-    try:
+    with from_model(name, "it is of a kind that cannot be trained here"):
         check_output_layer(model)
-    except ValueError as error:
-        raise UserError(f"--model {name}: {error}") from error
-    end_ids = find_end_ids(config, model.generation_config, tokenizer)
+    with from_model(name, "its end tokens are unusable", "; correct eos_token_id in config.json and "
+                    "generation_config.json"):
+        end_ids = find_end_ids(config, model.generation_config, tokenizer, template)
+        sampler = Sampler(model, end_ids, vocab_size=max(vocabulary) + 1, max_rows=max_rows)
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
-    if max(end_ids) >= vocab_size:
-        raise UserError(f"--model {name}: its end token {max(end_ids)} is none of the tokenizer's {vocab_size} ids; "
-                        "correct eos_token_id in config.json and generation_config.json")
-    turn_end = next((vocabulary[token] for token in TURN_ENDS if token in vocabulary), None)
-    end_id = turn_end
-    if turn_end is None:
-        end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in end_ids else min(end_ids)
-    if template == "auto":
-        template = "llama" if config.model_type == "llama" else "qwen"
-    sampler = Sampler(model, end_ids, vocab_size=vocab_size, max_rows=max_rows)
-    return Policy(model, tokenizer, sampler, end_ids, end_id, vocab_size, device, template)
+    end_id = next(i for i in (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids)) if i in end_ids)
+    policy = Policy(model, tokenizer, sampler, end_ids, end_id, sampler.vocab_size, device, template,
+                    beside_weights(name, model, config))
+    policy.prompt_ids(QUESTION)
+    prompt = prompt_text(tokenizer, QUESTION, template)
+    if QUESTION not in prompt:
+        raise UserError(f"--model {name}: its chat template leaves the question out, as if it were not for text alone; "
+                        "correct it, or try another --template")
+    if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
+        say("note: the chat template opens <think>: responses begin inside it, and injected text ends the turn there")
+    if policy.context() < (getattr(config.get_text_config(), "max_position_embeddings", None) or 0):
+        say(f"note: rows end at {policy.context()} tokens, the original context of longrope: with one longer row in a "
+            "batch all of them would be rotated in another way")
+    return policy
