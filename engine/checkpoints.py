@@ -4,17 +4,19 @@ named step-N is whole or damaged, never half-written. Nothing in it is unpickled
 """
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import UserError
-from engine.console import first_line
-from engine.folder import publish
+from engine.folder import flush, publish, read_json, remove
 from engine.memory import GIB
 from engine.models import Policy
 from engine.processes import is_main
@@ -31,43 +33,60 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 def save_final(policy: Policy, folder: Path) -> None:
     """The final model, written beside and renamed."""
-    if not is_main():
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(policy, unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(unfinished, folder)
+    if is_main():
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        remove(unfinished)
+        save_model(policy, unfinished)
+        publish(unfinished, folder)
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, keep: int) -> Path:
-    """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
-    target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
+def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -> None:
+    """Write folder/step-N whole. `progress` comes back from newest_checkpoint."""
+    unfinished = folder / f".step-{step}.unfinished"
+    with ThreadPoolExecutor() as pool:      # a file is hashed, from the page cache, while the next ones are written
+        hashes = {file: pool.submit(sha256, file) for file in write(trainer, unfinished)}
     if is_main():
-        later = [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]   # found damaged when the run went on
-        for old in [*folder.glob(".step-*.unfinished"), *later]:
-            shutil.rmtree(old)
-        check_space(folder, trainer)
-        unfinished.mkdir(parents=True)
-        save_model(trainer.policy, unfinished)
-    save_state(trainer, unfinished)
-    if is_main():
-        written = sorted(f for f in unfinished.rglob("*") if f.is_file())        # some tokenizers write a folder
-        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in written}
+        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": h.result()}
+                 for f, h in hashes.items()}
         manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
         manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        publish(unfinished, target)
-        prune(folder, step, keep)
-    return target
+        for later in checkpoint_folders(folder):
+            if int(later.name[5:]) > step:                          # found damaged when the run went on
+                remove(later)
+        publish(unfinished, folder / f"step-{step}")
+        flush(folder.parent)
+
+
+def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
+    """Write model, masters and moments; yields each file when it is whole, on the main process. Masters and moments go
+    into files of about 4 GiB, so that no more than that is gathered at a time."""
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(trainer.policy, folder)
+        yield from sorted(f for f in folder.rglob("*") if f.is_file())             # some tokenizers write a folder
+    held, part = {}, 0
+    for name, tensor in trainer.state():
+        if is_main():
+            held[name] = tensor.contiguous()
+            if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
+                yield save_part(held, folder, part)
+                held, part = {}, part + 1
+    if held:
+        yield save_part(held, folder, part)
+
+
+def save_part(tensors: dict, folder: Path, part: int) -> Path:
+    file = folder / f"optimizer-{part}.safetensors"
+    save_file(tensors, file)
+    return file
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints up to a step."""
     if is_main():
         for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:]:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def digest(manifest: dict) -> str:
@@ -76,35 +95,25 @@ def digest(manifest: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save_state(trainer: Trainer, folder: Path) -> None:
-    """Masters and moments, in files of about 4 GiB, so that no more than that is gathered at a time."""
-    held, held_bytes, part = {}, 0, 0
-    for name, tensor in trainer.state():
-        if is_main():
-            held[name], held_bytes = tensor.contiguous(), held_bytes + tensor.nbytes
-            if held_bytes > SHARD_BYTES:
-                save_file(held, folder / f"optimizer-{part}.safetensors")
-                held, held_bytes, part = {}, 0, part + 1
-    if held:
-        save_file(held, folder / f"optimizer-{part}.safetensors")
-
-
 def adam_steps(trainer: Trainer) -> int:
     """How many updates AdamW has made."""
     states = [adam.state.get(trainer.masters[name]) for name, adam in trainer.adam.items()]
     return int(max((state["step"].item() for state in states if state), default=0))
 
 
-def check_space(folder: Path, trainer: Trainer) -> None:
-    """UserError if the disk cannot hold one more checkpoint."""
+def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
+    """UserError if the disk cannot hold the checkpoints to come, of which `keep` stay, and the final model."""
+    if not is_main():
+        return
     count = sum(p.numel() for p in trainer.policy.model.parameters())
-    weight_bytes = next(trainer.policy.model.parameters()).element_size()
-    need = count * (weight_bytes + 8 + (4 if trainer.sharded or weight_bytes < 4 else 0)) + 32 * 2**20
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    weights = count * next(trainer.policy.model.parameters()).element_size()
+    one = weights + count * (8 if weights == 4 * count and not trainer.sharded else 12) + 32 * 2**20
+    more = max(1, min(keep + 1 - len(checkpoint_folders(folder)), saves))       # an old one goes when a new one is whole
+    need, free = weights + more * one, shutil.disk_usage(folder.parent).free
     if free < need:
-        raise UserError(f"{folder}: a checkpoint needs {need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; "
-                        "free some space, lower --keep, or put --out on another disk, then go on with --resume")
+        raise UserError(f"{folder.parent}: the final model and {more} more checkpoints of {one / GIB:.2f} GiB each need "
+                        f"{need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free some space, lower --keep, "
+                        "save only at the end (--save-every 0), or put --out on another disk")
 
 
 def sha256(path: Path) -> str:
@@ -113,39 +122,42 @@ def sha256(path: Path) -> str:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
-    return sorted(found, key=lambda f: -int(f.name[5:]))
+    """The checkpoints of a run, newest first. OSError if the folder cannot be read: that is not an empty one."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+    return [folder / f"step-{step}" for step in steps]
 
 
-def newest_checkpoint(folder: Path, wanted: Callable[[dict], bool] = lambda manifest: True) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint that is wanted, and its manifest; damaged ones are named on stderr and left."""
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint, and its manifest; damaged ones are named on stderr and left."""
     for path in checkpoint_folders(folder):
         problem, manifest = damage(path)
-        if not problem and wanted(manifest):
+        if not problem:
             return path, manifest
-        if problem and is_main():
-            print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
+        print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
     return None
 
 
 def damage(path: Path) -> tuple[str, dict]:
-    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    """What is wrong with a checkpoint ("" if nothing), and its manifest. OSError for what cannot be read."""
+    name = "checkpoint.json"
     try:
-        manifest = json.loads((path / "checkpoint.json").read_text())
-        files = manifest["files"].items()
+        manifest = read_json(path / name, files=dict, sha256=str)
         if manifest["sha256"] != digest(manifest):
-            return "checkpoint.json was altered (sha256 differs)", {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"checkpoint.json cannot be read ({first_line(error)})", {}
-    for name, expected in files:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing", {}
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}", {}
-        if sha256(file) != expected["sha256"]:
             return f"{name} was altered (sha256 differs)", {}
+        for name, size in manifest.get("logs", {}).items():
+            if (path.parents[1] / name).stat().st_size < size:
+                return f"{name} is shorter than when the checkpoint was saved", {}
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}", {}
+            if sha256(path / name) != expected["sha256"]:
+                return f"{name} was altered (sha256 differs)", {}
+    except UserError as error:
+        return str(error), {}
+    except FileNotFoundError:
+        return f"{name} is missing", {}
     return "", manifest
 
 

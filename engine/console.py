@@ -1,11 +1,15 @@
 """What a program prints, how it is asked to stop, and how whatever goes wrong becomes one sentence and an exit code."""
+import errno
+import io
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 
 import torch
@@ -35,12 +39,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
 
 
+ADVICE = {                                                          # what to do about an error of the system
+    (errno.ENOSPC, errno.EDQUOT): "make room",
+    (errno.EACCES, errno.EPERM): "allow this user to read and write it",
+    (errno.EROFS,): "take a disk that can be written",
+    (errno.EEXIST, errno.ENOTDIR): "move the file, or the link to nothing, that is where a folder must be",
+    (errno.ENOENT,): "put it back",
+}
+
+
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
     """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr instead.
 
     go_on: what to do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the
     output (`| head`).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")                    # a console without ± does not end a run
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # while modules were imported: without a traceback
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with one_error():
             return work()
@@ -51,8 +69,9 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
         if if_unread != 2:
             return if_unread
         sentence = f"nobody reads this output any more; {go_on}"
-    except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
-        sentence = f"{first_line(error)}; make room and {go_on}, or give another --out"
+    except (OSError, SafetensorError) as error:                     # that of safetensors has no errno
+        advice = (text for codes, text in ADVICE.items() if any(os.strerror(code) in str(error) for code in codes))
+        sentence = f"{first_line(error)}; {next(advice, 'mend that')} and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -65,18 +84,22 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 
 
 class Stop:
-    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
+    """SIGINT, SIGTERM and SIGHUP let the step finish and save; a second one of the first two ends the process at once.
 
     Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one
     means nothing; and it ends the processes itself, after --shutdown-timeout seconds.
     """
 
     def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.signal, self.terminals = 0, [fd for fd in (1, 2) if os.isatty(fd)]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:          # nohup
+                signal.signal(number, self.ask)
 
     def ask(self, number: int, frame) -> None:
+        if number == signal.SIGHUP:                                 # nothing can be printed on a closed terminal
+            for terminal in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if self.signal:
             return
         self.signal, note = number, b"\nfinishing the step, then saving"
@@ -85,7 +108,8 @@ class Stop:
             for n in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(n, signal.SIG_DFL)
         if is_main():
-            os.write(2, note + b"\n")                               # print may be interrupted in a print
+            with suppress(OSError):
+                os.write(2, note + b"\n")                           # print may be interrupted in a print
 
 
 SECONDS = Counter()                                                 # by phase, since a step began
@@ -112,14 +136,19 @@ class Progress:
     def __init__(self, steps: int, done: int, shown: dict[str, str]):
         """shown: the name on the screen of each metric that is to be seen."""
         self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
-        self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()), unit="step")
+        self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()),
+                        bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}")
 
     def show(self, line: dict) -> None:
-        text = ", ".join(f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None)
-        text += f", {line['tokens_per_second']:.0f} tok/s"
+        texts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
+        texts.append(f"{line['tokens_per_second']:.0f} tok/s")
+        step, text = line["step"], ", ".join(texts)
+        if self.bar.disable:
+            if step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps):
+                pace = (time.perf_counter() - self.started) / (step - self.first)
+                say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
+            return
+        while len(text) > shutil.get_terminal_size().columns - 36 and len(texts) > 1:          # beside bar and time
+            text = ", ".join(texts := texts[:-1])
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        step = line["step"]
-        if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
-            pace = (time.perf_counter() - self.started) / (step - self.first)
-            say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")

@@ -1,7 +1,12 @@
 """A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
 import argparse
+import difflib
 import math
-from dataclasses import field, fields
+import re
+import zlib
+from dataclasses import asdict, field, fields
+from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from data import UserError
@@ -23,8 +28,34 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def wrong_flag(message: str) -> NoReturn:
-    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it."""
+def changed(flags, defaults: dict) -> dict[str, str]:
+    """The flags that are not as `defaults`, or else the dataclass, have them, each as on a command line."""
+    usual, found = asdict(type(flags)()) | defaults, {}
+    for name, value in asdict(flags).items():
+        if value != usual[name]:
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            found[name] = " ".join([option(name), *map(str, words)]) if value is not False else option(f"no_{name}")
+    return found
+
+
+def run_name(flags, differing: dict[str, str]) -> str:
+    """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
+    parts = [text for name, text in differing.items() if name not in MAY_CHANGE | {"model", "method", "seed"}]
+    name = re.sub(r"[^\w.]+", "-", "-".join([Path(flags.model).name, flags.method, *(p.strip("-") for p in parts)]))
+    if len(name) > 150:                                         # a file system takes 255 bytes
+        name = f"{name[:150]}-{zlib.crc32(name.encode()):x}"
+    return f"{name}-seed{flags.seed}"
+
+
+def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
+    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag of
+    the parser that was probably meant, by its name or by the beginning of its help."""
+    known = {}
+    for name, action in (parser._option_string_actions if parser else {}).items():
+        known |= {text: name for text in (re.split("[;:,(]", action.help)[0], name.strip("-").replace("-", " "))}
+    for word in re.findall(r"--?([A-Za-z][\w-]*)", message) if message.startswith("unrecognized") else ():
+        for meant in difflib.get_close_matches(re.sub("[-_]", " ", word), known, 1):
+            message += f"; {known[meant]} may be meant"
     raise UserError(f"{message} (--help lists every flag)")
 
 
@@ -32,7 +63,7 @@ def make_parser(kind: type, defaults: dict, description: str, usage: str) -> arg
     """One option for each field of the dataclass; `defaults` overrides some of theirs."""
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag
+    parser.error = partial(wrong_flag, parser=parser)
     for f in fields(kind):
         value, names = defaults.get(f.name, getattr(kind(), f.name)), f.metadata["names"]
         shown = " ".join(map(str, value)) if isinstance(value, list) else value

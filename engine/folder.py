@@ -1,8 +1,9 @@
-"""A folder that a program writes its results to: one program at a time, and nothing half-written."""
+"""A folder that a program writes its results to: one program at a time, nothing half-written, one reader of its JSON."""
 import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -44,30 +45,50 @@ def append(path: Path, rows: Iterable[dict]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The JSON objects of a JSONL file (none if there is no file), and the length in bytes of its whole lines: a last
-    line that an interruption cut off is left out. UserError for a broken line before it."""
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    rows = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: not valid JSON; delete that line, or take another folder") from None
-    return rows, len(whole) + bool(whole)
+def read_json(path: Path, **kinds: type | tuple) -> dict:
+    """The object in a JSON file, whose keys hold values of these kinds; UserError for any other content. A file that is
+    not there, or cannot be read, is an OSError: damage is neither."""
+    return parse(path.read_bytes(), path, 1, kinds)
+
+
+def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
+    """The objects of a JSONL file, each as in read_json (none if there is no file), and the length in bytes of its whole
+    lines: a last line that an interruption cut off is left out."""
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        whole = b""
+    lines = whole.split(b"\n") if whole else []
+    return [parse(text, path, n, kinds) for n, text in enumerate(lines, start=1)], len(whole) + bool(whole)
+
+
+def parse(text: bytes, path: Path, line: int, kinds: dict) -> dict:
+    """The JSON object that begins at a line of a file."""
+    try:
+        content, wrong = json.loads(text), "no JSON object"
+        if isinstance(content, dict):
+            wrong = ", ".join(f"no usable {k}" for k, kind in kinds.items() if not isinstance(content.get(k), kind))
+    except (ValueError, RecursionError) as error:
+        line, wrong = line + getattr(error, "lineno", 1) - 1, "not valid JSON"
+    if wrong:
+        raise UserError(f"{path}:{line}: {wrong}; restore the file, or take another folder")
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Written beside and renamed: the file is the old one or the new one, never half of one."""
+    """Written beside, flushed and renamed: the file is the old one or the new one, never half of one."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(unfinished)
     unfinished.replace(path)
+    flush(path.parent)
 
 
 def publish(unfinished: Path, target: Path) -> None:
     """Flush every file to the disk, then give the folder its name in one move."""
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
+    remove(target)
     unfinished.rename(target)
     flush(target.parent)
 
@@ -77,3 +98,11 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file, or a link (never what it leads to); nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

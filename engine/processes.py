@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from data import UserError
 
+SMALL_MODEL = 3e6           # parameters
+
 
 def start_processes(device: str) -> torch.device:
     """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
@@ -43,6 +45,14 @@ def start_processes(device: str) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))         # a checkpoint on a slow disk takes its time
     return torch.device(device)
+
+
+def choose_threads(parameters: int) -> int:
+    """How many threads torch computes with: one for a small model, whose operations are too short to be shared; threads
+    that wait for each other there spin, and take ten times the CPU's time where others want it. OMP_NUM_THREADS wins."""
+    if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 def leave(code: int) -> NoReturn:
