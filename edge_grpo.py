@@ -114,7 +114,7 @@ class Flags:
     template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
-    differing: ClassVar[str] = ""           # from the profile and the method's row, as on a command line
+    differing: ClassVar[dict] = {}          # what is not as the profile and the method's row have it
 
 
 def parse_flags(argv: list[str]) -> Flags:
@@ -124,9 +124,8 @@ def parse_flags(argv: list[str]) -> Flags:
     first, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
     defaults = {**(TINY if first.model == "tiny" else {}), **METHODS[first.method]}
     flags = Flags(**vars(parser(defaults).parse_args(argv)))
-    differing = changed(flags, defaults)
-    flags.differing = " ".join(differing.values())
-    flags.out = flags.out or f"runs/{run_name(flags, differing)}"
+    flags.differing = changed(flags, defaults)
+    flags.out = flags.out or f"runs/{run_name(flags, flags.differing)}"
     check_ranges(flags)
     lo_hi, probs = flags.eda_clamp, flags.guided_probs
     conflicts = [

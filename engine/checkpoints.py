@@ -1,10 +1,9 @@
-"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters and moments)
+"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters, moments)
 and checkpoint.json (step, log positions, and size and sha256 of every file). It is written beside and renamed: a folder
-named step-N is whole or damaged, never half-written. Nothing in it is unpickled.
-"""
+named step-N is whole or damaged, never half-written. Nothing in it is unpickled."""
 import hashlib
+import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import UserError
+from engine.console import first_line
 from engine.folder import flush, publish, read_json, remove
 from engine.memory import GIB
 from engine.models import Policy
@@ -51,9 +51,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -
         manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
         manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
-        for later in checkpoint_folders(folder):
-            if int(later.name[5:]) > step:                          # found damaged when the run went on
-                remove(later)
+        for later in [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]:
+            remove(later)                                           # found damaged when the run went on
         publish(unfinished, folder / f"step-{step}")
         flush(folder.parent)
 
@@ -65,21 +64,17 @@ def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(trainer.policy, folder)
         yield from sorted(f for f in folder.rglob("*") if f.is_file())             # some tokenizers write a folder
-    held, part = {}, 0
-    for name, tensor in trainer.state():
-        if is_main():
-            held[name] = tensor.contiguous()
+    state = trainer.state()
+    for part in itertools.count():
+        held = {}
+        for name, tensor in state:                          # goes on where the last part ended
+            held |= {name: tensor.contiguous()} if is_main() else {}
             if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
-                yield save_part(held, folder, part)
-                held, part = {}, part + 1
-    if held:
-        yield save_part(held, folder, part)
-
-
-def save_part(tensors: dict, folder: Path, part: int) -> Path:
-    file = folder / f"optimizer-{part}.safetensors"
-    save_file(tensors, file)
-    return file
+                break
+        if not held:
+            return
+        save_file(held, file := folder / f"optimizer-{part}.safetensors")
+        yield file
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
@@ -91,8 +86,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 def digest(manifest: dict) -> str:
     """sha256 of a checkpoint.json but for the digest in it."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    others = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def adam_steps(trainer: Trainer) -> int:
@@ -103,17 +98,15 @@ def adam_steps(trainer: Trainer) -> int:
 
 def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
     """UserError if the disk cannot hold the checkpoints to come, of which `keep` stay, and the final model."""
-    if not is_main():
-        return
     count = sum(p.numel() for p in trainer.policy.model.parameters())
     weights = count * next(trainer.policy.model.parameters()).element_size()
     one = weights + count * (8 if weights == 4 * count and not trainer.sharded else 12) + 32 * 2**20
-    more = max(1, min(keep + 1 - len(checkpoint_folders(folder)), saves))       # an old one goes when a new one is whole
+    more = max(1, min(keep + 1 - len(checkpoint_folders(folder)), saves))       # an old one goes after a new one
     need, free = weights + more * one, shutil.disk_usage(folder.parent).free
     if free < need:
-        raise UserError(f"{folder.parent}: the final model and {more} more checkpoints of {one / GIB:.2f} GiB each need "
-                        f"{need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free some space, lower --keep, "
-                        "save only at the end (--save-every 0), or put --out on another disk")
+        raise UserError(f"{folder.parent}: {more} checkpoints to come and the final model need {need / GIB:.2f} GiB, "
+                        f"the disk has {free / GIB:.2f} GiB left; free some, or set --keep lower, --save-every 0 (only "
+                        "at the end) or another --out")
 
 
 def sha256(path: Path) -> str:
@@ -123,9 +116,8 @@ def sha256(path: Path) -> str:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first. OSError if the folder cannot be read: that is not an empty one."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
-    return [folder / f"step-{step}" for step in steps]
+    found = [f for f in (folder.iterdir() if folder.is_dir() else ()) if re.fullmatch(r"step-\d+", f.name)]
+    return sorted(found, key=lambda f: -int(f.name[5:]))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
@@ -140,33 +132,25 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 def damage(path: Path) -> tuple[str, dict]:
     """What is wrong with a checkpoint ("" if nothing), and its manifest. OSError for what cannot be read."""
-    name = "checkpoint.json"
     try:
-        manifest = read_json(path / name, files=dict, sha256=str)
+        manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
         if manifest["sha256"] != digest(manifest):
-            return f"{name} was altered (sha256 differs)", {}
+            return "checkpoint.json was altered (sha256 differs)", {}
         for name, size in manifest.get("logs", {}).items():
             if (path.parents[1] / name).stat().st_size < size:
                 return f"{name} is shorter than when the checkpoint was saved", {}
         for name, expected in manifest["files"].items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
+            if (size := (path / name).stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}", {}
             if sha256(path / name) != expected["sha256"]:
                 return f"{name} was altered (sha256 differs)", {}
-    except UserError as error:
-        return str(error), {}
-    except FileNotFoundError:
-        return f"{name} is missing", {}
+    except (UserError, FileNotFoundError) as error:
+        return first_line(error), {}
     return "", manifest
 
 
 def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
     """Weights, masters, moments and step count of a checkpoint, into a trainer on any number of processes."""
-    where, files = {}, []
-    for name in manifest["files"]:
-        if not name.endswith(".safetensors"):
-            continue
-        files.append(safe_open(path / name, "pt"))
-        where.update({name: files[-1] for name in files[-1].keys()})
+    files = [safe_open(path / name, "pt") for name in manifest["files"] if name.endswith(".safetensors")]
+    where = {name: file for file in files for name in file.keys()}
     trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])

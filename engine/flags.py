@@ -3,7 +3,6 @@ import argparse
 import difflib
 import math
 import re
-import zlib
 from dataclasses import asdict, field, fields
 from functools import partial
 from pathlib import Path
@@ -28,33 +27,26 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def changed(flags, defaults: dict) -> dict[str, str]:
-    """The flags that are not as `defaults`, or else the dataclass, have them, each as on a command line."""
-    usual, found = asdict(type(flags)()) | defaults, {}
-    for name, value in asdict(flags).items():
-        if value != usual[name]:
-            words = [] if value is True else value if isinstance(value, list) else [value]
-            found[name] = " ".join([option(name), *map(str, words)]) if value is not False else option(f"no_{name}")
-    return found
+def changed(flags, defaults: dict) -> dict:
+    """The flags that are not as `defaults`, or else the dataclass, have them."""
+    usual = asdict(type(flags)()) | defaults
+    return {name: value for name, value in asdict(flags).items() if value != usual[name]}
 
 
-def run_name(flags, differing: dict[str, str]) -> str:
+def run_name(flags, differing: dict) -> str:
     """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
-    parts = [text for name, text in differing.items() if name not in MAY_CHANGE | {"model", "method", "seed"}]
-    name = re.sub(r"[^\w.]+", "-", "-".join([Path(flags.model).name, flags.method, *(p.strip("-") for p in parts)]))
-    if len(name) > 150:                                         # a file system takes 255 bytes
-        name = f"{name[:150]}-{zlib.crc32(name.encode()):x}"
-    return f"{name}-seed{flags.seed}"
+    flag_values = [f"-{k}-{v}" for k, v in differing.items() if k not in MAY_CHANGE | {"model", "method", "seed"}]
+    between = re.sub(r"[^\w.]+", "-", "".join(flag_values)).rstrip("-")
+    return f"{Path(flags.model).name}-{flags.method}{between}-seed{flags.seed}"
 
 
 def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
-    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag of
-    the parser that was probably meant, by its name or by the beginning of its help."""
-    known = {}
-    for name, action in (parser._option_string_actions if parser else {}).items():
-        known |= {text: name for text in (re.split("[;:,(]", action.help)[0], name.strip("-").replace("-", " "))}
+    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag
+    that was probably meant, by its name or by the beginning of its help."""
+    options = parser._option_string_actions if parser else {}
+    known = {re.split("[;:,(]", action.help)[0]: name for name, action in options.items()} | {k[2:]: k for k in options}
     for word in re.findall(r"--?([A-Za-z][\w-]*)", message) if message.startswith("unrecognized") else ():
-        for meant in difflib.get_close_matches(re.sub("[-_]", " ", word), known, 1):
+        for meant in difflib.get_close_matches(word, known, 1):
             message += f"; {known[meant]} may be meant"
     raise UserError(f"{message} (--help lists every flag)")
 

@@ -1,4 +1,4 @@
-"""A folder that a program writes its results to: one program at a time, nothing half-written, one reader of its JSON."""
+"""A folder that a program writes its results to: one program at a time, nothing half-written, one reader of JSON."""
 import fcntl
 import json
 import math
@@ -13,59 +13,36 @@ from engine.processes import is_main
 
 
 def claim(folder: Path) -> IO:
-    """Make a folder, and keep other processes from working in it until the file that is returned is closed.
-
-    Raises UserError if another one is at work there, for example a job that was started anew before its last attempt
-    had ended.
-    """
+    """Make a folder, and keep other processes from working in it until the file that is returned is closed. UserError
+    if one is at work there already, for example the last attempt of a job that was started anew too soon."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"--out {folder}: another process is at work in it; wait until it has ended, or give another "
-                        "--out") from None
-    except OSError:                                             # a file system without locks
-        pass
+    except OSError as error:                                    # any other: a file system without locks
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            raise UserError(f"--out {folder}: another process is at work in it; wait until it has ended, or give "
+                            "another --out") from None
     return file
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows to a JSONL file, on the main process. JSON has no NaN and no infinities: they become null. An error
-    names the file, which that of a write does not."""
-    def finite(value: object) -> object:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """Append rows to a JSONL file, on the main process. JSON has no NaN and no infinities: they become null."""
     if not is_main():
         return
+    finite = ({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows)
     try:
         with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
-    except OSError as error:
+            f.writelines(json.dumps(row) + "\n" for row in finite)
+    except OSError as error:                                    # that of a write does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_json(path: Path, **kinds: type | tuple) -> dict:
-    """The object in a JSON file, whose keys hold values of these kinds; UserError for any other content. A file that is
-    not there, or cannot be read, is an OSError: damage is neither."""
-    return parse(path.read_bytes(), path, 1, kinds)
-
-
-def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
-    """The objects of a JSONL file, each as in read_json (none if there is no file), and the length in bytes of its whole
-    lines: a last line that an interruption cut off is left out."""
+def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: type | tuple) -> dict:
+    """The object in a JSON file (or in `text`, which begins at a line of it) whose keys hold values of these kinds.
+    UserError for any other content; but a file that is not there, or cannot be read, is an OSError."""
     try:
-        whole = path.read_bytes().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        whole = b""
-    lines = whole.split(b"\n") if whole else []
-    return [parse(text, path, n, kinds) for n, text in enumerate(lines, start=1)], len(whole) + bool(whole)
-
-
-def parse(text: bytes, path: Path, line: int, kinds: dict) -> dict:
-    """The JSON object that begins at a line of a file."""
-    try:
-        content, wrong = json.loads(text), "no JSON object"
+        content, wrong = json.loads(path.read_bytes() if text is None else text), "no JSON object"
         if isinstance(content, dict):
             wrong = ", ".join(f"no usable {k}" for k, kind in kinds.items() if not isinstance(content.get(k), kind))
     except (ValueError, RecursionError) as error:
@@ -73,6 +50,17 @@ def parse(text: bytes, path: Path, line: int, kinds: dict) -> dict:
     if wrong:
         raise UserError(f"{path}:{line}: {wrong}; restore the file, or take another folder")
     return content
+
+
+def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
+    """The objects of a JSONL file, each as in read_json (none if there is no file), and the bytes of its whole lines: a
+    last line that an interruption cut off is left out."""
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        whole = b""
+    lines = whole.split(b"\n") if whole else []
+    return [read_json(path, text, n, **kinds) for n, text in enumerate(lines, start=1)], len(whole) + bool(whole)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -95,8 +83,7 @@ def publish(unfinished: Path, target: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
+    os.fsync(descriptor := os.open(path, os.O_RDONLY))
     os.close(descriptor)
 
 
