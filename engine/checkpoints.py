@@ -79,9 +79,8 @@ def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
 
 def prune(folder: Path, step: int, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints up to a step."""
-    if is_main():
-        for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:]:
-            remove(old)
+    for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:] if is_main() else ():
+        remove(old)
 
 
 def digest(manifest: dict) -> str:
@@ -127,7 +126,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
         if not problem:
             return path, manifest
         print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
-    return None
 
 
 def damage(path: Path) -> tuple[str, dict]:

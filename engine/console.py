@@ -38,10 +38,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
 
 
-FILE_IN_THE_WAY = "move the file, or the link to nothing, that is where a folder must be"
 ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "take a disk that can be written",
-          errno.EACCES: "allow this user to read and write it", errno.EPERM: "allow this user to change it",
-          errno.EEXIST: FILE_IN_THE_WAY, errno.ENOTDIR: FILE_IN_THE_WAY, errno.ENOENT: "put it back"}
+          errno.EACCES: "allow this user to read and write it", errno.ENOENT: "put it back", **dict.fromkeys(
+              (errno.EEXIST, errno.ENOTDIR), "move the file, or the link to nothing, that is where a folder must be")}
 
 
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
@@ -79,7 +78,6 @@ class Stop:
     """SIGINT, SIGTERM and SIGHUP let the step finish and save; a second one of the first two ends the process at once,
     but not under torchrun: that passes on what a job manager may have sent to every process already, and ends them
     itself, after --shutdown-timeout seconds."""
-
     def __init__(self):
         self.signal, self.terminals = 0, [fd for fd in (1, 2) if os.isatty(fd)]
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -115,7 +113,6 @@ def timed(phase: str) -> Iterator[None]:
 class Progress:
     """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left.
     shown: the metrics that are to be seen, with their names on the screen."""
-
     def __init__(self, steps: int, done: int, shown: dict[str, str]):
         self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
         self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()),

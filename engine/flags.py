@@ -35,8 +35,8 @@ def changed(flags, defaults: dict) -> dict:
 
 def run_name(flags, differing: dict) -> str:
     """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
-    flag_values = [f"-{k}-{v}" for k, v in differing.items() if k not in MAY_CHANGE | {"model", "method", "seed"}]
-    between = re.sub(r"[^\w.]+", "-", "".join(flag_values)).rstrip("-")
+    values = "".join(f"-{k}-{v}" for k, v in differing.items() if k not in MAY_CHANGE | {"model", "method", "seed"})
+    between = re.sub(r"[^\w.]+", "-", values).rstrip("-")
     return f"{Path(flags.model).name}-{flags.method}{between}-seed{flags.seed}"
 
 
@@ -65,8 +65,8 @@ def make_parser(kind: type, defaults: dict, description: str, usage: str) -> arg
         elif f.type is bool:
             how.update(action=argparse.BooleanOptionalAction)
         else:
-            choices = f.metadata["choices"]
-            how.update(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+            how.update(type=f.type, choices=f.metadata["choices"])
+            how.update({} if how["choices"] else dict(metavar=f.type.__name__.upper()))
         parser.add_argument(option(f.name), **how)
     return parser
 

@@ -30,10 +30,12 @@ def append(path: Path, rows: Iterable[dict]) -> None:
     """Append rows to a JSONL file, on the main process. JSON has no NaN and no infinities: they become null."""
     if not is_main():
         return
-    finite = ({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows)
+    def finite(value: object) -> object:
+        value = [finite(v) for v in value] if isinstance(value, list) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     try:
         with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in finite)
+            f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
     except OSError as error:                                    # that of a write does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -89,7 +91,4 @@ def flush(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a folder, a file, or a link (never what it leads to); nothing if there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

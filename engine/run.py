@@ -27,8 +27,7 @@ WRITTEN = ("eval", "checkpoints", "final", *LOGS, "config.json")    # all that a
 
 
 class Run(AbstractContextManager):
-    """Opens the folder, with flags and problems checked against what is in it; only the main process reads and writes
-    there. Of the program's `flags` this file looks at what has to do with steps, saving and evaluating."""
+    """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
     def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str]):
         self.flags, self.policy, self.problems, self.left_out = flags, policy, problems, left_out
@@ -47,9 +46,8 @@ class Run(AbstractContextManager):
             raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
-        """Yields each step that is still to be made, from 0; its body calls `log` once. After each it saves, evaluates
-        or stops as the flags and signals say; `code` is the exit code then. evaluate(step): with the weights after
-        `step` steps; shown: metrics to be seen on the screen, with their names."""
+        """Yields each step still to be made, from 0; its body calls `log` once. Then this saves, evaluates (after so many
+        steps) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
         flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
@@ -137,34 +135,30 @@ class Run(AbstractContextManager):
         return found
 
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """--resume: the newest whole checkpoint of the same run, None if it was ended before its first."""
+        """--resume: the newest whole checkpoint, None if the run was ended before its first. UserError if these flags
+        or data would make it another run."""
         out, folder = self.out, self.out / "checkpoints"
         if not any((out / name).exists() for name in ("checkpoints", "final", "config.json")):
             return None
-        every = self._check_same_run()["save_every"]
-        if found := newest_checkpoint(folder):
-            return found
-        # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
-        lines = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0][:-1]
-        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines)
-        ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
-        if checkpoint_folders(folder) or deleted or ended:
-            raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
-                            "with --overwrite")
-        return None
-
-    def _check_same_run(self) -> dict:
-        """The flags that the run was started with; UserError if these flags or data would make it another run."""
-        config = read_json(self.out / "config.json", flags=dict, problems_fingerprint=str)
+        config = read_json(out / "config.json", flags=dict, problems_fingerprint=str)
         before, now = config["flags"], json.loads(json.dumps(asdict(self.flags)))
         changed = [f"{option(k)} was {before.get(k)}, is {now[k]}" for k in now
                    if k not in MAY_CHANGE and before.get(k) != now[k]]
         if config["problems_fingerprint"] != self.fingerprint:
             changed.append(f"--data {now['data']} has other problems now")
         if changed:
-            raise UserError(f"--resume {self.out}: the run was started with other flags ({'; '.join(changed)}); give "
-                            "the same, or another --out")
-        return before
+            raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the "
+                            "same, or another --out")
+        if found := newest_checkpoint(folder):
+            return found
+        # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
+        lines = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0][:-1]
+        every = before.get("save_every")
+        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines)
+        ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
+        if checkpoint_folders(folder) or deleted or ended:
+            raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
+                            "with --overwrite")
 
     def _introduce(self) -> None:
         """Print what is in force, and write config.json: what is needed to run it again."""
@@ -179,8 +173,7 @@ class Run(AbstractContextManager):
                       f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
                       problems=len(self.problems), problems_left_out=self.left_out,
                       problems_fingerprint=self.fingerprint)
-        if is_main():
-            write_json(self.out / "config.json", config)
+        on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
             f"{flags.data}: {len(self.problems)} problems"
             + (f", {len(self.left_out)} left out (prompt too long)" if self.left_out else ""))

@@ -78,10 +78,10 @@ def test_the_first_screen_and_a_console_that_is_not_utf8(tmp_path):
     first = done.stdout.split("step 0:")[0].splitlines()
     assert len(first) == 3 and "memory" not in done.stdout
     assert "CPU threads: 1;" in first[0]                                    # of a model this small
-    assert "--kl 0.1" in first[1] and "--no-eda" in first[1] and "--temperature" not in first[1]
+    assert " kl=0.1 " in first[1] and " eda=False " in first[1] and "temperature" not in first[1].replace("eval_t", "")
     assert " ? " in done.stdout                                             # accuracy ± error
     [out] = (tmp_path / "runs").iterdir()
-    assert out.name.startswith("tiny-edge-grpo-no-eda-kl-0.1-") or "-no-eda-" in out.name and "-kl-0.1-" in out.name
+    assert out.name.startswith("tiny-edge-grpo-") and "-eda-False-" in out.name and "-kl-0.1-" in out.name
     assert json.loads((out / "config.json").read_text())["flags"]["temperature"] == 0.6
 
 
@@ -141,7 +141,7 @@ def test_every_ablation_has_a_folder_of_its_own():
     outs = [edge_grpo.parse_flags(argv.split()).out for argv in argvs]
     assert len(set(outs)) == len(outs)
     assert outs[0] == "runs/tiny-edge-grpo-seed42" and outs[2] == "runs/tiny-edge-grpo-seed7"
-    assert outs[1] == "runs/tiny-edge-grpo-no-eda-seed42" and outs[5] == "runs/tiny-grpo-seed42"
+    assert outs[1] == "runs/tiny-edge-grpo-eda-False-seed42" and outs[5] == "runs/tiny-grpo-seed42"
     assert outs[10] == "runs/Qwen2.5-Math-7B-edge-grpo-seed42" and outs[4] == "runs/tiny-edge-grpo-kl-0.2-seed42"
     assert all(Path(out).parent == Path("runs") for out in outs)
     for same in ("--resume", "--keep 3 --device cpu", "--micro-batch-tokens 99"):       # no other experiment
