@@ -14,11 +14,15 @@ Letters: B responses in a step = Q questions x G, T tokens of a response, M resp
 entropy of a response. Names in _QG and comments say the shape of a tensor.
 """
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import ClassVar
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while modules are imported: no traceback
 
 import torch
 from torch import Tensor
@@ -30,7 +34,7 @@ import reward
 from data import Problem, UserError
 from data.training import training_problems
 from engine.console import exit_code, say, timed
-from engine.flags import check_ranges, flag, make_parser
+from engine.flags import changed, check_ranges, flag, make_parser, run_name
 from engine.memory import preflight
 from engine.processes import leave, spread, start_processes, stream
 from engine.run import Run
@@ -118,7 +122,7 @@ class Flags:
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
     seed: int = flag(42, "seed of everything", 0)
-    out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-seedN)")
+    out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-FLAGS-seedN)")
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out; without a run there, start one")
     overwrite: bool = flag(False, "delete an existing run in --out first")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
@@ -135,6 +139,7 @@ class Flags:
     template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+    differing: ClassVar[dict] = {}          # what is not as the profile and the method's row have it
 
 
 def parse_flags(argv: list[str]) -> Flags:
@@ -143,9 +148,10 @@ def parse_flags(argv: list[str]) -> Flags:
     parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
     first, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
     tiny = first.profile == "tiny" or (first.profile == "auto" and first.model == "tiny")
-    flags = Flags(**vars(parser({**(TINY if tiny else {}), **METHODS[first.method]}).parse_args(argv)))
-    if not flags.out:
-        flags.out = f"runs/{Path(flags.model).name}-{flags.method}-seed{flags.seed}"
+    defaults = {**(TINY if tiny else {}), **METHODS[first.method]}
+    flags = Flags(**vars(parser(defaults).parse_args(argv)))
+    flags.differing = changed(flags, defaults)
+    flags.out = flags.out or f"runs/{run_name(flags, flags.differing)}"
     check_ranges(flags)
     clamp, probs, guided = flags.eda_clamp, flags.guided_probs, flags.correction == "guided"
     conflicts = [

@@ -1,12 +1,14 @@
-"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters and moments)
+"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters, moments)
 and checkpoint.json (step, log positions, and size and sha256 of every file). It is written beside and renamed: a folder
-named step-N is whole or damaged, never half-written. Nothing in it is unpickled.
-"""
+named step-N is whole or damaged, never half-written. Nothing in it is unpickled."""
 import hashlib
+import itertools
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,7 +17,7 @@ from transformers import GenerationConfig
 
 from data import UserError
 from engine.console import first_line
-from engine.folder import publish
+from engine.folder import flush, publish, read_json, remove
 from engine.memory import GIB
 from engine.models import Policy
 from engine.processes import is_main
@@ -37,62 +39,60 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 def save_final(policy: Policy, folder: Path) -> None:
     """The final model, written beside and renamed."""
-    if not is_main():
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(policy, unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(unfinished, folder)
+    if is_main():
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        remove(unfinished)
+        save_model(policy, unfinished)
+        publish(unfinished, folder)
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict, keep: int) -> Path:
-    """Write folder/step-N whole, then delete all but the newest `keep`. `progress` comes back from load_checkpoint."""
-    target, unfinished = folder / f"step-{step}", folder / f".step-{step}.unfinished"
+def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -> None:
+    """Write folder/step-N whole. `progress` comes back from newest_checkpoint."""
+    unfinished = folder / f".step-{step}.unfinished"
+    with ThreadPoolExecutor() as pool:      # a file is hashed, from the page cache, while the next ones are written
+        hashes = {file: pool.submit(sha256, file) for file in write(trainer, unfinished)}
     if is_main():
-        later = [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]   # found damaged when the run went on
-        for old in [*folder.glob(".step-*.unfinished"), *later]:
-            shutil.rmtree(old)
-        check_space(folder, trainer)
-        unfinished.mkdir(parents=True)
-        save_model(trainer.policy, unfinished)
-    save_state(trainer, unfinished)
-    if is_main():
-        written = sorted(f for f in unfinished.rglob("*") if f.is_file())        # some tokenizers write a folder
-        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in written}
+        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": h.result()}
+                 for f, h in hashes.items()}
         manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
         manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        publish(unfinished, target)
-        prune(folder, step, keep)
-    return target
+        for later in [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]:
+            remove(later)                                           # found damaged when the run went on
+        publish(unfinished, folder / f"step-{step}")
+        flush(folder.parent)
+
+
+def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
+    """Write model, masters and moments; yields each file when it is whole, on the main process. Masters and moments go
+    into files of about 4 GiB, so that no more than that is gathered at a time."""
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(trainer.policy, folder)
+        yield from sorted(f for f in folder.rglob("*") if f.is_file())             # some tokenizers write a folder
+    state = trainer.state()
+    for part in itertools.count():
+        held = {}
+        for name, tensor in state:                          # goes on where the last part ended
+            held |= {name: tensor.contiguous()} if is_main() else {}
+            if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
+                break
+        if not held:
+            return
+        save_file(held, file := folder / f"optimizer-{part}.safetensors")
+        yield file
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints up to a step."""
-    if is_main():
-        for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:]:
-            shutil.rmtree(old)
+    for old in [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:] if is_main() else ():
+        remove(old)
 
 
 def digest(manifest: dict) -> str:
     """sha256 of a checkpoint.json but for the digest in it."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def save_state(trainer: Trainer, folder: Path) -> None:
-    """Masters and moments, in files of about 4 GiB, so that no more than that is gathered at a time."""
-    held, held_bytes, part = {}, 0, 0
-    for name, tensor in trainer.state():
-        if is_main():
-            held[name], held_bytes = tensor.contiguous(), held_bytes + tensor.nbytes
-            if held_bytes > SHARD_BYTES:
-                save_file(held, folder / f"optimizer-{part}.safetensors")
-                held, held_bytes, part = {}, 0, part + 1
-    if held:
-        save_file(held, folder / f"optimizer-{part}.safetensors")
+    others = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def adam_steps(trainer: Trainer) -> int:
@@ -101,16 +101,17 @@ def adam_steps(trainer: Trainer) -> int:
     return int(max((state["step"].item() for state in states if state), default=0))
 
 
-def check_space(folder: Path, trainer: Trainer) -> None:
-    """UserError if the disk cannot hold one more checkpoint."""
+def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
+    """UserError if the disk cannot hold the checkpoints to come, of which `keep` stay, and the final model."""
     count = sum(p.numel() for p in trainer.policy.model.parameters())
-    weight_bytes = next(trainer.policy.model.parameters()).element_size()
-    need = count * (weight_bytes + 8 + (4 if trainer.sharded or weight_bytes < 4 else 0)) + 32 * 2**20
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    weights = count * next(trainer.policy.model.parameters()).element_size()
+    one = weights + count * (8 if weights == 4 * count and not trainer.sharded else 12) + 32 * 2**20
+    more = max(1, min(keep + 1 - len(checkpoint_folders(folder)), saves))       # an old one goes after a new one
+    need, free = weights + more * one, shutil.disk_usage(folder.parent).free
     if free < need:
-        raise UserError(f"{folder}: a checkpoint needs {need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; "
-                        "free some space, lower --keep, or put --out on another disk, then go on with --resume")
+        raise UserError(f"{folder.parent}: {more} checkpoints to come and the final model need {need / GIB:.2f} GiB, "
+                        f"the disk has {free / GIB:.2f} GiB left; free some, or set --keep lower, --save-every 0 (only "
+                        "at the end) or another --out")
 
 
 def sha256(path: Path) -> str:
@@ -119,48 +120,41 @@ def sha256(path: Path) -> str:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit() and f.is_dir()]
+    """The checkpoints of a run, newest first. OSError if the folder cannot be read: that is not an empty one."""
+    found = [f for f in (folder.iterdir() if folder.is_dir() else ()) if re.fullmatch(r"step-\d+", f.name)]
     return sorted(found, key=lambda f: -int(f.name[5:]))
 
 
-def newest_checkpoint(folder: Path, wanted: Callable[[dict], bool] = lambda manifest: True) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint that is wanted, and its manifest; damaged ones are named on stderr and left."""
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint, and its manifest; damaged ones are named on stderr and left."""
     for path in checkpoint_folders(folder):
         problem, manifest = damage(path)
-        if not problem and wanted(manifest):
+        if not problem:
             return path, manifest
-        if problem and is_main():
-            print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
-    return None
+        print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
 
 
 def damage(path: Path) -> tuple[str, dict]:
-    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    """What is wrong with a checkpoint ("" if nothing), and its manifest. OSError for what cannot be read."""
     try:
-        manifest = json.loads((path / "checkpoint.json").read_text())
-        files = manifest["files"].items()
+        manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
         if manifest["sha256"] != digest(manifest):
             return "checkpoint.json was altered (sha256 differs)", {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"checkpoint.json cannot be read ({first_line(error)})", {}
-    for name, expected in files:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing", {}
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}", {}
-        if sha256(file) != expected["sha256"]:
-            return f"{name} was altered (sha256 differs)", {}
+        for name, size in manifest.get("logs", {}).items():
+            if (path.parents[1] / name).stat().st_size < size:
+                return f"{name} is shorter than when the checkpoint was saved", {}
+        for name, expected in manifest["files"].items():
+            if (size := (path / name).stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}", {}
+            if sha256(path / name) != expected["sha256"]:
+                return f"{name} was altered (sha256 differs)", {}
+    except (UserError, FileNotFoundError) as error:
+        return first_line(error), {}
     return "", manifest
 
 
 def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
     """Weights, masters, moments and step count of a checkpoint, into a trainer on any number of processes."""
-    where, files = {}, []
-    for name in manifest["files"]:
-        if not name.endswith(".safetensors"):
-            continue
-        files.append(safe_open(path / name, "pt"))
-        where.update({name: files[-1] for name in files[-1].keys()})
+    files = [safe_open(path / name, "pt") for name in manifest["files"] if name.endswith(".safetensors")]
+    where = {name: file for file in files for name in file.keys()}
     trainer.load_state(lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"])

@@ -1,12 +1,15 @@
 """What a program prints, how it is asked to stop, and how whatever goes wrong becomes one sentence and an exit code."""
+import errno
+import io
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +26,7 @@ def say(line: str = "") -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text: enough to say what was wrong inside one sentence."""
+    """The first line of an error's text, enough inside one sentence."""
     if "trust_remote_code" in str(error):
         return "it brings its own code, which runs only with --trust-remote-code"
     return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
@@ -35,12 +38,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
 
 
-def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
-    """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr instead.
+ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "take a disk that can be written",
+          errno.EACCES: "allow this user to read and write it", errno.ENOENT: "put it back", **dict.fromkeys(
+              (errno.EEXIST, errno.ENOTDIR), "move the file, or the link to nothing, that is where a folder must be")}
 
-    go_on: what to do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the
-    output (`| head`).
-    """
+
+def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
+    """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr. go_on: what to
+    do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the output."""
+    for stream in [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]:
+        stream.reconfigure(errors="replace")                        # a console without ± does not end a run
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # while modules were imported: without a traceback
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with one_error():
             return work()
@@ -51,8 +60,9 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
         if if_unread != 2:
             return if_unread
         sentence = f"nobody reads this output any more; {go_on}"
-    except (OSError, SafetensorError) as error:                     # a full disk, a folder that cannot be written
-        sentence = f"{first_line(error)}; make room and {go_on}, or give another --out"
+    except (OSError, SafetensorError) as error:                     # that of safetensors has no errno
+        advice = next((text for code, text in ADVICE.items() if os.strerror(code) in str(error)), "mend that")
+        sentence = f"{first_line(error)}; {advice} and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -65,61 +75,57 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 
 
 class Stop:
-    """SIGINT and SIGTERM let the step finish and save; a second one ends the process at once.
-
-    Not under torchrun: it passes on a signal that a job manager may have sent to every process already, so a second one
-    means nothing; and it ends the processes itself, after --shutdown-timeout seconds.
-    """
-
+    """SIGINT, SIGTERM and SIGHUP let the step finish and save; a second one of the first two ends the process at once,
+    but not under torchrun: that passes on what a job manager may have sent to every process already, and ends them
+    itself, after --shutdown-timeout seconds."""
     def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.signal, self.terminals = 0, [fd for fd in (1, 2) if os.isatty(fd)]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:          # nohup
+                signal.signal(number, self.ask)
 
     def ask(self, number: int, frame) -> None:
+        for terminal in self.terminals if number == signal.SIGHUP else ():      # it is closed: nothing can be printed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if self.signal:
             return
-        self.signal, note = number, b"\nfinishing the step, then saving"
-        if world_size() == 1:
-            note += b"; once more to stop at once"
-            for n in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(n, signal.SIG_DFL)
-        if is_main():
-            os.write(2, note + b"\n")                               # print may be interrupted in a print
+        self.signal, alone = number, world_size() == 1
+        for n in (signal.SIGINT, signal.SIGTERM) if alone else ():
+            signal.signal(n, signal.SIG_DFL)
+        note = f"\nfinishing the step, then saving{'; once more to stop at once' if alone else ''}\n"
+        with suppress(OSError):
+            os.write(2, note.encode() if is_main() else b"")        # print may be interrupted in a print
 
 
 SECONDS = Counter()                                                 # by phase, since a step began
 
 
-def timed(phase: str) -> Callable:
-    """A decorator: the seconds that the function takes, the GPU's work included, are added to those of its phase."""
-    def decorate(function: Callable) -> Callable:
-        @wraps(function)
-        def run(*arguments, **more):
-            started = time.perf_counter()
-            result = function(*arguments, **more)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            SECONDS[phase] += time.perf_counter() - started
-            return result
-        return run
-    return decorate
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """As a decorator: the seconds that a function takes, the GPU's work included, are added to those of its phase."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    SECONDS[phase] += time.perf_counter() - started
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left."""
-
+    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left.
+    shown: the metrics that are to be seen, with their names on the screen."""
     def __init__(self, steps: int, done: int, shown: dict[str, str]):
-        """shown: the name on the screen of each metric that is to be seen."""
         self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
-        self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()), unit="step")
+        self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()),
+                        bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}")
 
     def show(self, line: dict) -> None:
-        text = ", ".join(f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None)
-        text += f", {line['tokens_per_second']:.0f} tok/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        step = line["step"]
+        texts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
+        texts.append(f"{line['tokens_per_second']:.0f} tok/s")
+        step, text = line["step"], ", ".join(texts)
         if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
             pace = (time.perf_counter() - self.started) / (step - self.first)
             say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
+        while len(text) > shutil.get_terminal_size().columns - 36 and len(texts) > 1:          # beside bar and time
+            text = ", ".join(texts := texts[:-1])
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()

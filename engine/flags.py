@@ -1,16 +1,20 @@
 """A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
 import argparse
+import difflib
 import math
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
+from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from data import UserError
 
 # What may differ when a run goes on, since it does not make it another experiment; memory and bookkeeping only.
 MAY_CHANGE = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "mirror", "max_rows",
-              "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer"}
+              "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "save_tokens", "trust_remote_code"}
 
 
 def flag(default, help: str, low=None, high=None, choices=None, names=None):
@@ -25,8 +29,27 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def wrong_flag(message: str) -> NoReturn:
-    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it."""
+def changed(flags, defaults: dict) -> dict:
+    """The flags that are not as `defaults`, or else the dataclass, have them."""
+    usual = asdict(type(flags)()) | defaults
+    return {name: value for name, value in asdict(flags).items() if value != usual[name]}
+
+
+def run_name(flags, differing: dict) -> str:
+    """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
+    values = "".join(f"-{k}-{v}" for k, v in differing.items() if k not in MAY_CHANGE | {"model", "method", "seed"})
+    between = re.sub(r"[^\w.]+", "-", values).rstrip("-")
+    return f"{Path(flags.model).name}-{flags.method}{between}-seed{flags.seed}"
+
+
+def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
+    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag
+    that was probably meant, by its name or by the beginning of its help."""
+    options = parser._option_string_actions if parser else {}
+    known = {re.split("[;:,(]", action.help)[0]: name for name, action in options.items()} | {k[2:]: k for k in options}
+    for word in re.findall(r"--?([A-Za-z][\w-]*)", message) if message.startswith("unrecognized") else ():
+        for meant in difflib.get_close_matches(word, known, 1):
+            message += f"; {known[meant]} may be meant"
     raise UserError(f"{message} (--help lists every flag)")
 
 
@@ -34,7 +57,7 @@ def make_parser(kind: type, defaults: dict, description: str, usage: str) -> arg
     """One option for each field of the dataclass; `defaults` overrides some of theirs."""
     parser = argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag
+    parser.error = partial(wrong_flag, parser=parser)
     for f in fields(kind):
         value, names = defaults.get(f.name, getattr(kind(), f.name)), f.metadata["names"]
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -44,8 +67,8 @@ def make_parser(kind: type, defaults: dict, description: str, usage: str) -> arg
         elif f.type is bool:
             how.update(action=argparse.BooleanOptionalAction)
         else:
-            choices = f.metadata["choices"]
-            how.update(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+            how.update(type=f.type, choices=f.metadata["choices"])
+            how.update({} if how["choices"] else dict(metavar=f.type.__name__.upper()))
         parser.add_argument(option(f.name), **how)
     return parser
 

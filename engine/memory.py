@@ -29,7 +29,9 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
         plan["reference"] = plan["weights"]
     fit = rows_that_fit(plan, rows, torch.cuda.mem_get_info(device)[0]) if cuda and rows else rows
     if fit == rows:
-        say(describe(plan, device))
+        line = describe(plan, device)
+        if sum(plan.values()) > GIB or "not fit" in line:       # else there is nothing to think about
+            say(line)
         return flags.max_rows or None
     plan["cache"] *= fit / rows
     say(f"{describe(plan, device)}; sampling {fit} of {rows} rows at a time")

@@ -1,9 +1,5 @@
-"""One process, or several under torchrun.
-
-One process, no launcher, is the plain path: then `spread` is a plain call and nothing is ever gathered. Under torchrun
-every process runs the same program on the same list of rows; `spread` lets each work on its share and gives all of
-them everything.
-"""
+"""One process (then nothing is ever gathered), or several under torchrun: all run the same program on the same list of
+rows; `spread` lets each work on its share and gives all of them everything."""
 import hashlib
 import os
 import re
@@ -18,31 +14,38 @@ import torch.distributed as dist
 
 from data import UserError
 
+SMALL_MODEL = 1e7           # parameters; at 4e6 two threads took 17 times as long as one on two busy cores
+
 
 def start_processes(device: str) -> torch.device:
     """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several, gpus = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
-    kind = device.split(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
+    cuda = device != "cpu"
+    if cuda and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
                         "take --device cpu, or install a CUDA build of torch")
     if device.startswith("cuda:") and several:
         raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if kind == "cuda":
-        if torch.device(device).index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs; start as many "
-                            "processes (--nproc-per-node) as there are GPUs")
-        torch.cuda.set_device(device)
-    if several and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))         # a checkpoint on a slow disk takes its time
-    return torch.device(device)
+    found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    if cuda and found.index >= gpus:
+        raise UserError(f"--device {found}: this machine has {gpus} GPUs; start as many processes (--nproc-per-node)")
+    if cuda:
+        torch.cuda.set_device(found)
+    if several and not dist.is_initialized():       # two hours: a checkpoint on a slow disk takes its time
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return found
+
+
+def choose_threads(parameters: int) -> int:
+    """How many threads torch computes with: one for a small model, whose operations are too short to be shared: threads
+    that wait for each other spin, and on a busy machine that takes ten times the time. OMP_NUM_THREADS wins."""
+    if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 def leave(code: int) -> NoReturn:
@@ -58,10 +61,8 @@ def leave(code: int) -> NoReturn:
 @contextmanager
 def one_error() -> Iterator[None]:
     """Let only the first process that fails tell its error; the others fail after it, often because of it, silently.
-
-    (torchrun then ends them.) Every process sees torchrun's own store, even before it has joined the group. The group
-    is left only after success: with NCCL leaving waits for the others, who may be waiting for us.
-    """
+    Every process sees torchrun's own store, even before it has joined the group. The group is left only after success:
+    with NCCL leaving waits for the others, who may be waiting for us."""
     try:
         yield
     except BaseException:
@@ -90,10 +91,9 @@ def is_main() -> bool:
 
 def gather(value: object) -> list:
     """Every process's `value`, by rank. (A collective: every process must call it.)"""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -103,12 +103,8 @@ def on_main(work: Callable[[], object]):
 
 
 def spread(items: list, work: Callable[[list], list]) -> list:
-    """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order.
-
-    `work` takes a list and returns a list of the same length; it must cope with an empty one.
-    """
-    if world_size() == 1:
-        return work(items)
+    """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order. It takes a
+    list, also an empty one, and returns one of the same length."""
     results = [None] * len(items)
     for r, part in enumerate(gather(work(items[rank()::world_size()]))):
         results[r::world_size()] = part
@@ -116,6 +112,5 @@ def spread(items: list, work: Callable[[list], list]) -> list:
 
 
 def stream(*key) -> int:
-    """A 63-bit number that depends on `key` alone, for random choices that are the same in any order and on any number
-    of processes."""
+    """63 bits of `key` alone, for random choices that are the same in any order and on any number of processes."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

@@ -1,12 +1,11 @@
-"""A run's folder and its life around the method: opened or gone on with, logged, saved, evaluated, stopped.
-
-config.json (every flag, versions, commit), metrics.jsonl, samples.jsonl, evals.jsonl, checkpoints/step-N/, final/.
-"""
+"""A run's folder and its life around the method: opened or gone on with, logged, saved, evaluated, stopped."""
 import json
 import platform
-import shutil
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -15,85 +14,86 @@ import torch
 import transformers
 
 from data import Problem, UserError
-from engine.checkpoints import (checkpoint_folders, load_checkpoint, newest_checkpoint, prune, save_checkpoint,
-                                save_final)
+from engine.checkpoints import (check_space, checkpoint_folders, load_checkpoint, newest_checkpoint, prune,
+                                save_checkpoint, save_final)
 from engine.console import SECONDS, Progress, Stop, say
 from engine.flags import MAY_CHANGE, option
-from engine.folder import append, claim, read_lines, write_json
+from engine.folder import append, claim, flush, read_json, read_lines, remove, write_json
 from engine.memory import peak_memory
 from engine.models import CannotSample, Policy
-from engine.processes import gather, is_main, on_main, world_size
+from engine.processes import choose_threads, gather, is_main, on_main, world_size
 from engine.trainer import Trainer
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
 WRITTEN = ("eval", "checkpoints", "final", *LOGS, "config.json")    # all that a run, and eval.py of its model, writes
 
 
-class Run:
-    """Opens the folder, with flags and problems checked against what is in it; only the main process writes there.
-
-    `flags` is the program's dataclass; of it this file reads what has to do with steps, saving and evaluating.
-    """
+class Run(AbstractContextManager):
+    """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
     def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str]):
         self.flags, self.policy, self.problems, self.left_out = flags, policy, problems, left_out
         self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
-        self.checkpoint = on_main(self._open)
-
-    def __enter__(self) -> "Run":
-        return self
+        self.good = self.saved = 0              # the newest checkpoint that a step was sampled from, and the newest
+        self.parameters = sum(p.numel() for p in policy.model.parameters())
+        learned_from = repr([(p.question, p.answers, p.solution) for p in problems]).encode()
+        self.fingerprint = blake2b(learned_from, digest_size=16).hexdigest()
+        self.threads, self.checkpoint = choose_threads(self.parameters), on_main(self._open)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace) -> None:
         if self.lock:
             self.lock.close()
         if isinstance(error, CannotSample):
-            raise UserError(f"{error}; the newest checkpoint: {self._last_good()}") from error
+            good = self.out / "checkpoints" / f"step-{self.good}" if self.good else "none was saved yet"
+            raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
-        """Yields each step that is still to be made, from 0; its body calls `log` once. After each it saves, evaluates
-        or stops as the flags and signals say; `code` is the exit code then.
-
-        evaluate(step): with the weights after `step` steps; shown: metrics to be seen on the screen, with their names.
-        """
-        flags, first, stop = self.flags, 0, Stop()
+        """Yields each step still to be made, from 0; its body calls `log` once. Then this saves, evaluates (after how many
+        steps it is told) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
+        flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
             load_checkpoint(trainer, path, manifest)
-            first, self.bad_steps = manifest["step"], manifest["bad_steps"]
-            prune(self.out / "checkpoints", first, self._keep())        # the run may have ended amid pruning
+            first, self.bad_steps, self.good = manifest["step"], manifest["bad_steps"], manifest["good"]
+            self.saved = self.good if self.bad_steps else first
             say(f"going on from {path}")
         elif flags.resume:
             say(f"no checkpoint in {self.out} yet: starting at the first step")
+        saves = -((first - flags.steps) // flags.save_every) if flags.save_every else 1         # rounded up
+        on_main(lambda: check_space(folder, trainer, flags.keep, saves))
         self._introduce()
-        if first == 0 or self._evaluation_due(first):
+        between = range(flags.eval_every, flags.steps, flags.eval_every) if flags.eval_every else ()
+        if first == 0 or first in between:
             evaluate(first)
         self.progress = Progress(flags.steps, first, shown)
         for step in range(first, flags.steps):
             SECONDS.clear()
             yield step
+            self.good = self.saved
+            prune(folder, self.good, flags.keep)
             stopping = max(gather(stop.signal))
             if self.bad_steps >= flags.max_bad_steps:
-                raise UserError(f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; the last "
-                                f"good checkpoint: {self._last_good()}; look at --lr, --eda-clamp and the last rows of "
-                                f"{self.out / 'samples.jsonl'}")
+                raise CannotSample(f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; look at "
+                                   f"--eda-clamp and the end of {self.out / 'samples.jsonl'}")
             due = flags.save_every and (step + 1) % flags.save_every == 0 and not self.bad_steps
             if stopping or due or step + 1 == flags.steps:              # a bad step is no place to go back to
                 self._save(trainer, step + 1)
             if stopping:
+                self.progress.bar.close()
+                say(f"stopped after step {step + 1}, which is saved; the same command with --resume goes on")
                 self.code = 128 + stopping
                 return
-            if self._evaluation_due(step + 1):                          # after saving: a failure here loses no step
+            if step + 1 in between:                                     # after saving: a failure here loses no step
                 evaluate(step + 1)
         self.progress.bar.close()
-        save_final(self.policy, self.out / "final")
         evaluate(flags.steps)
+        prune(folder, self.saved, flags.keep)
 
     def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
         """A line of metrics.jsonl, with the seconds of each phase, and the step's rows of samples.jsonl."""
         self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
         if self.bad_steps:
-            say(f"step {step + 1}: the loss or its gradient is not finite, so the weights stay as they are "
-                f"({self.bad_steps} in a row)")
+            say(f"step {step + 1}: loss or gradient is not finite, so the weights stay ({self.bad_steps} in a row)")
         seconds = {f"seconds_{k}": SECONDS[k] for k in ("sample", "grade", "correct", "update")}
         line = dict(step=step + 1, **metrics, **seconds, peak_memory_gib=peak_memory(self.policy.device),
                     tokens_per_second=metrics["sampled_tokens"] / (SECONDS["sample"] + SECONDS["correct"]))
@@ -101,26 +101,20 @@ class Run:
         append(self.out / "samples.jsonl", [dict(step=step + 1, **row) for row in samples])
         self.progress.show(line)
 
-    def _evaluation_due(self, step: int) -> bool:
-        """Between the first step and the last, which are evaluated in any case."""
-        return 0 < step < self.flags.steps and self.flags.eval_every > 0 and step % self.flags.eval_every == 0
-
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A checkpoint that knows how long each log was when it was written."""
-        logs = {name: (self.out / name).stat().st_size for name in LOGS if (self.out / name).exists()}
-        save_checkpoint(trainer, self.out / "checkpoints", step, dict(logs=logs, bad_steps=self.bad_steps),
-                        self._keep())
-
-    def _keep(self) -> int:
-        """How many checkpoints stay: after a bad step also the last good one."""
-        return self.flags.keep + (1 if self.bad_steps else 0)
-
-    def _last_good(self) -> str:
-        """The newest checkpoint that a good update preceded, for the message of a run that stops."""
-        found = newest_checkpoint(self.out / "checkpoints", lambda manifest: not manifest["bad_steps"])
-        return str(found[0]) if found else "none was saved yet"
-
-    # What stands in the folder already.
+        """A checkpoint that knows how long each log was when it was written; before the last one, the final model, as
+        it takes less space. A policy that has diverged is CannotSample here, and replaces nothing."""
+        self.policy.sample([self.policy.prompt_ids(self.problems[0].question)], [8], [0], self.flags.temperature)
+        folder, logs = self.out / "checkpoints", {}
+        if is_main():
+            for name in LOGS:
+                flush(self.out / name)
+                logs[name] = (self.out / name).stat().st_size
+            (folder / f".step-{step}.unfinished").mkdir(parents=True)           # tells what `final` without it is
+        if step == self.flags.steps:
+            save_final(self.policy, self.out / "final")
+        save_checkpoint(trainer, folder, step, dict(logs=logs, bad_steps=self.bad_steps, good=self.good))
+        self.saved = self.saved if self.bad_steps else step
 
     def _open(self) -> tuple[Path, dict] | None:
         """Make, clear or reopen the folder; returns the checkpoint to go on from. The lock holds as long as the run."""
@@ -129,86 +123,64 @@ class Run:
         if any((out / name).exists() for name in WRITTEN[1:]) and not (flags.resume or flags.overwrite):
             raise UserError(f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete "
                             "it, or another --out")
-        if flags.overwrite:
-            for name in WRITTEN:                # nothing else that stands there, and config.json, which names it, last
-                if (out / name).is_dir():
-                    shutil.rmtree(out / name)
-                (out / name).unlink(missing_ok=True)
+        for name in WRITTEN if flags.overwrite else ():     # nothing else that stands there, and config.json last
+            remove(out / name)
         if flags.resume:
             found = self._find_checkpoint()
+        for unfinished in (out / "checkpoints").glob(".step-*.unfinished"):
+            remove(unfinished)
         for name in LOGS:                       # what was logged after the checkpoint will be logged again
             with open(out / name, "ab") as f:
                 f.truncate(found[1]["logs"].get(name, 0) if found else 0)
+        read_lines(out / "metrics.jsonl", step=int)         # damage in what is read at the end is met now
+        read_lines(out / "evals.jsonl", task=str, step=int, accuracy=(int, float))
         return found
 
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """--resume: the newest whole checkpoint of the same run, None if it was ended before its first."""
-        out = self.out
-        saved, started = checkpoint_folders(out / "checkpoints"), (out / "config.json").exists()
-        before = self._check_same_run() if saved or started else dict(save_every=0)
-        found, every = newest_checkpoint(out / "checkpoints"), before["save_every"]
-        # A log that goes on behind a step that was to be saved: the checkpoints were deleted.
-        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"]
-                      for m in read_lines(out / "metrics.jsonl")[0][:-1])
-        if not found and (saved or deleted or (out / "final").exists()):
-            raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
-                            "with --overwrite")
-        for name, size in found[1]["logs"].items() if found else []:
-            if not (out / name).exists() or (out / name).stat().st_size < size:
-                raise UserError(f"--resume {out}: {name} is shorter than when {found[0].name} was saved; put it back, "
-                                "or start again with --overwrite")
-        return found
-
-    def _check_same_run(self) -> dict:
-        """The flags that the run was started with; UserError if these flags or data would make it another run."""
-        file = self.out / "config.json"
-        try:
-            config = json.loads(file.read_text())
-            before, same_data = dict(config["flags"]), config["problems_fingerprint"] == fingerprint(self.problems)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: cannot be read; start again with --overwrite") from error
-        now = json.loads(json.dumps(asdict(self.flags)))
+        """--resume: the newest whole checkpoint, None if the run was ended before its first. UserError if these flags
+        or data would make it another run."""
+        out, folder = self.out, self.out / "checkpoints"
+        if not any((out / name).exists() for name in ("checkpoints", "final", "config.json")):
+            return None
+        config = read_json(out / "config.json", flags=dict, problems_fingerprint=str)
+        before, now = config["flags"], json.loads(json.dumps(asdict(self.flags)))
         changed = [f"{option(k)} was {before.get(k)}, is {now[k]}" for k in now
                    if k not in MAY_CHANGE and before.get(k) != now[k]]
+        if config["problems_fingerprint"] != self.fingerprint:
+            changed.append(f"--data {now['data']} has other problems now")
         if changed:
-            raise UserError(f"--resume {self.out}: the run was started with other flags ({'; '.join(changed)}); give "
-                            "the same, or another --out")
-        if not same_data:
-            raise UserError(f"--resume {self.out}: --data {self.flags.data} has other problems than when the run was "
-                            "started; put them back, or start again with --overwrite")
-        return before
+            raise UserError(f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the "
+                            "same, or another --out")
+        if found := newest_checkpoint(folder):
+            return found
+        # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
+        lines = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0][:-1]
+        every = before.get("save_every")
+        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines)
+        ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
+        if checkpoint_folders(folder) or deleted or ended:
+            raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
+                            "with --overwrite")
 
     def _introduce(self) -> None:
         """Print what is in force, and write config.json: what is needed to run it again."""
-        flags, policy = self.flags, self.policy
-        count = sum(p.numel() for p in policy.model.parameters())
-        cuda, processor = policy.device.type == "cuda", platform.processor() or platform.machine()
-        config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), commit=commit(),
+        flags, policy, processor = self.flags, self.policy, platform.processor() or platform.machine()
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                             capture_output=True)
+        changed = {k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}}
+        config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), changed=changed,
+                      command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                      commit=git.stdout.decode().strip() or "unknown",                  # on a machine without git
                       versions=dict(python=platform.python_version(), torch=torch.__version__,
                                     transformers=transformers.__version__),
-                      device=f"{policy.device.type}: {torch.cuda.get_device_name() if cuda else processor}",
-                      processes=world_size(), threads=torch.get_num_threads(), parameters=count,
-                      problems=len(self.problems), problems_fingerprint=fingerprint(self.problems),
-                      problems_left_out=self.left_out)
-        if is_main():
-            write_json(self.out / "config.json", config)
-        say(f"{flags.model} ({count / 1e6:.1f}M parameters) on {policy.device}, {flags.data}: {len(self.problems)} "
-            "problems" + (f", {len(self.left_out)} left out (prompt too long)" if self.left_out else ""))
-        say("flags: " + " ".join(f"{k}={v}" for k, v in asdict(flags).items()))
-        prompt = policy.decode_raw(policy.prompt_ids(self.problems[0].question))
-        say(f"prompt of the first problem: {prompt!r}")
-
-
-def fingerprint(problems: list[Problem]) -> str:
-    """Changes with any question, gold answer or solution."""
-    return blake2b(repr([(p.question, p.answers, p.solution) for p in problems]).encode(), digest_size=16).hexdigest()
-
-
-def commit() -> str:
-    """The project's commit, with "-dirty" if files differ from it."""
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
-    except OSError:                             # a machine without git
-        return "unknown"
-    return git.stdout.strip() or "unknown"
+                      device=f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
+                      f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
+                      problems=len(self.problems), problems_left_out=self.left_out,
+                      problems_fingerprint=self.fingerprint)
+        on_main(lambda: write_json(self.out / "config.json", config))
+        say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
+            f"{flags.data}: {len(self.problems)} problems"
+            + (f", {len(self.left_out)} left out (prompt too long)" if self.left_out else ""))
+        say("flags other than the defaults: " + (" ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none")
+            + f" (all are in {self.out / 'config.json'})")
+        say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(self.problems[0].question))!r}")
