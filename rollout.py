@@ -141,7 +141,7 @@ def has_llama_layers(model: nn.Module) -> bool:
     return full and plain_rope and len({p.device for p in model.parameters()}) == 1
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)    # on a GPU one kernel instead of six
 
 
@@ -158,17 +158,17 @@ def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) 
     x = base.embed_tokens(ids)                                                # (B, S, H)
     for i, layer in enumerate(base.layers):
         attn = layer.self_attn
-        h = _norm(layer.input_layernorm, x)
+        h = rms_norm(layer.input_layernorm, x)
         q, k, v = (proj(h).view(*ids.shape, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         if "q_norm" in attn._modules:                                         # Qwen3
-            q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+            q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
         q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
         out = attend(i, q, k, v, attn.scaling)
         if out is None:
             return None
         x = x + attn.o_proj(out.flatten(2))
-        x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
-    return _norm(base.norm, x)
+        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+    return rms_norm(base.norm, x)
 
 
 # ---- 2. Prefill -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy import logprob_entropy
-from rollout import has_llama_layers
+from rollout import has_llama_layers, rms_norm
 
 
 def attend_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
@@ -36,15 +36,19 @@ AttentionInterface.register(ROWS, attend_rows)
 AttentionMaskInterface.register(ROWS, sdpa_mask)
 
 
+def fuse_norms(model: nn.Module) -> None:
+    """RMSNorm by the sampler's one kernel instead of six (a GPU's; a CPU has none), and with the sampler's rounding."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(rms_norm, module)
+
+
 class Scorer(nn.Module):
     """Log-probability and entropy of given tokens: the trunk, then the output layer on response positions only.
 
     packed (the Llama family): the layers see a micro-batch as one string of tokens, in which the prompt of several
     responses stands once and nothing is padding; only attention takes it apart into rows. That is exact, because a
-    prompt does not look at what follows it. Other models see padded rows. With prompts of 32 and responses of 51 tokens
-    on average, eight of each prompt, the update is x 1.4 / 1.5 as fast as on padded rows sorted by length (models of 1M
-    / 30M parameters on a CPU, tests/bench_step.py with --padded and without; not measured on a GPU).
-
+    prompt does not look at what follows it. Other models see padded rows. (tests/bench_step.py --padded: the difference.)
     It is a module so that a sharded model (FSDP2) gathers its weights around the whole of it, output layer included.
     """
 
@@ -53,10 +57,14 @@ class Scorer(nn.Module):
         self.model, self.packed = model, has_llama_layers(model)
         if self.packed:
             model.set_attn_implementation(ROWS)
+            if model.device.type == "cuda":
+                fuse_norms(model)
 
     def forward(self, batch: "Batch", temperature: float, vocab_size: int,
                 entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """logp (M,) and entropy (M,) of the batch's M response tokens."""
+        if batch.highest >= vocab_size:
+            raise ValueError(f"a response has the id {batch.highest}, but the vocabulary ends at {vocab_size - 1}")
         if self.packed:
             unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device)  # else one is made, (N, N)
             out = self.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None],
@@ -82,6 +90,7 @@ class Batch:
     home: Tensor                # (N,) where each token is found in the flat concatenation of `rows`
     before: Tensor              # (M,) the token (of N) that precedes each response token
     targets: Tensor             # (M,) the response tokens, row after row
+    highest: int                # the largest of them, known here so that no check has to wait for a GPU
     counts: list[int]           # how many of them each row has
 
     def tokens(self, rows: list):
@@ -144,8 +153,9 @@ def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[
         padded.append([row + [0] * (width - len(row)) for row in rows[:alike]])
         rows = rows[alike:]
     tensor = functools.partial(torch.tensor, dtype=torch.long, device=device)
+    targets = [token for i in index for token in responses[i]]
     return Batch(index, tensor(ids), tensor(positions), [tensor(row) for row in padded], tensor(home), tensor(before),
-                 tensor([token for i in index for token in responses[i]]), [len(responses[i]) for i in index])
+                 tensor(targets), max(targets), [len(responses[i]) for i in index])
 
 
 @torch.no_grad()

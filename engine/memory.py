@@ -1,4 +1,4 @@
-"""What a run will need in memory, computed before any weight is loaded, and how memory errors are known."""
+"""What a run will need in memory, computed before any weight is loaded."""
 import os
 import resource
 import sys
@@ -42,8 +42,7 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
 
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
-    Weights, gradients, optimizer and cache (keys and values) are exact; activations are those of transformers'
-    Llama-like layers.
+    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers.
     """
     try:
         with torch.device("meta"):
@@ -51,44 +50,39 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     except BROKEN as error:
         raise UserError(f"--model {config.name_or_path}: its config.json describes no causal language model "
                         f"({first_line(error)})") from error
-    count = sum(p.numel() for p in model.parameters())
-    c = config.get_text_config()
+    c, sizes = config.get_text_config(), {name: p.numel() for name, p in model.named_parameters()}
+    count, sharded = sum(sizes.values()), processes > 1
+    mine = count / processes
+    # Sharded: the weights are a whole replica that samples; gradients and masters are shards, all in fp32.
+    gradients = mine * (4 if sharded else weight_bytes)
+    masters = 0 if weight_bytes == 4 and not offload and not sharded else 4 * mine
+    plan = {"weights": count * weight_bytes, "gradients": gradients, "optimizer": masters + 8 * mine}
+    if offload:                 # FSDP2 keeps its shard of the masters on the GPU; one gradient at a time is made fp32
+        scratch = 0 if sharded else 4 * max(sizes.values())
+        plan |= {"optimizer": masters if sharded else 0, "host optimizer": masters + 8 * mine + gradients + scratch}
+    if sharded:
+        # In the layers' backward: embedding and output layer, gathered, and their gradients; a layer three times (in
+        # use, being copied, coming), its gradient, and two fp32 copies of that being summed. At its end: the two ends,
+        # their gradients and an fp32 copy.
+        ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        plan["gathered weights"] = max(
+            ends * 2 * weight_bytes + (count - ends) / c.num_hidden_layers * (4 * weight_bytes + 8),
+            ends * (2 * weight_bytes + 4))
     heads = getattr(c, "num_attention_heads", None) or 0                        # 0: Mamba and its like
     head = getattr(c, "head_dim", None) or c.hidden_size // max(heads, 1)
-    kv_heads = getattr(c, "num_key_value_heads", None) or heads
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    q, kv = heads * head, kv_heads * head
-    layer = 8 * c.hidden_size + 3 * q + 2 * kv + 4 * inner                      # kept of one token in one layer
-    if any("q_norm" in name for name, _ in model.named_parameters()):           # Qwen3
+    q, kv = heads * head, (getattr(c, "num_key_value_heads", None) or heads) * head
+    layer = 8 * c.hidden_size + 3 * q + 2 * kv + 4 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
+    if any("q_norm" in name for name in sizes):                                 # Qwen3
         layer += 3 * (q + kv)
-    layer *= weight_bytes
-    layers = c.num_hidden_layers * layer
+    layers = c.num_hidden_layers * layer                                        # numbers kept of one token
     if checkpointing:                                       # every layer's input, and one layer with its gradients
-        layers = c.num_hidden_layers * c.hidden_size * weight_bytes + 2 * layer
-    plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
-    moments = count * (8 if weight_bytes == 4 and not offload else 12)      # and masters, unless the weights are fp32
-    if offload:
-        plan["host optimizer"] = moments + count * weight_bytes                 # and gradients
-    else:
-        plan["optimizer"] = moments
-    if processes > 1:           # the weights are a whole replica that samples; beside it the shards, all in fp32
-        ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)       # embedding and output layer
-        one_layer = (count - ends) / c.num_hidden_layers
-        plan = {"weights": count * weight_bytes, "gradients": 4 * count / processes,
-                "optimizer": 12 * count / processes}
-        if offload:             # the GPU keeps its shard of the masters, the host gets a copy of the gradients
-            plan.update({"optimizer": 4 * count / processes, "host optimizer": 16 * count / processes})
-        # In the layers' backward: the ends, gathered, and their gradients; a layer three times (in use, being copied,
-        # coming), its gradient, and two fp32 copies of that being summed. At its end: the ends, their gradients and an
-        # fp32 copy.
-        plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8),
-                                       ends * (2 * weight_bytes + 4))
-    plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
+        layers = c.num_hidden_layers * c.hidden_size + 2 * layer
     tokens = max(micro_batch_tokens, row_tokens)
-    plan["activations"] = tokens * layers
+    plan["cache"] = 2 * c.num_hidden_layers * kv * weight_bytes * rows * row_tokens
+    plan["activations"] = tokens * layers * weight_bytes
     blocks = 3 * 4 * min(2**26, tokens * c.vocab_size)              # of logits (entropy.py); smaller ones on a CPU
     plan["output layer"] = blocks + c.vocab_size * c.hidden_size * weight_bytes
-    return plan
+    return {item: size for item, size in plan.items() if size or item == "cache"}
 
 
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:

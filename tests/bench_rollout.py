@@ -153,7 +153,7 @@ ABLATIONS = [
     ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
     ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
     ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
-    ("fused RMSNorm -> the model's module", "rollout._norm", lambda norm, x: norm(x)),
+    ("fused RMSNorm -> the model's module", "rollout.rms_norm", lambda norm, x: norm(x)),
 ]
 
 
