@@ -1,4 +1,4 @@
-"""The training forward: micro-batches of prompts and responses -> log-probability and entropy of each response token."""
+"""The training forward: micro-batches of prompts and responses -> log-probability, entropy of each response token."""
 import functools
 from dataclasses import dataclass, fields, replace
 
@@ -16,10 +16,8 @@ from rollout import has_llama_layers, rms_norm
 def attend_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
                 rows: list[Tensor] | None = None, home: Tensor | None = None, **others) -> tuple[Tensor, None]:
     """Attention of a packed micro-batch. q (1, heads, N, D), k and v (1, kv heads, N, D); rows and home as in `Batch`
-    -> (1, N, heads, D). Without rows it is transformers' own attention, for whoever else calls the model.
-
-    No mask is needed: with padding on the right, causal attention never looks at it from a real token.
-    """
+    -> (1, N, heads, D). No mask is needed: with padding on the right, causal attention never looks at it from a real
+    token. Without rows it is transformers' own attention, for whoever else calls the model."""
     if rows is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling, **others)
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))                                         # (N, heads, D)
@@ -36,32 +34,24 @@ AttentionInterface.register(ROWS, attend_rows)
 AttentionMaskInterface.register(ROWS, sdpa_mask)
 
 
-def fuse_norms(model: nn.Module) -> None:
-    """RMSNorm by the sampler's one kernel instead of six (a GPU's; a CPU has none), and with the sampler's rounding."""
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = functools.partial(rms_norm, module)
-
-
 class Scorer(nn.Module):
     """Log-probability and entropy of given tokens: the trunk, then the output layer on response positions only.
 
     packed (the Llama family): the layers see a micro-batch as one string of tokens, in which the prompt of several
     responses stands once and nothing is padding; only attention takes it apart into rows. That is exact, because a
-    prompt does not look at what follows it. Other models see padded rows. (tests/bench_step.py --padded: the difference.)
-    It is a module so that a sharded model (FSDP2) gathers its weights around the whole of it, output layer included.
-    """
+    prompt does not look at what follows it. Other models see padded rows. It is a module so that a sharded model
+    (FSDP2) gathers its weights around the whole of it, output layer included."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.packed = model, has_llama_layers(model)
         if self.packed:
             model.set_attn_implementation(ROWS)
-            if model.device.type == "cuda":
-                fuse_norms(model)
+            for norm in model.modules() if model.device.type == "cuda" else []:
+                if hasattr(norm, "variance_epsilon"):           # one kernel instead of six, and the sampler's rounding
+                    norm.forward = functools.partial(rms_norm, norm)
 
-    def forward(self, batch: "Batch", temperature: float, vocab_size: int,
-                entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: "Batch", temperature: float, vocab_size: int, entropy_grad: bool = False):
         """logp (M,) and entropy (M,) of the batch's M response tokens."""
         if batch.highest >= vocab_size:
             raise ValueError(f"a response has the id {batch.highest}, but the vocabulary ends at {vocab_size - 1}")
@@ -111,8 +101,8 @@ class Batch:
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device: torch.device,
                   packed: bool = True) -> list[Batch]:
     """Rows cut so that a batch holds at most `budget` tokens, every row counted with its prompt (a longer row is
-    alone). Packed: in their order, so that rows of one prompt stay together. Otherwise sorted by length, which keeps
-    padding to a few percent, and padding counts. Rows with an empty response are left out."""
+    alone). Packed: in their order, so that rows of one prompt stay together. Otherwise sorted by length, and padding
+    counts. Rows with an empty response are left out."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     order, groups, room = [i for i, r in enumerate(responses) if r], [], 0
     if not packed:
@@ -162,10 +152,8 @@ def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[
 def response_logprobs(model: nn.Module, prompts: list[list[int]], responses: list[list[int]], temperature: float,
                       vocab_size: int, budget: int) -> list[tuple[Tensor, Tensor]]:
     """Scoring pass: per row (logp (T_i,), entropy (T_i,)), float32 on the CPU; an empty response has empty tensors."""
-    scored = [(torch.zeros(0), torch.zeros(0)) for _ in responses]
-    scorer = Scorer(model)
+    scorer, scored = Scorer(model), [(torch.zeros(0), torch.zeros(0))] * len(responses)
     for batch in micro_batches(prompts, responses, budget, next(model.parameters()).device, scorer.packed):
-        logp, entropy = scorer(batch, temperature, vocab_size)
-        for i, told in zip(batch.index, batch.by_row(logp, entropy)):
+        for i, told in zip(batch.index, batch.by_row(*scorer(batch, temperature, vocab_size))):
             scored[i] = told
     return scored

@@ -16,10 +16,8 @@ GIB = 2**30
 
 
 def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | None:
-    """Print what the run of these flags will need, where, and what is there.
-
-    rows: sampled in a step, of at most row_tokens tokens. Returns how many to sample at a time (None: any number).
-    """
+    """Print what the run of these flags will need, where, and what is there. rows: sampled in a step, of at most
+    row_tokens tokens. Returns how many to sample at a time (None: any number)."""
     cuda, processes = device.type == "cuda", world_size()
     rows = min(-(-rows // processes), flags.max_rows or rows)
     plan = memory_plan(load_config(flags.model, flags.trust_remote_code), rows, row_tokens, flags.micro_batch_tokens,
@@ -28,22 +26,17 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
     if flags.kl:
         plan["reference"] = plan["weights"]
     fit = rows_that_fit(plan, rows, torch.cuda.mem_get_info(device)[0]) if cuda and rows else rows
-    if fit == rows:
-        say(describe(plan, device))
-        return flags.max_rows or None
-    plan["cache"] *= fit / rows
-    say(f"{describe(plan, device)}; sampling {fit} of {rows} rows at a time")
-    return fit
+    plan["cache"] *= fit / max(rows, 1)
+    say(describe(plan, device) + (f"; sampling {fit} of {rows} rows at a time" if fit < rows else ""))
+    return fit if fit < rows else flags.max_rows or None
 
 
 def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: int, micro_batch_tokens: int,
                 weight_bytes: int, offload: bool, checkpointing: bool, processes: int = 1,
                 trust_remote_code: bool = False) -> dict[str, float]:
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
-
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
-    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers.
-    """
+    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -58,7 +51,7 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
     masters = 0 if weight_bytes == 4 and not offload and not sharded else 4 * mine
     plan = {"weights": count * weight_bytes, "gradients": gradients, "optimizer": masters + 8 * mine}
     if offload:                 # FSDP2 keeps its shard of the masters on the GPU; one gradient at a time is made fp32
-        scratch = 0 if sharded else 4 * max(sizes.values())
+        scratch = 0 if sharded or weight_bytes == 4 else 4 * max(sizes.values())
         plan |= {"optimizer": masters if sharded else 0, "host optimizer": masters + 8 * mine + gradients + scratch}
     if sharded:
         # In the layers' backward: embedding and output layer, gathered, and their gradients; a layer three times (in
@@ -97,22 +90,20 @@ def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
 def describe(plan: dict[str, float], device: torch.device) -> str:
     """One line: what the run will need where, what is there, and which flag to change if it does not fit."""
     host = sum(v for k, v in plan.items() if k.startswith("host")) if device.type == "cuda" else 0
-    need = sum(plan.values()) - host
-    text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.items())
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, ram = sum(plan.values()) - host, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (ram, ram)
-    line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}"
+    line = (f"memory (GiB): {', '.join(f'{k} {v / GIB:.1f}' for k, v in plan.items())}; {need / GIB:.1f} of "
+            f"{total / GIB:.1f} on {device}")
     line += f", {host / GIB:.1f} of {ram / GIB:.1f} in CPU memory" if host else ""
-    if host > ram:
-        return f"{line}. It will probably not fit: use more CPU memory, a smaller model or --no-offload-optimizer"
-    if need <= free:
+    if host <= ram and need <= free:
         return line
-    largest = max((k for k in plan if not k.startswith("host")), key=plan.get)
     advice = {"optimizer": "add --offload-optimizer or more processes (torchrun)", "cache": "set --max-rows lower",
               "activations": "set --micro-batch-tokens lower or keep --gradient-checkpointing",
-              "output layer": "set --micro-batch-tokens lower"}
-    otherwise = "use a smaller model or more processes (torchrun)"
-    return f"{line}. It will probably not fit: {advice.get(largest, otherwise)}"
+              "output layer": "set --micro-batch-tokens lower",
+              "host optimizer": "use more CPU memory, a smaller model or --no-offload-optimizer"}
+    largest = "host optimizer" if host > ram else max((k for k in plan if not k.startswith("host")), key=plan.get)
+    return (f"{line}. It will probably not fit: "
+            f"{advice.get(largest, 'use a smaller model or more processes (torchrun)')}")
 
 
 def peak_memory(device: torch.device) -> float:

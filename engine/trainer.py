@@ -3,7 +3,6 @@ import copy
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,9 +20,8 @@ class Trainer:
     """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
 
     One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
-    the GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master
-    shards, compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
-    """
+    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards, compute
+    in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
 
     def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
@@ -34,43 +32,41 @@ class Trainer:
         self.temperature, self.entropy_grad = temperature, entropy_grad
         self.reference = copy.deepcopy(policy.model).requires_grad_(False) if keep_reference else None
         self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
-        self.offload, self.checkpointing, self.last_backward = offload, checkpointing, False
+        self.offload, self.checkpointing, self.last_backward, self.copied = offload, checkpointing, False, set()
         model = self.scorer.model.requires_grad_(True)
         if checkpointing:
-            with warnings.catch_warnings():             # renamed in late 5.x; the new name is not in early 5.x
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in late 5.x; the new name is not in early 5.x, the old one warns.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.params = dict(model.named_parameters())                       # tied weights once
-        self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
+        where = "cpu" if offload else policy.device         # an fp32 weight that stays where it is, is its own master
+        self.masters = {name: local(p).detach().to(where, torch.float32, copy=offload)
+                        for name, p in self.params.items()}
         # One optimizer per parameter: only one fp32 gradient exists at a time (7B: 2 GB instead of 30).
         self.adam = {name: torch.optim.AdamW([m], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
                      for name, m in self.masters.items()}
         if offload:
             self._copy_gradients_during_backward()
 
-    def _master(self, weight: Tensor) -> Tensor:
-        """fp32 master of a weight: the weight itself where it is fp32 already and stays where it is."""
-        if weight.dtype == torch.float32 and not self.offload:
-            return weight.detach()
-        return weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
-
     def _copy_gradients_during_backward(self) -> None:
         """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
         cuda = self.policy.device.type == "cuda"
         self.stream = torch.cuda.Stream() if cuda else None
-        if cuda and self.sharded:                       # torchrun leaves one core to a process, which AdamW needs more of
+        if cuda and self.sharded:                       # torchrun leaves a process one thread; AdamW can use more
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
         sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
         # One block, because each is rounded up to a power of two (7B: 16 GiB instead of 27).
         block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
-        self.host_grads, self.copied = {}, set()
-        for (name, p), part in zip(self.params.items(), block.split(sizes)):
-            self.host_grads[name] = part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._copy_out(name) if self.last_backward else None)
+        self.host_grads = {name: part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
+                           for (name, p), part in zip(self.params.items(), block.split(sizes))}
+        for name, p in self.params.items():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self._copy_out(name))
         # One fp32 gradient for all in turn: touching fresh memory takes longer than AdamW itself.
         self.scratch = torch.empty(max((m.numel() for m in self.masters.values()), default=0))
 
     def _copy_out(self, name: str) -> None:
+        if not self.last_backward:                      # more will be added to it
+            return
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -91,11 +87,12 @@ class Trainer:
         loss_of(logp (M,), entropy (M,), tokens), where `tokens` joins those of the rows (see Batch.tokens).
 
         Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are. If the GPU runs
-        out of memory, once more with half the --micro-batch-tokens (on one process only).
-        """
+        out of memory, once more with half the --micro-batch-tokens (on one process only)."""
         mine = slice(rank(), None, world_size())
         try:
             loss, scored = self._accumulate(prompts[mine], responses[mine], tokens[mine] or tokens[:1], loss_of)
+            logp, entropy = zip(*spread(responses, lambda _: scored))
+            return sum(gather(loss)), list(logp), list(entropy)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:       # the allocator's word, and CUDA's own
             self.skip()
             if "out of memory" not in str(error):
@@ -104,9 +101,6 @@ class Trainer:
                 raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
                                 f"{self.micro_batch_tokens}, --max-new-tokens or --group-size lower, or add "
                                 "--offload-optimizer") from error
-        else:
-            logp, entropy = zip(*spread(responses, lambda _: scored))
-            return sum(gather(loss)), list(logp), list(entropy)
         self.policy.sampler.release()                   # outside of `except`, whose traceback keeps tensors alive
         self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
         print(f"out of GPU memory in the update: going on with --micro-batch-tokens {self.micro_batch_tokens}",
@@ -118,13 +112,13 @@ class Trainer:
         many passes, since a sharded forward is a collective: one with fewer gets empty batches, whose loss is 0."""
         batches = micro_batches(prompts, responses, self.micro_batch_tokens, self.policy.device, self.scorer.packed)
         total, scored = 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
-        count = max(gather(max(len(batches), 1)))
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
         empty.index = []
+        batches += [empty] * (max(gather(max(len(batches), 1))) - len(batches))
+        self.copied = set()                             # offload: the gradients that are on their way to the CPU
         self.scorer.train(self.checkpointing)           # transformers recomputes only in training mode (dropout is off)
-        for k in range(count):
-            batch = batches[k] if k < len(batches) else empty
-            self.last_backward = k == count - 1
+        for k, batch in enumerate(batches, 1):
+            self.last_backward = k == len(batches)
             logp, entropy = self.scorer(batch, self.temperature, self.policy.vocab_size, self.entropy_grad)  # (M,) each
             loss = loss_of(logp, entropy, batch.tokens(tokens))
             (loss * world_size()).backward()            # FSDP2 averages over processes, the step's loss is a sum
@@ -138,19 +132,7 @@ class Trainer:
         """Drop the gradients of a step; returns NaN for its norm."""
         for p in self.params.values():
             p.grad = None
-        if self.offload:
-            self.copied.clear()
         return float("nan")
-
-    def step(self, lr: float, clip: float) -> float:
-        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped), if its norm is finite; returns that
-        norm. Gradients are freed."""
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
-            self._apply(lr, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
-            refresh(self.policy.model, self.params)
-        self.skip()
-        return norm
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, over all processes; read back to the host."""
@@ -162,8 +144,11 @@ class Trainer:
         return square.sqrt().item()
 
     @torch.no_grad()
-    def _apply(self, lr: float, scale: float) -> None:
-        live = {name: p for name, p in self.params.items() if p.grad is not None}
+    def step(self, lr: float, clip: float) -> float:
+        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped), if its norm is finite; returns that
+        norm. Gradients are freed."""
+        norm = self.gradient_norm()
+        live = {name: p for name, p in self.params.items() if p.grad is not None and math.isfinite(norm)}
         if self.offload:
             for name in live.keys() - self.copied:      # what the last micro-batch did not touch, say an expert
                 self._copy_out(name)
@@ -171,12 +156,11 @@ class Trainer:
                 self.stream.synchronize()
         for name, p in live.items():
             weight, master, adam = local(p), self.masters[name], self.adam[name]
-            gradient = self.host_grads[name] if self.offload else local(p.grad)
-            wide = gradient
+            gradient = wide = self.host_grads[name] if self.offload else local(p.grad)
             if gradient.dtype != master.dtype:
                 wide = self.scratch[:master.numel()].view_as(master) if self.offload else torch.empty_like(master)
                 wide.copy_(gradient)
-            master.grad = wide.mul_(scale)
+            master.grad = wide.mul_(min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
             adam.param_groups[0]["lr"] = lr
             adam.step()
             master.grad = None
@@ -186,6 +170,10 @@ class Trainer:
                 weight.copy_(master)
         if self.offload and self.stream is not None:
             torch.cuda.current_stream().synchronize()
+        if live:
+            refresh(self.policy.model, self.params)
+        self.skip()
+        return norm
 
     def state(self) -> Iterator[tuple[str, Tensor | None]]:
         """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
