@@ -15,7 +15,7 @@ entropy of a response. Names in _QG and comments say the shape of a tensor.
 """
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import engine
 import eval as evaluation
 import reward
 from data import Problem, UserError
+from data.training import training_problems
 from engine.console import exit_code, say, timed
 from engine.flags import check_ranges, flag, make_parser
 from engine.memory import preflight
@@ -35,21 +36,25 @@ from engine.processes import leave, spread, start_processes, stream
 from engine.run import Run
 from engine.trainer import Trainer
 from entropy import mean_entropy
+from results.metrics import SHOWN, measure, readable
 from results.report import conclude
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
-METHODS = {                      # the rows of the paper's table, each a set of flags
-    "edge-grpo":   dict(correction="guided", eda=True, sft=False),
-    "force-r-eda": dict(correction="reflect", eda=True, sft=False),
-    "force-r":     dict(correction="reflect", eda=False, sft=False),
-    "grpo":        dict(correction="none", eda=False, sft=False),
+METHODS = {                      # the rows of the paper's tables, each a set of flags
+    "edge-grpo":   dict(correction="guided", eda=True),
+    "force-r-eda": dict(correction="reflect", eda=True),
+    "force-r":     dict(correction="reflect", eda=False),
+    "grpo":        dict(correction="none", eda=False),
+    "dr-grpo":     dict(correction="none", eda=False, advantage_std="none", loss="constant"),
+    "dapo":        dict(correction="none", eda=False, eps_high=0.28, loss="token", resample_rounds=10,
+                        mask_truncated=True),
     "sft":         dict(correction="none", eda=False, sft=True),
 }
-TINY = dict(                     # what `--model tiny` overrides of the paper's settings below
+TINY = dict(                     # what `--profile tiny` overrides of the paper's settings below
     data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
     correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50,
-    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160,
+    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160, save_tokens=True,
 )
 
 
@@ -58,23 +63,42 @@ class Flags:
     """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
     model: str = flag("tiny", "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name")
     data: str = flag("deepscaler-hard-1k", "training problems: a set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file")
-    method: str = flag("edge-grpo", "a row of flags: sets --correction, --eda and --sft", choices=list(METHODS))
-    correction: str = flag("guided", "GEC on wrong responses (reflect: Force-R)", choices=["none", "reflect", "guided"])
+    profile: str = flag("auto", "default settings: the paper's, or those of the tiny world (auto: for --model tiny)",
+                        choices=["auto", "paper", "tiny"])
+    method: str = flag("edge-grpo", "a row of flags (METHODS), which flags given beside it override",
+                       choices=list(METHODS))
+    correction: str = flag("guided", "GEC on wrong responses: none, guided (a draw among all), or one of them for all: "
+                           "reflect (Force-R), answer, reference, prefix")
+    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "probabilities of reflect, answer, reference, prefix; left out: "
+                                     "0. The paper's are for G = 8 (2/G each of the guided ones) and stay so at any "
+                                     "other --group-size", 0, 1, names="P")
+    guide: str = flag("every", "which wrong responses GEC corrects: every one (the paper), or only those of groups "
+                      "without a right one", choices=["every", "all-wrong"])
+    guide_at_most: int = flag(0, "corrections in a group at most; 0: no limit", 0)
     eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
+    eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA, or LO HI LO HI for positive and "
+                                  "negative advantages apart (default: only a tiny floor)", names="BOUND")
+    eda_grad: bool = flag(False, "let the gradient flow through each response's own entropy, as the released code does")
     sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
-    eda_grad: bool = flag(False, "let the gradient flow through the entropies of EDA, as the released code does")
-    eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA (default: only a tiny floor)",
-                                  names=("LO", "HI"))
-    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "GEC: probabilities of reflect, answer, reference", 0, 1,
-                                     names=("REFLECT", "ANSWER", "REFERENCE"))
-    injected_weight: float = flag(1.0, "loss weight of injected tokens: 1 as if sampled (paper), 0 masks them", 0)
-    loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token, or constant (Dr. GRPO)",
-                     choices=["sequence", "token", "constant"])
+    advantage_std: str = flag("group", "divide advantages by the standard deviation of the group's rewards, of the "
+                              "batch's, or not at all (Dr. GRPO)", choices=["group", "batch", "none"])
+    all_wrong_advantage: float = flag(0.0, "advantage of the responses of a group without a right one; -1: "
+                                      "negative-sample reinforcement", -100, 0)
+    injected_weight: float = flag(1.0, "factor on the loss of injected tokens, which count in |o| all the same", 0)
+    injected_shaping: float = flag(0.0, "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: they are "
+                                   "trained as if sampled, as in the paper", 0)
+    mask_injected: bool = flag(False, "leave injected tokens out of the loss and of all counts in it")
+    mask_truncated: bool = flag(False, "leave truncated responses out of the loss and of all counts in it (DAPO)")
+    resample_rounds: int = flag(0, "replace groups of equal rewards by new questions, at most so often (DAPO)", 0)
+    loss: str = flag("sequence", "normalisation: sequence (1/B sum 1/|o|), token (1/sum |o|), or constant (1/(B x "
+                     "--max-new-tokens), Dr. GRPO)", choices=["sequence", "token", "constant"])
     eps_low: float = flag(0.2, "clip range of the ratio below 1", 0, 1)
     eps_high: float = flag(0.2, "clip range of the ratio above 1", 0)
-    kl: float = flag(0.0, "weight of the KL penalty to the initial model, which is kept in memory only if > 0", 0)
+    kl: float = flag(0.0, "weight of the KL penalty to the initial model on sampled tokens; > 0 keeps that model in "
+                     "memory", 0)
     updates_per_rollout: int = flag(1, "optimizer updates on each rollout; above 1 the ratios differ from 1", 1)
     format_weight: float = flag(0.0, "weight of the format reward (closed, non-empty box; constant in the release)", 0)
+    drop_wrong_references: bool = flag(False, "do not use reference solutions that are not graded right")
     questions_per_step: int = flag(1, "questions in a step", 1)
     group_size: int = flag(8, "responses per question, G", 1)
     steps: int = flag(1000, "training steps (rollouts)", 1)
@@ -107,37 +131,47 @@ class Flags:
     eval_n: int = flag(1, "responses per problem in these evaluations", 1)
     eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
     eval_max_new_tokens: int = flag(3000, "tokens per response there, with its prompt at most 4096", 1)
+    save_tokens: bool = flag(False, "samples.jsonl also holds each token with its entropy, for eval.py show --html")
     template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
 
 
 def parse_flags(argv: list[str]) -> Flags:
-    """Defaults, then the tiny profile (for `--model tiny`), then the method's row, then the flags as given. UserError
-    for a value out of range or flags in conflict."""
+    """Defaults, then the tiny profile, then the method's row, then the flags as given. UserError for a value out of
+    range or flags in conflict."""
     parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
     first, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    defaults = {**(TINY if first.model == "tiny" else {}), **METHODS[first.method]}
-    flags = Flags(**vars(parser(defaults).parse_args(argv)))
+    tiny = first.profile == "tiny" or (first.profile == "auto" and first.model == "tiny")
+    flags = Flags(**vars(parser({**(TINY if tiny else {}), **METHODS[first.method]}).parse_args(argv)))
     if not flags.out:
         flags.out = f"runs/{Path(flags.model).name}-{flags.method}-seed{flags.seed}"
     check_ranges(flags)
-    lo_hi, probs = flags.eda_clamp, flags.guided_probs
+    clamp, probs, guided = flags.eda_clamp, flags.guided_probs, flags.correction == "guided"
     conflicts = [
-        (lo_hi and not 0 < lo_hi[0] < lo_hi[1], f"--eda-clamp {' '.join(map(str, lo_hi))}: needs 0 < LO < HI"),
-        (lo_hi and not flags.eda, "--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp"),
-        (probs != Flags().guided_probs and flags.correction != "guided",
+        (flags.correction not in ("none", "guided", *CORRECTIONS),
+         f"--correction {flags.correction}: must be none, guided, {', '.join(CORRECTIONS)}"),
+        (guided and (len(probs) > len(CORRECTIONS) or abs(sum(probs) - 1) > 1e-6),
+         f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)} numbers that must sum to 1, not "
+         f"{sum(probs):g}"),
+        (probs != Flags().guided_probs and not guided,
          "--guided-probs belongs to --correction guided: add that, or drop --guided-probs"),
-        (abs(sum(probs) - 1) > 1e-6, f"--guided-probs {' '.join(map(str, probs))}: must sum to 1, not {sum(probs):g}"),
-        (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
+        ((flags.guide != "every" or flags.guide_at_most) and flags.correction == "none",
+         "--guide and --guide-at-most belong to a --correction, which is none: add one, or drop them"),
+        (len(clamp) not in (0, 2, 4) or any(not 0 < lo < hi for lo, hi in zip(clamp[::2], clamp[1::2])),
+         f"--eda-clamp {' '.join(map(str, clamp))}: needs LO HI or LO HI LO HI with 0 < LO < HI"),
+        (clamp and not flags.eda, "--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp"),
         (flags.eda_grad and not flags.eda, "--eda-grad needs EDA: add --eda, or drop --eda-grad"),
-        (flags.eda_grad and flags.updates_per_rollout > 1,
-         "--eda-grad is defined for one update per rollout: set --updates-per-rollout 1"),
+        (flags.eda_grad and (flags.updates_per_rollout > 1 or flags.injected_shaping),
+         "--eda-grad is defined where every ratio is 1: set --updates-per-rollout 1 --injected-shaping 0"),
+        (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
         (flags.sft and (flags.correction != "none" or flags.eda),
          "--sft samples nothing, so there is nothing to correct or weigh: use --correction none --no-eda"),
         (flags.sft and flags.kl, "--sft has no KL penalty: set --kl 0"),
-        (flags.sft and flags.injected_weight != 1,
-         "--sft trains on references alone, with weight 1: drop --injected-weight"),
+        (flags.sft and (flags.injected_weight != 1 or flags.injected_shaping or flags.mask_injected),
+         "--sft trains on references alone, with weight 1: drop --injected-weight, --injected-shaping, --mask-injected"),
+        (flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
+         "--group-size 1: a group of one has no advantage, so nothing would be learned; give 2 or more"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite deletes it: give one of the two"),
     ]
     for wrong, sentence in conflicts:
@@ -165,7 +199,13 @@ class Response:
     text: str = ""                          # of ids, once graded
     accuracy: float | None = None           # 0.0 or 1.0 once graded
     format: float | None = None
-    logp: Tensor | None = None              # (T,) the trainer's log-probabilities, from the first update's forward
+    logp: Tensor | None = None              # (T,) by the trainer, from the first update's forward
+    trainer_entropies: Tensor | None = None
+
+    @property
+    def entropy(self) -> float:
+        """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens; 0 if it has none."""
+        return mean_entropy([torch.tensor(self.entropies)]).item()
 
     def cut(self, limit: int) -> None:
         """Drop what is beyond `limit` tokens."""
@@ -175,23 +215,24 @@ class Response:
                 del column[limit:]
 
 
-def batch_of_problems(problems: list[Problem], flags: Flags, step: int) -> list[Problem]:
-    """The problems of a step: consecutive items of an endless sequence of shuffled epochs."""
+def batch_of_problems(problems: list[Problem], flags: Flags, step: int, *again: int) -> list[Problem]:
+    """The problems of a step: consecutive items of an endless sequence of shuffled epochs. `again`: the round of
+    resampling, which has a sequence of its own."""
     batch = []
     for k in range(step * flags.questions_per_step, (step + 1) * flags.questions_per_step):
         epoch, i = divmod(k, len(problems))
-        shuffling = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch))
+        shuffling = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *again))
         batch.append(problems[torch.randperm(len(problems), generator=shuffling)[i]])
     return batch
 
 
 @timed("sample")
-def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: int) -> list[Response]:
+def sample(policy: engine.Policy, problems: list[Problem], flags: Flags, step: int, *again: int) -> list[Response]:
     """G responses to each of Q problems, question-major: Q x G."""
     prompts = [policy.prompt_ids(problem.question) for problem in problems]
     responses = [Response(problem, prompt) for problem, prompt in zip(problems, prompts)
                  for _ in range(flags.group_size)]
-    extend(policy, dict(enumerate(responses)), flags.max_new_tokens, flags, (step, "sample"))
+    extend(policy, dict(enumerate(responses)), flags.max_new_tokens, flags, (step, "sample", *again))
     return responses
 
 
@@ -227,22 +268,49 @@ def grade(policy: engine.Policy, responses: list[Response]) -> None:
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
-    """(Q, G): accuracy + w x format."""
+    """(Q, G): accuracy + w x format. Any number may be a reward; what GEC corrects is what the grader calls wrong."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     return torch.tensor(values, dtype=torch.float64).view(-1, 1 if flags.sft else flags.group_size)
 
 
+def resample_equal_groups(policy: engine.Policy, responses: list[Response], problems: list[Problem], flags: Flags,
+                          step: int) -> tuple[list[Response], list[Response]]:
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by new questions, round after round.
+    Returns the step's Q x G responses, and everything that was sampled for it, graded."""
+    G, kept, everything = flags.group_size, list(responses), list(responses)
+    for again in range(1, flags.resample_rounds + 1):
+        equal = [q for q, r_G in enumerate(rewards(kept, flags)) if (r_G == r_G[0]).all()]
+        if not equal:
+            break
+        new = sample(policy, batch_of_problems(problems, flags, step, again)[:len(equal)], flags, step, again)
+        grade(policy, new)
+        everything += new
+        for k, q in enumerate(equal):
+            kept[q * G:(q + 1) * G] = new[k * G:(k + 1) * G]
+    return kept, everything
+
+
 # --- Group advantages (GRPO) -----------------------------------------------------------------------------------------
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> Tensor:
     """A_i = (r_i - mean_j r_j) / (std_j r_j + eps), j over the group; (Q, G) -> (Q, G).
 
-    std is unbiased (n - 1); a group of one has no spread, so its advantage is 0.
+    std is unbiased (n - 1), "group" of the group, "batch" of all rewards, "none" for no division (Dr. GRPO). A group of
+    one has no spread, so its advantage is 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if rewards.shape[1] == 1:
+    if rewards.shape[1] == 1 or std == "none":
         return centred
-    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+    return centred / ((rewards.std() if std == "batch" else rewards.std(dim=1, keepdim=True)) + eps)
+
+
+def advantages_of(responses: list[Response], flags: Flags) -> Tensor:
+    """(Q, G): the group advantages, or --all-wrong-advantage in groups without a right response."""
+    A = group_advantages(rewards(responses, flags), std=flags.advantage_std)
+    if flags.all_wrong_advantage:
+        right = torch.tensor([r.accuracy > 0 for r in responses]).view_as(A)
+        A = A.masked_fill(~right.any(dim=1, keepdim=True), flags.all_wrong_advantage)
+    return A
 
 
 # --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------------------------------
@@ -255,27 +323,26 @@ def response_entropy(trainer: Trainer, responses: list[Response], group_size: in
     """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; only rows with injected
     tokens get a forward pass of their own (to score all would take 14% of a step: tests/bench_step.py --score)."""
     new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
-    for r, (_, entropy) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
-        r.entropies = entropy.tolist()
-    return mean_entropies(responses).view(-1, group_size)
-
-
-def mean_entropies(responses: list[Response]) -> Tensor:
-    """P_i = 1/|o_i| sum_t H_t over the response's own tokens, (B,); an empty response has P = 0."""
-    return mean_entropy([torch.tensor(r.entropies) for r in responses]).double()
+    for r, (_, entropies) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
+        r.entropies = entropies.tolist()
+    return torch.tensor([r.entropy for r in responses], dtype=torch.float64).view(-1, group_size)
 
 
 def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
-                              clamp: tuple[float, float] | list[float] | None = None) -> Tensor:
+                              clamp: tuple[float, ...] | list[float] | None = None) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
-    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` = (lo, hi) bounds P^; without it
-    there is only a tiny floor. A group without any entropy keeps its advantages.
+    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` bounds P^: (lo, hi), or (lo, hi, lo,
+    hi) for positive and negative advantages apart; without it there is only a tiny floor. A group without any entropy
+    keeps its advantages. Differentiable in each response's own entropy: the mean is detached, as in the release.
     """
-    mean = response_entropy.mean(dim=1, keepdim=True)
+    mean = response_entropy.mean(dim=1, keepdim=True).detach()
     relative = torch.where(mean > 0, response_entropy / mean.clamp(min=1e-30), torch.ones_like(response_entropy))
-    lo, hi = clamp if clamp else (TINY_FLOOR, None)
-    return advantages / relative.clamp(lo, hi)
+    *positive, lo, hi = clamp or (TINY_FLOOR, None)
+    bounded = relative.clamp(lo, hi)
+    if positive:
+        bounded = torch.where(advantages > 0, relative.clamp(*positive), bounded)
+    return advantages / bounded
 
 
 # --- Guided Error Correction (GEC) -----------------------------------------------------------------------------------
@@ -284,59 +351,99 @@ REFLECT = " Wait! Something is wrong here."
 ANSWER = "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{{{}}}."
 
 
+def reflection(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
+    return policy.encode(REFLECT)
+
+
+def direct_answer(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
+    return policy.encode(ANSWER.format(data.gold_text(problem)))
+
+
+def reference(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
+    return policy.encode(problem.solution)
+
+
+def reference_prefix(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
+    """The first quarter, half or three quarters."""
+    ids = policy.encode(problem.solution)
+    return ids[:math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
+
+
 @dataclass(frozen=True)
 class Correction:
-    """What is done to a wrong response. To add one: a row below, its probability in --guided-probs, its function."""
-    adds: Callable[[Problem], str]          # the text that is injected
+    """What is done to a wrong response. A new one is a row below and its function."""
+    adds: Callable[[engine.Policy, Problem, float], list[int]]      # token ids; the number in [0, 1) is for its draws
     keeps: bool                             # behind the response's own tokens; False: instead of them
     goes_on: bool                           # then the policy continues; False: an end token closes it
     needs_solution: bool
     count: str                              # its number in metrics.jsonl
 
 
-CORRECTIONS = {
-    "reflect":   Correction(lambda problem: REFLECT, True, True, False, "reflected"),
-    "answer":    Correction(lambda problem: ANSWER.format(data.gold_text(problem)), True, False, False, "answered"),
-    "reference": Correction(lambda problem: problem.solution, False, False, True, "referenced"),
+CORRECTIONS = {                             # in the order of --guided-probs
+    "reflect":   Correction(reflection, keeps=True, goes_on=True, needs_solution=False, count="reflected"),
+    "answer":    Correction(direct_answer, keeps=True, goes_on=False, needs_solution=False, count="answered"),
+    "reference": Correction(reference, keeps=False, goes_on=False, needs_solution=True, count="referenced"),
+    "prefix":    Correction(reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"),
 }
 
 
-def correction_probabilities(flags: Flags) -> dict[str, float]:
-    """Of each correction, for a wrong response. Force-R is the first with p = 1."""
-    guided = dict(zip(CORRECTIONS, flags.guided_probs))
-    return {"none": {}, "guided": guided}.get(flags.correction, {flags.correction: 1.0})
+def correction_probabilities(flags: Flags, problem: Problem | None = None) -> dict[str, float]:
+    """Of each correction that can be drawn for a wrong response; a problem without solution leaves its share to the
+    others. Force-R is one correction with p = 1."""
+    drawn = {"none": {}, "guided": dict(zip(CORRECTIONS, flags.guided_probs))}.get(flags.correction)
+    drawn = {flags.correction: 1.0} if drawn is None else drawn
+    possible = {name: p for name, p in drawn.items() if p > 0 and not (
+        problem and problem.solution is None and CORRECTIONS[name].needs_solution)}
+    return possible if len(possible) == len(drawn) else {k: p / sum(possible.values()) for k, p in possible.items()}
 
 
 def draw_correction(probabilities: dict[str, float], u: float) -> str:
-    """The correction that u in [0, 1) falls into; "" if it falls into none."""
+    """The correction that u in [0, 1) falls into; "" if there is none."""
     for name, p in probabilities.items():
         if u < p:
             return name
         u -= p
-    return list(probabilities)[-1] if sum(probabilities.values()) > 0.5 else ""     # only rounding can leave u here
+    return next(reversed(probabilities), "")            # only rounding can leave u here
 
 
-def corrected_by(name: str, response: Response, policy: engine.Policy) -> Response:
+def uniform(*key) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return (stream(*key) >> 10) * 2.0**-53
+
+
+def corrected_by(name: str, response: Response, policy: engine.Policy, u: float = 0.0) -> Response:
     """The edited copy of a response. Its own tokens stay as they were sampled; what is added is marked injected."""
     correction = CORRECTIONS[name]
     kept = len(response.ids) - (1 if response.finished else 0) if correction.keeps else 0     # without the end token
-    added = policy.encode(correction.adds(response.problem)) + ([] if correction.goes_on else [policy.end_id])
+    added = correction.adds(policy, response.problem, u) + ([] if correction.goes_on else [policy.end_id])
     unknown = [math.nan] * len(added)
     return Response(response.problem, response.prompt, response.ids[:kept] + added,
                     response.injected[:kept] + [True] * len(added), response.logprobs[:kept] + unknown,
                     response.entropies[:kept] + unknown, finished=not correction.goes_on, correction=name)
 
 
+def to_be_corrected(responses: list[Response], flags: Flags) -> list[int]:
+    """The rows of wrong responses: every one (the paper), or as --guide and --guide-at-most say."""
+    rows = []
+    for first in range(0, len(responses), flags.group_size):
+        group = range(first, first + flags.group_size)
+        wrong = [row for row in group if responses[row].accuracy == 0]
+        if flags.guide == "every" or len(wrong) == len(group):
+            rows += wrong[:flags.guide_at_most or None]
+    return rows
+
+
 @timed("correct")
 def correct_errors(policy: engine.Policy, responses: list[Response], flags: Flags, step: int) -> list[Response]:
     """One independent draw for each wrong response, one pass, no re-check; right responses are passed on untouched."""
-    probabilities = correction_probabilities(flags)
-    corrected = list(responses)
-    for row, r in enumerate(responses):
-        name = draw_correction(probabilities, stream(flags.seed, step, "branch", row) / 2**63)
-        if r.accuracy == 0 and name:
-            corrected[row] = corrected_by(name, r, policy)
-    going_on = {row: r for row, r in enumerate(corrected) if r.correction and CORRECTIONS[r.correction].goes_on}
+    corrected, going_on = list(responses), {}
+    for row in to_be_corrected(responses, flags) if flags.correction != "none" else []:
+        r = responses[row]
+        name = draw_correction(correction_probabilities(flags, r.problem), uniform(flags.seed, step, "branch", row))
+        if name:
+            corrected[row] = corrected_by(name, r, policy, uniform(flags.seed, step, name, row))
+            if CORRECTIONS[name].goes_on:
+                going_on[row] = corrected[row]
     extend(policy, going_on, flags.correction_tokens, flags, (step, "reflect"))
     for r in corrected:
         if r.correction:
@@ -352,6 +459,7 @@ class Tokens:
     """What the loss needs to know of each response token: (T,) tensors for a response, (M,) for a micro-batch."""
     weights: Tensor                         # of the token in the whole step's loss
     advantages: Tensor                      # A^ of its response
+    injected: Tensor                        # 1 where GEC put it there, 0 where the policy sampled it
     old_logp: Tensor | None = None          # under the policy that sampled; None: the policy has not changed since
     reference_logp: Tensor | None = None    # under the initial model (KL)
     entropy_slopes: Tensor | None = None    # d loss / d H_t through the advantages (--eda-grad)
@@ -377,9 +485,13 @@ def loss_of_tokens(logp: Tensor, entropy: Tensor, t: Tokens, flags: Flags) -> Te
     if flags.sft:
         return (t.weights * -logp).sum()
     old_logp = logp.detach() if t.old_logp is None else t.old_logp              # ratio 1: only its gradient matters
-    loss = policy_loss(logp, old_logp, t.advantages, t.weights, flags.eps_low, flags.eps_high)
-    if flags.kl:
-        loss = loss + flags.kl * (t.weights * kl_penalty(logp, t.reference_logp)).sum()
+    on_policy = t.weights * (1 - t.injected) if flags.injected_shaping else t.weights
+    loss = policy_loss(logp, old_logp, t.advantages, on_policy, flags.eps_low, flags.eps_high)
+    if flags.injected_shaping:                                                  # LUFFY, Eq. 6: no ratio, no clip
+        p = torch.exp(logp)
+        loss = loss - (t.weights * t.injected * t.advantages * p / (p + flags.injected_shaping)).sum()
+    if flags.kl:                                # an estimate of the KL only for what the policy itself has drawn
+        loss = loss + flags.kl * (t.weights * kl_penalty(logp, t.reference_logp).masked_fill(t.injected > 0, 0)).sum()
     if flags.eda_grad:                                                          # adds a gradient, no value
         loss = loss + (t.entropy_slopes * (entropy - entropy.detach())).sum()
     return loss
@@ -393,6 +505,21 @@ def token_weights(lengths: list[int], reduction: str, longest: int) -> list[floa
             for n in lengths]
 
 
+def tokens_of(responses: list[Response], A_hat: Tensor, flags: Flags) -> list[Tokens]:
+    """The tokens of each response with their weights. A masked token is in no count, a row of masked ones not in B."""
+    counted = [[not (flags.mask_truncated and not r.finished) and not (flags.mask_injected and x) for x in r.injected]
+               for r in responses]
+    rows = [i for i, r in enumerate(responses) if any(counted[i]) or not r.ids]
+    of_row = dict(zip(rows, token_weights([sum(counted[i]) for i in rows], flags.loss, flags.max_new_tokens)))
+    tokens = []
+    for i, (r, a) in enumerate(zip(responses, A_hat.flatten().tolist())):
+        injected = torch.tensor(r.injected, dtype=torch.float32)
+        weights = torch.tensor([of_row.get(i, 0.0) * c * (flags.injected_weight if x else 1.0)
+                                for c, x in zip(counted[i], r.injected)])
+        tokens.append(Tokens(weights, torch.full_like(weights, a), injected))
+    return tokens
+
+
 # --- The update ------------------------------------------------------------------------------------------------------
 
 @timed("update")
@@ -402,15 +529,12 @@ def update(trainer: Trainer, responses: list[Response], A_hat: Tensor, P: Tensor
     The first update's forward also tells the responses' `logp`, and the entropies that are not known yet. Returns loss
     and gradient norm (means over the updates) and how many updates were skipped as not finite.
     """
-    prompts, ids, lengths = [r.prompt for r in responses], [r.ids for r in responses], [len(r.ids) for r in responses]
-    weights = [torch.tensor([w * (flags.injected_weight if injected else 1.0) for injected in r.injected])
-               for r, w in zip(responses, token_weights(lengths, flags.loss, flags.max_new_tokens))]
-    tokens = [Tokens(w, torch.full_like(w, a)) for w, a in zip(weights, A_hat.flatten().tolist())]
+    prompts, ids, tokens = [r.prompt for r in responses], [r.ids for r in responses], tokens_of(responses, A_hat, flags)
     if flags.eda_grad:                      # at ratio 1 the loss is -sum_i w_i A^_i(P), with w_i the sum of row i
-        w_QG = torch.stack([w.double().sum() for w in weights]).view_as(A_hat)
+        w_QG = torch.stack([t.weights.double().sum() for t in tokens]).view_as(A_hat)
         slopes = torch.autograd.grad(-(w_QG * A_hat).sum(), P)[0]
-        for t, slope, n in zip(tokens, slopes.flatten().tolist(), lengths):
-            t.entropy_slopes = torch.full((n,), slope / max(n, 1))
+        for t, slope in zip(tokens, slopes.flatten().tolist()):
+            t.entropy_slopes = torch.full_like(t.weights, slope / max(len(t.weights), 1))
     if flags.kl:
         for t, (logp, _) in zip(tokens, trainer.score(prompts, ids, reference=True)):
             t.reference_logp = logp
@@ -418,101 +542,16 @@ def update(trainer: Trainer, responses: list[Response], A_hat: Tensor, P: Tensor
     for k in range(flags.updates_per_rollout):
         loss, logp, entropies = trainer.forward_backward(prompts, ids, tokens, partial(loss_of_tokens, flags=flags))
         if k == 0:                                                         # still the policy that sampled
-            for r, t, old_logp, entropy in zip(responses, tokens, logp, entropies):
-                r.logp = t.old_logp = old_logp
-                r.entropies = [h if math.isnan(known) else known for known, h in zip(r.entropies, entropy.tolist())]
+            for r, t, old_logp, told in zip(responses, tokens, logp, entropies):
+                r.logp, t.old_logp, r.trainer_entropies = old_logp, old_logp, told
+                r.entropies = [h if math.isnan(known) else known for known, h in zip(r.entropies, told.tolist())]
         losses.append(loss)
         norms.append(trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip())
     return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms),
             "skipped_updates": sum(not math.isfinite(norm) for norm in norms), "lr": lr}
 
 
-# --- Metrics ---------------------------------------------------------------------------------------------------------
-
-SHOWN = {"accuracy": "acc", "accuracy_corrected": "corrected", "mixed_groups": "mixed",
-         "mixed_groups_corrected": "mixed corrected", "entropy": "entropy", "loss": "loss"}      # on the screen
-OF_SAMPLES = ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
-              "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
-              "self_reflection", "logprob_gap")                             # undefined where nothing was sampled (SFT)
-
-
-def mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def share_mixed(r_QG: Tensor) -> float:
-    """Share of groups whose rewards are not all equal (1 - the advantage collapse rate)."""
-    return (r_QG != r_QG[:, :1]).any(dim=1).double().mean().item()
-
-
-def mean_variance(values_QG: Tensor) -> float:
-    """Mean over groups of the unbiased variance inside the group; 0 for groups of one."""
-    return values_QG.var(dim=1).mean().item() if values_QG.shape[1] > 1 else 0.0
-
-
-def measure(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor, flags: Flags) -> dict:
-    """What a step did, as one flat dict (keys of metrics.jsonl). `responses` as sampled, `corrected` as trained on."""
-    r_QG = rewards(corrected, flags)
-    by_name = {name: [r for r in corrected if r.correction == name] for name in CORRECTIONS}
-    m = dict(reward=r_QG.mean().item(), accuracy=mean(r.accuracy for r in responses),
-             accuracy_corrected=mean(r.accuracy for r in corrected), format=mean(r.format for r in responses),
-             mixed_groups=share_mixed(rewards(responses, flags)), mixed_groups_corrected=share_mixed(r_QG),
-             advantage_variance=mean_variance(A), advantage_variance_eda=mean_variance(A_hat),
-             entropy=mean_entropies(corrected).mean().item(), entropy_sampled=mean_entropies(responses).mean().item(),
-             sampled_tokens=sum(r.sampled for r in [*responses, *(r for r in corrected if r.correction)]),
-             response_tokens=mean(len(r.ids) for r in responses), truncated=mean(not r.finished for r in responses),
-             **{CORRECTIONS[name].count: len(rows) for name, rows in by_name.items()},
-             **{f"{name}_fixed": sum(r.accuracy for r in rows) for name, rows in by_name.items()
-                if CORRECTIONS[name].goes_on},
-             self_reflection=mean(REFLECT.strip() in r.text for r in responses),
-             over_long=sum(len(r.ids) > flags.max_new_tokens + flags.correction_tokens for r in corrected),
-             logprob_gap=logprob_gap(corrected) if flags.top_p == 1 else None)
-    return m | dict.fromkeys(OF_SAMPLES) if flags.sft else m
-
-
-def logprob_gap(responses: list[Response]) -> float | None:
-    """Mean |log-probability by the sampler - by the trainer| of the sampled tokens among those trained on, 0 but for
-    rounding; None if there are none."""
-    gaps = torch.cat([(torch.tensor(r.logprobs) - r.logp).abs() for r in responses])
-    sampled = gaps[~gaps.isnan()]
-    return sampled.mean().item() if len(sampled) else None
-
-
-def readable(responses: list[Response], corrected: list[Response], A: Tensor, A_hat: Tensor) -> list[dict]:
-    """The rows of samples.jsonl: each rollout as text, before and after correction."""
-    rows = []
-    numbers = (x.flatten().tolist() for x in (A, A_hat, mean_entropies(corrected)))
-    for r, c, a, a_hat, p in zip(responses, corrected, *numbers):
-        row = dict(source=r.problem.source, response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
-        if c is not r:
-            row.update(correction=c.correction, corrected=c.text, accuracy_corrected=c.accuracy)
-        rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=p))
-    return rows
-
-
 # --- The run ---------------------------------------------------------------------------------------------------------
-
-def load_problems(flags: Flags, policy: engine.Policy) -> tuple[list[Problem], list[str]]:
-    """The training problems that fit, and the sources of those whose prompt is too long."""
-    problems, probabilities = data.load(flags.data, flags.mirror or None), correction_probabilities(flags)
-    needs_solution = flags.sft or any(p > 0 and CORRECTIONS[name].needs_solution for name, p in probabilities.items())
-    for p in problems if needs_solution else []:
-        if not p.solution or not p.solution.strip():
-            needed_by = "--sft" if flags.sft else "the third of --guided-probs"
-            raise UserError(f"{p.source}: has no reference solution, which {needed_by} needs; use data with solutions, "
-                            "or --correction reflect or none, or --guided-probs .67 .33 0")
-    longest = min(flags.max_prompt_tokens, policy.room([]) - 1)                 # one token at least for the response
-    too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > longest}
-    kept = [p for p in problems if p.source not in too_long]
-    if probabilities and not any(p > 0 and CORRECTIONS[name].goes_on for name, p in probabilities.items()):
-        say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
-            "learned; give the first of --guided-probs more than 0")
-    if not kept:
-        raise UserError(f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
-                        f"{flags.max_prompt_tokens}, or leaves no room for a response in the model's context")
-    return kept, sorted(too_long)
-
 
 def train(flags: Flags) -> int:
     """The whole run; returns the exit code."""
@@ -520,7 +559,12 @@ def train(flags: Flags) -> int:
     max_rows = preflight(flags, start_processes(flags.device), rows,
                          flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens)
     policy = engine.load_policy(flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code)
-    problems, left_out = load_problems(flags, policy)
+    corrections = correction_probabilities(flags)
+    needs_solution = flags.sft or any(CORRECTIONS[name].needs_solution for name in corrections)
+    problems, left_out = training_problems(flags, policy, needs_solution)
+    if corrections and not any(CORRECTIONS[name].goes_on for name in corrections):
+        say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
+            "learned; give the first of --guided-probs more than 0")
     tasks = {task: data.load(task, flags.mirror or None)[:flags.eval_limit or None] for task in flags.eval_tasks}
     with Run(flags, policy, problems, left_out) as run:
         trainer = Trainer(policy, flags.micro_batch_tokens, temperature=1.0 if flags.sft else flags.temperature,
@@ -531,16 +575,19 @@ def train(flags: Flags) -> int:
             batch = batch_of_problems(problems, flags, step)                                           # Q problems
             responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)      # Q x G
             grade(policy, responses)
+            sampled = responses
+            if flags.resample_rounds:
+                responses, sampled = resample_equal_groups(policy, responses, problems, flags, step)       # DAPO
             corrected = correct_errors(policy, responses, flags, step)      # GEC: wrong ones edited, some continued
             grade(policy, corrected)
-            A = group_advantages(rewards(corrected, flags))                                            # (Q, G)
+            A = advantages_of(corrected, flags)                                                        # (Q, G)
             A_hat, P = A, None
             if flags.eda:
                 P = response_entropy(trainer, corrected, flags.group_size).requires_grad_(flags.eda_grad)   # Eq. 3
                 A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None)                       # Eq. 6-7
             stats = update(trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps))
-            run.log(step, stats | measure(responses, corrected, A, A_hat, flags),
-                    readable(responses, corrected, A, A_hat))
+            metrics = measure(sampled, corrected, A, A_hat, partial(rewards, flags=flags), CORRECTIONS, flags)
+            run.log(step, stats | metrics, readable(policy, responses, corrected, A, A_hat, flags.save_tokens))
     if run.code == 0:
         conclude(flags)
     return run.code

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import data
+import data.download
 import reward
+from grading import sympy_process
 from reward import final_answer, grade, score, score_all
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -797,16 +800,13 @@ def cases(name: str) -> list[dict]:
     return [json.loads(line) for line in shared(f"graders/{name}").read_text().splitlines()]
 
 
+def benchmarks() -> dict[str, list[data.Problem]]:
+    mirror = shared("upstream")
+    return {name: data.load(name, mirror=str(mirror)) for name in data.download.FILES}
+
+
 def benchmark_golds() -> dict[str, list]:
-    manifest = json.loads(shared("upstream/MANIFEST.json").read_text())
-    golds = {}
-    for file in manifest["files"]:
-        text = shared(f"upstream/{file['url_path']}").read_text()
-        if file["name"] == "gsm8k":
-            golds["gsm8k"] = [json.loads(line)["answer"].split("#### ")[1] for line in text.splitlines()]
-        else:
-            golds[file["name"]] = [row["answer"] for row in json.loads(text)]
-    return golds
+    return {name: [list(problem.answers) for problem in problems] for name, problems in benchmarks().items()}
 
 
 # -- what is equal
@@ -839,7 +839,7 @@ def test_public_regression_cases():
 def test_every_gold_grades_itself_right_and_reads_as_an_answer():
     golds = benchmark_golds()
     assert {name: len(rows) for name, rows in golds.items()} == {
-        "train": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
+        "deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
     for name, rows in golds.items():
         for gold in rows:
             for one in any_of(gold):
@@ -907,14 +907,11 @@ def test_score_of_a_right_answer():
     assert score("0.5", "\\frac12") == (0.0, 0.0)
 
 
-def test_score_all_equals_score_one_by_one_in_one_process_and_spread(monkeypatch):
+def test_score_all_equals_score_one_by_one():
     rows = [(gold, answer) for kind in pairs().values() for gold, answer, _ in kind[:4]]
     rows += [("1", "x" * 30_000), ("1", "")]
     responses, golds = [box(answer) for _, answer in rows], [gold for gold, _ in rows]
     one_by_one = [score(response, gold) for response, gold in zip(responses, golds)]
-    assert score_all(responses, golds) == one_by_one
-    monkeypatch.setattr(reward, "WORTH_SPREADING", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert score_all(responses, golds) == one_by_one
     with pytest.raises(ValueError):
         score_all(responses, golds[1:])
@@ -945,27 +942,52 @@ def test_no_text_is_executed(tmp_path):
 
 
 def test_a_fresh_process_grades_a_batch_as_a_warm_one_does():
-    """The first answers must not be lost to the worker's start, or a resumed run would have other rewards."""
+    """The first answers must not be lost to the start of sympy, or a resumed run would have other rewards."""
     code = r"import reward; print(reward.score_all([r'\boxed{\int_0^1 x^2 dx}'] * 4, ['1/3'] * 4))"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert fresh.stdout.strip() == str([(1.0, 1.0)] * 4), fresh.stderr
 
 
-def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs():
-    tree = ast.parse((ROOT / "reward.py").read_text())
+def calls_and_names(tree: ast.AST) -> tuple[set, set]:
     nodes = list(ast.walk(tree))
-    imports = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imports |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imports <= set(sys.stdlib_module_names) | {"sympy"}
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    assert "eval" not in called
-    assert not names & {"exec", "sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm",
-                        "SIGALRM", "ITIMER_REAL"}
-    work, = (node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "_work")
-    timers = lambda part: [node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"]
-    assert timers(tree) == timers(work) == ["setitimer"]            # only the worker limits itself; nothing rings here
+    return called, names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs():
+    files = [ROOT / "reward.py", *sorted((ROOT / "grading").glob("*.py"))]
+    assert len(files) > 5
+    for path in files:
+        tree = ast.parse(path.read_text())
+        nodes = list(ast.walk(tree))
+        imports = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imports |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert imports <= set(sys.stdlib_module_names) | {"sympy", "mpmath", "grading"}, path
+        assert "sympy" not in imports or path.name == "sympy_process.py"
+        called, names = calls_and_names(tree)
+        assert not called & {"eval", "exec", "compile", "__import__"}, path
+        assert not names & {"sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm", "SIGALRM",
+                            "ITIMER_REAL", "workdps", "workprec", "extradps", "extraprec"}, path
+        timers = lambda part: [node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"]
+        serves = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "serve"]
+        assert timers(tree) == [timer for serve in serves for timer in timers(serve)]  # nothing rings in our process
+
+
+def test_the_precision_of_the_numbers_is_never_changed():
+    """mpmath's sec, cot and csc would change it for the time of a call, for all threads."""
+    from grading.value import mp
+    precisions = set()
+    watch = type(mp).prec.fget
+    digits = watch(mp)
+    rows = [row for kind in pairs().values() for row in kind]
+    previous, type(mp).prec = type(mp).prec, property(watch, lambda self, value: precisions.add(value))
+    try:
+        for gold, answer, _ in rows:
+            grade(box(answer), gold)
+    finally:
+        type(mp).prec = previous
+    assert not precisions and watch(mp) == digits
 
 
 @pytest.mark.parametrize("text", [
@@ -1009,7 +1031,7 @@ def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
         assert deep(sys.getrecursionlimit() - used - margin) in (True, False)
 
 
-# -- the worker
+# -- the process that has sympy
 
 SLOW = "\\int_0^{\\infty} \\frac{\\sin(x^3+x)}{e^{x^2}+\\cos x} dx"
 NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
@@ -1018,9 +1040,9 @@ NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin
 
 @pytest.fixture
 def warm():
-    """A worker that has started, however slow the machine."""
-    assert reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
-    return reward._idle.queue[-1].process.pid
+    """The id of a sympy process that has started, however slow the machine."""
+    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
+    return sympy_process.running().process.pid
 
 
 def test_limits_integrals_and_long_sums(warm):
@@ -1029,35 +1051,36 @@ def test_limits_integrals_and_long_sums(warm):
 
 
 def test_nothing_is_started_or_imported_for_simple_answers():
-    program = ("import sys, reward\n"
+    program = ("import sys, reward\nfrom grading import sympy_process\n"
                "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
                "for a, g in rows:\n"
                "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
-               "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules) and reward._idle.empty()\n")
+               "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)\n"
+               "assert not sympy_process._running\n")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
-def test_a_poisoned_worker_is_replaced_and_good_answers_follow(warm):
+def test_a_poisoned_process_is_replaced_and_good_answers_follow(warm):
     started = time.monotonic()
     assert not grade(box(SLOW), "2")
     assert time.monotonic() - started < 10
     assert not Path(f"/proc/{warm}").exists()                      # killed and reaped
     assert grade(box("\\frac{\\sqrt{3}}{3}"), "\\frac{1}{\\sqrt{3}}")
-    assert reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
     assert grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])
 
 
-def test_a_killed_worker_is_replaced(warm):
+def test_a_killed_process_is_replaced(warm):
     os.kill(warm, signal.SIGKILL)
     grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])               # may be lost
-    assert reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
 
 
-def test_the_worker_has_limits_on_memory_and_processor_time(warm):
+def test_the_process_has_limits_on_memory_and_processor_time(warm):
     limits = Path(f"/proc/{warm}/limits").read_text()
-    assert re.search(rf"Max address space\s+{reward.WORKER_MEMORY} ", limits)
+    assert re.search(rf"Max address space\s+{sympy_process.MEMORY} ", limits)
     started = time.monotonic()                                     # nobody waits less than two minutes for this answer
-    assert reward._ask_worker(SLOW, ["2"], patience=120.0) is None and time.monotonic() - started < 60
+    assert sympy_process.ask(SLOW, ["2"], patience=120.0) is None and time.monotonic() - started < 60
     assert not Path(f"/proc/{warm}").exists()
 
 
@@ -1073,25 +1096,25 @@ def test_any_thread_and_several_graders_at_once(warm):
     assert verdicts == [True]
 
 
-def test_a_forked_child_grades_with_a_worker_of_its_own(warm):
+def test_a_forked_child_grades_with_a_process_of_its_own(warm):
     child = os.fork()
     if not child:
-        own = reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
-        own = own and reward._idle.queue[-1].process.pid != warm
-        reward._end_workers()
+        own = sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
+        own = own and sympy_process.running().process.pid != warm
+        sympy_process.end()
         os._exit(0 if own else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert reward._ask_worker("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
 
 
-def test_no_worker_outlives_a_killed_parent():
-    program = ("import reward, time\nreward._ask_worker('1', ['1'], patience=120.0)\n"
-               "print(reward._idle.queue[0].process.pid, flush=True)\ntime.sleep(60)")
+def test_no_process_outlives_a_killed_parent():
+    program = ("import time\nfrom grading import sympy_process\nsympy_process.ask('1', ['1'], patience=120.0)\n"
+               "print(sympy_process.running().process.pid, flush=True)\ntime.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-        worker = int(parent.stdout.readline())
+        process = int(parent.stdout.readline())
         parent.kill()
     for _ in range(100):
-        if not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes():
+        if not Path(f"/proc/{process}/cmdline").exists() or not Path(f"/proc/{process}/cmdline").read_bytes():
             return
         time.sleep(0.1)
-    pytest.fail("the worker is still there")
+    pytest.fail("the process is still there")

@@ -1,0 +1,277 @@
+"""Two trees -> equal? The rules are told in words at the top of reward.py."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from fractions import Fraction
+
+from grading.region import intervals, is_region, same_region
+from grading.statement import settle
+from grading.tree import MAX_LIST, Node, Undefined, Unreadable, constant, has, names, num
+from grading.units import unit
+from grading.value import Evaluator, is_close, lift, mp, size
+
+_INTEGERS = set("jklmnN")
+
+
+def _kind(node: Node) -> str:
+    """What decides how a settled tree is compared."""
+    return "region" if is_region(node) else "mat" if _as_matrix(node) else node[0]
+
+
+class Judge:
+    """Compares two settled trees. One judge per answer: its evaluator's step budget bounds the whole comparison."""
+
+    def __init__(self):
+        self.evaluator = Evaluator()
+
+    def same(self, a: Node, b: Node) -> bool:
+        """Raises Undefined, Unreadable and NeedsSympy."""
+        if a == b:
+            return True
+        compare = {"chain": self.chain, "assign": self.assigned, "cong": self.congruence, "record": self.record,
+                   "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
+                   "list": self.listed, "tuple": self.tuple, "mat": self.matrix, "dots": self.never}
+        kinds = [_kind(a), _kind(b)]
+        for kind, method in compare.items():              # in this order: the first kind that either has decides
+            if kind in kinds:
+                return method(a, b) if kinds[0] == kind else method(b, a)
+        return self.same_expression(a, b)
+
+    def both(self, a: Node, b: Node) -> bool:
+        return self.same(settle(a), settle(b))
+
+    def never(self, a, b):
+        return False
+
+    # -- names and statements
+    def chain(self, a, b):
+        """sqrt(4) = 2: the last value counts, if the others do not contradict it."""
+        last = a[1][-1]
+        return all(self.same_or_unknown(part, last) for part in a[1][:-1]) and self.same(settle(last), b)
+
+    def same_or_unknown(self, a, b):
+        try:
+            return bool(names(a)) != bool(names(b)) or has(a, "lim", "int", "big", "dots") or self.same(a, b)
+        except Undefined:
+            return False
+
+    def congruence(self, a, b):
+        if b[0] != "cong":
+            return False
+        (modulus, left, residues), (modulus2, left2, residues2) = self.residues(a), self.residues(b)
+        return (modulus, residues) == (modulus2, residues2) and (None in (left, left2) or self.same(left, left2))
+
+    def residues(self, node):
+        modulus, listed = self.exact(node[2]), settle(node[1])
+        items = listed[2] if listed[0] == "list" else (listed,)
+        left = next((item[1] for item in items if item[0] == "equiv"), None)
+        return modulus, left, {self.exact(item[2] if item[0] == "equiv" else item) % modulus for item in items}
+
+    def exact(self, node) -> Fraction:
+        value = self.evaluator.value(node, {})
+        if not isinstance(value, Fraction):
+            raise Undefined("not rational")
+        return value
+
+    def assigned(self, a, b):
+        if b[0] == "assign":
+            left, right = a[1][1], b[1][1]
+            if left == right or "y" in (left, right) and "(" in (*left, *right):
+                return self.both(a[2], b[2])
+        if b[0] in ("assign", "eq"):
+            return self.proportional(*a[1:], *b[1:])
+        return b[0] not in ("record", "less", "noteq") and self.same(settle(a[2]), b)
+
+    def record(self, a, b):
+        values = [settle(value) for _, value in a[1]]
+        if b[0] == "record":
+            left, right = dict(a[1]), dict(b[1])
+            return left.keys() == right.keys() and all(self.both(left[name], right[name]) for name in left)
+        if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
+            return self.listed(("list", ",", values), b)   # x_1 = 2, x_2 = 3: roots, in any order
+        if b[0] != "list" and b[:2] != ("tuple", "("):
+            return False
+        return len(values) == len(b[2]) and all(self.same(value, settle(item)) for value, item in zip(values, b[2]))
+
+    def equation(self, a, b):
+        return b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:])
+
+    def proportional(self, left, right, left2, right2, positive: bool = False) -> bool:
+        """left - right = c (left2 - right2) with a constant c not 0, at random points."""
+        first, second, ratio = ("add", left, ("neg", right)), ("add", left2, ("neg", right2)), None
+        for f, g, _ in self.samples(first, second):
+            f, g = lift(f), lift(g)
+            if size(f) < 1e-35 or size(g) < 1e-35 or positive and (f.real > 0) != (g.real > 0):
+                return False
+            ratio = f / g if ratio is None else ratio
+            if not is_close(ratio, f / g):
+                return False
+        return self.sampled > 2
+
+    # -- collections
+    def listed(self, a, b):
+        if b[0] not in ("list", "set"):
+            return a[0] == "set" and len(a[1]) == 1 and self.same(a[1][0], b)
+        left, right = (node[1] if node[0] == "set" else node[2] for node in (a, b))
+        as_lists = a[0] == b[0] == "list"
+        if as_lists and len(left) != len(right):
+            return False
+        if max(len(left), len(right)) > MAX_LIST:
+            return Counter(left) == Counter(right)
+        return self.matched(left, right, as_lists)
+
+    def matched(self, left, right, once: bool) -> bool:
+        remaining = list(right)
+        for item in left:
+            partner = next((other for other in remaining if self.both(item, other)), None)
+            if partner is None:
+                return False
+            if once:
+                remaining.remove(partner)
+        return once or all(any(self.both(item, other) for item in left) for other in right)
+
+    def tuple(self, a, b):
+        if b[0] != "tuple":
+            return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
+        if a[1] == ":" == b[1] and len(a[2]) == len(b[2]) and num(0) not in a[2] + b[2]:
+            return all(self.same(("mul", x, b[2][0]), ("mul", y, a[2][0])) for x, y in zip(a[2], b[2]))
+        return (a[1], a[3], len(a[2])) == (b[1], b[3], len(b[2])) and all(map(self.both, a[2], b[2]))
+
+    def matrix(self, a, b):
+        left, right = _as_matrix(a), _as_matrix(b)
+        if left is None or right is None or len(left) != len(right) or len(left[0]) != len(right[0]):
+            return False
+        return all(self.same(x, y) for row, row2 in zip(left, right) for x, y in zip(row, row2))
+
+    def region(self, a, b):
+        try:
+            return same_region(a, b, self.evaluator)
+        except (Undefined, Unreadable):                   # letters: the same shape with the same ends
+            if a[0] == b[0] == "noteq":
+                return self.proportional(*a[1:], *b[1:])
+            if a[0] == b[0] == "less" and len(a[1]) == len(b[1]):
+                return all(x[1] == y[1] and self.proportional(x[0], x[2], y[0], y[2], positive=True)
+                           for x, y in zip(a[1], b[1]))
+            left, right = intervals(a), intervals(b)
+            return bool(left and right) and self.matched(left, right, once=True)
+
+    # -- values
+    def unit(self, a, b):
+        if b[0] != "unit":
+            spelt = ("mul", a[1], ("sym", a[2].partition("^")[0]))      # 5 m, where m could be a letter
+            return self.same(a[1], b) or " " not in a[2] and bool(names(b)) and self.same_expression(spelt, b)
+        left, right = unit(a[2]), unit(b[2])
+        if left is None or right is None:
+            return self.same(a[1], b[1])
+        scaled = (node[1] if factor == 1 else ("mul", num(factor), node[1])
+                  for node, (_, factor) in ((a, left), (b, right)))
+        return left[0] == right[0] and self.same(*scaled)
+
+    def same_expression(self, a, b):
+        (left, percent), (right, percent2) = _without_percent(a), _without_percent(b)
+        if percent != percent2:
+            plain, other = (left, right) if percent else (right, left)
+            return self.same_value(plain, other) or self.same_value(("div", plain, num(100)), other)
+        readings = [(False, False)]
+        if has(left, "deg") != has(right, "deg"):
+            readings.append((True, False))
+        if has(left, "log") or has(right, "log"):
+            readings.append((False, True))
+        return any(self.same_value(left, right, *reading) for reading in readings)
+
+    def same_value(self, a, b, degree=False, decimal_log=False):
+        self.evaluator.degree, self.evaluator.decimal_log = degree, decimal_log
+        if not names(a, b):
+            return self.same_number(a, b)
+        return all(is_close(*sample) for sample in self.samples(a, b)) and self.sampled > 2
+
+    def same_number(self, a, b):
+        try:
+            x, big, scale = self.evaluator.value(a, {}), self.evaluator.rounded, self.evaluator.scale
+            y, big2 = self.evaluator.value(b, {}), self.evaluator.rounded
+        except Undefined:
+            return False
+        if isinstance(x, Fraction) and isinstance(y, Fraction) and x == y:
+            return True
+        if is_close(x, y, max(scale, self.evaluator.scale)):
+            return not (big or big2)
+        return _rounds_to(a, b, y) or _rounds_to(b, a, x)
+
+    def samples(self, a, b):
+        """(value of a, of b, scale of both) at random points where both have one; where nothing leaves the reals, if
+        possible. self.sampled counts them."""
+        letters, rng, both = names(a, b), random.Random(0), ("list", a, b)
+        coarse = has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in letters)
+        wanted, self.sampled = (20 if coarse else 6), 0
+        for unreal_allowed in [True] if has(both, "i") else [False, True]:
+            for attempt in range(3 * wanted):
+                env = {name: _sample(name, rng, attempt >> min(k, 2) & 1) for k, name in enumerate(letters)}
+                try:
+                    x, unreal, scale = self.evaluator.value(a, env), self.evaluator.unreal, self.evaluator.scale
+                    y = self.evaluator.value(b, env)
+                except Undefined:
+                    continue
+                if (unreal or self.evaluator.unreal) and not unreal_allowed:
+                    continue
+                self.sampled += 1
+                yield x, y, max(scale, self.evaluator.scale)
+                if self.sampled == wanted:
+                    return
+            if self.sampled:
+                return
+
+
+def _sample(name: str, rng: random.Random, negative: int) -> Fraction:
+    if name[0] in _INTEGERS:
+        return Fraction(rng.randint(1, 20))
+    value = Fraction(rng.randint(300, 3000), 1009)
+    return -value if negative and name[0] in "xyz" else value
+
+
+def _without_percent(node: Node) -> tuple[Node, bool]:
+    if node[0] == "neg" and node[1][0] == "percent":
+        return ("neg", node[1][1]), True
+    return (node[1], True) if node[0] == "percent" else (node, False)
+
+
+def _literal(node: Node) -> tuple[Fraction, int] | None:
+    """(value, significant digits) of a decimal as written, also times a power of ten."""
+    if node[0] == "neg" and (inner := _literal(node[1])):
+        return -inner[0], inner[1]
+    if node[0] == "num" and node[2]:
+        return node[1:]
+    if node[0] == "mul" and node[1][0] == "num" and node[1][2] and node[2][:2] == ("pow", num(10)):
+        exponent = constant(node[2][2])
+        if exponent is not None and abs(exponent) < 400 and exponent.denominator == 1:
+            return node[1][1] * Fraction(10) ** int(exponent), node[1][2]
+    return None
+
+
+def _rounds_to(decimal: Node, other: Node, value) -> bool:
+    """A decimal of at least ten significant digits that rounds or cuts a value with no shorter decimal expansion."""
+    found, exact = _literal(decimal), lift(value)
+    if not found or found[1] < 10 or _literal(other) or other[0] == "num" and other[1].denominator == 1:
+        return False
+    written, digits = lift(found[0]), found[1]
+    if exact.imag or not mp.isfinite(exact) or not written:
+        return False
+    place = mp.mpf(10) ** (int(mp.floor(mp.log10(abs(written)))) - digits + 1)
+    shorter = abs(exact / place - mp.nint(exact / place)) < 1e-30
+    allowed = max(place, abs(exact) * 4e-16 if digits > 14 else 0)
+    return not shorter and abs(written - exact) <= allowed
+
+
+def _as_matrix(node: Node) -> tuple | None:
+    """The rows of a matrix, also of a multiple of one."""
+    if node[0] == "mat":
+        return node[1]
+    if node[0] == "neg" and (rows := _as_matrix(node[1])):
+        return tuple(tuple(("neg", cell) for cell in row) for row in rows)
+    if node[0] in ("mul", "div"):
+        for scalar, matrix in ((node[2], node[1]), (node[1], node[2]))[:1 if node[0] == "div" else 2]:
+            rows = _as_matrix(matrix)
+            if rows and not has(scalar, "mat"):
+                return tuple(tuple((node[0], cell, scalar) for cell in row) for row in rows)
+    return None

@@ -1,0 +1,522 @@
+"""Tokens -> tree (the nodes: tree.py), by precedence, loosest first."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import reduce
+
+from grading.lexer import Lexer
+from grading.tree import MAX_DEPTH, Node, Unreadable, constant, num
+from grading.units import COUNTS, NOT_UNITS
+from grading.words import BASES
+
+_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", ":", "to"}
+_STARTS = {"(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots"}
+_APPLIED = set("fghFGHPQ")                                 # P(x) is a value of P; n(n+1) is a product
+_BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
+_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array")
+_SIGNS = {"-": "neg", "+-": "pm", "-+": "mp"}
+_DEFINITION = re.compile(r"(?:\w+|Delta \w)(?: \^ \{ - 1 \})?(?: _ (?:\w+|\{ [\w ]+ \}))? \( \w+(?: , \w+)* \) =")
+
+
+def parse(text: str, as_list: bool = False) -> Node:
+    """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
+    lexer = Lexer(text.strip().rstrip("\\").strip(), as_list)
+    tokens = lexer.run()
+    if not tokens:
+        raise Unreadable("empty")
+    try:
+        node = Parser(tokens).answer()
+    except RecursionError:
+        raise Unreadable("the caller is nested too deeply") from None
+    return ("unit", node, "dollar^1") if lexer.money and node[0] != "unit" else node
+
+
+def integer(digits: str) -> int:
+    """int(), in pieces that Python's limit on the length of numerals allows."""
+    return int(digits) if len(digits) < 4000 else integer(digits[:-3000]) * 10 ** 3000 + int(digits[-3000:])
+
+
+def number(text: str) -> Node:
+    """12, 1.5, 1.5e-3, and 0.1(6), whose bracket recurs."""
+    if "(" in text:
+        head, _, tail = text.rstrip(")").partition("(")
+        places = len(head.partition(".")[2])
+        return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10 ** places))
+    mantissa, _, exponent = text.lower().partition("e")
+    whole, point, decimals = mantissa.partition(".")
+    digits = len((whole + decimals).lstrip("0")) if point else None
+    node = num(Fraction(integer(whole + decimals), 10 ** len(decimals)), digits)
+    if len(exponent) > 12:
+        raise Unreadable("exponent")
+    return ("mul", node, ("pow", num(10), num(int(exponent)))) if exponent else node
+
+
+def _mixed(whole: Node, part: Node) -> Node | None:
+    """The sum of an integer and a proper fraction of integers, None if part is anything else."""
+    if part[0] != "div" or any(side[0] != "num" or side[1].denominator > 1 for side in part[1:]):
+        return None
+    return num(whole[1] + part[1][1] / part[2][1]) if 0 < part[1][1] < part[2][1] else None
+
+
+def _determinant(rows: list[tuple]) -> Node:
+    if len(rows) != len(rows[0]) or len(rows) > 4:
+        raise Unreadable("determinant")
+    if len(rows) == 1:
+        return rows[0][0]
+    minors = [_determinant([row[:k] + row[k + 1:] for row in rows[1:]]) for k in range(len(rows))]
+    terms = [("mul", (cell, ("neg", cell))[k % 2], minors[k]) for k, cell in enumerate(rows[0])]
+    return reduce(lambda total, term: ("add", total, term), terms)
+
+
+class Parser:
+    def __init__(self, tokens: list[tuple], bound=(), depth: int = 0):
+        """bound: the names that a sum or an integral binds."""
+        self.tokens = [*tokens, ("end", "", False)]
+        self.at, self.depth, self.bars, self.bound = 0, depth, 0, list(bound)
+
+    # -- the stream
+    def peek(self, ahead: int = 0):
+        return self.tokens[min(self.at + ahead, len(self.tokens) - 1)]
+
+    def take(self):
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def is_op(self, *values, ahead: int = 0) -> bool:
+        kind, value, _ = self.peek(ahead)
+        return kind == "op" and value in values
+
+    def accept(self, *values) -> str | None:
+        return self.take()[1] if self.is_op(*values) else None
+
+    def expect(self, *values) -> str:
+        found = self.accept(*values)
+        if found is None:
+            raise Unreadable(f"expected {values}")
+        return found
+
+    def nested(self, read, *args):
+        """read, one level deeper; a bar inside brackets does not close one outside."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        bars, self.bars = self.bars, 0
+        node = read(*args)
+        self.bars = bars
+        self.depth -= 1
+        return node
+
+    def spelt(self) -> str:
+        """One token or one group, as text."""
+        words, depth = [], 0
+        while True:
+            kind, value, _ = self.take()
+            if kind == "end":
+                raise Unreadable("unbalanced")
+            words.append(str(value))
+            depth += (kind == "op" and value in ("(", "{")) - (kind == "op" and value in (")", "}"))
+            if depth <= 0:
+                return "".join(words[1:-1] if words[0] == "{" else words)
+
+    # -- lists and relations
+    def answer(self) -> Node:
+        node = self.sequence()
+        if self.accept("pmod"):
+            node = ("cong", node, self.argument())
+        while self.accept("."):
+            pass
+        if self.peek()[0] != "end":
+            raise Unreadable("something is left over")
+        return node
+
+    def sequence(self) -> Node:
+        items, joiners = [self.relation()], set()
+        while joiner := self.accept(",", ";", "or", "and"):
+            while second := self.accept("or", "and"):
+                joiner = second
+            joiners.add(joiner)
+            items.append(self.relation())
+        if len(items) == 1:
+            return items[0]
+        return ("list", "or" if "or" in joiners else ",", tuple(items))
+
+    def relation(self) -> Node:
+        self.accept("~")
+        parts = [self.definition() or self.sets()]
+        while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
+            operator = self.take()[1]
+            parts += ["mid" if operator == "|" else operator, self.definition() or self.sets()]
+        return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
+
+    def definition(self) -> Node | None:
+        """f(x, y) before an equals sign is a name."""
+        if self.peek()[0] != "id" or not self.is_op("(", "_", "^", ahead=1):
+            return None
+        match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
+        if not match:
+            return None
+        words = match.group().split(" ")[:-1]
+        self.at += len(words)
+        return ("sym", "".join(word for word in words if word not in "{}"))
+
+    def sets(self) -> Node:
+        node = self.sum()
+        if infix := self.accept("choose", "over"):
+            node = ("binom" if infix == "choose" else "div", node, self.sum())
+        while op := self.accept("cup", "cap", "minus"):
+            node = (op, node, self.sum())
+        return node
+
+    # -- sums and products
+    def sum(self) -> Node:
+        op = self.accept("+", "-", "+-", "-+")
+        node = self.product()
+        node = {"-": ("neg", node), "+-": ("pm", None, node), "-+": ("mp", None, node)}.get(op, node)
+        while op := self.accept("+", "-", "+-", "-+"):
+            right = self.term()
+            node = ("add", node, ("neg", right)) if op == "-" else ({"+": "add"}.get(op) or _SIGNS[op], node, right)
+        return node
+
+    def term(self) -> Node:
+        if self.accept("-"):
+            return ("neg", self.product())
+        self.accept("+")
+        return self.product()
+
+    def product(self) -> Node:
+        node = self.factor()
+        while True:
+            if self.accept("*"):
+                node = ("mul", node, self.signed())
+            elif self.accept("/"):
+                node = ("div", node, self.denominator())
+            elif self.accept("mod"):
+                node = ("mod", node, self.power())
+            elif self.peek()[0] == "text":
+                node = self.unit(node)
+            elif self.starts_atom():
+                if self.peek()[0] == "num" and self.tokens[self.at - 1][0] == "num":
+                    raise Unreadable("two numbers side by side")
+                node = self.juxtaposed(node, self.power())
+            else:
+                return node
+
+    @staticmethod
+    def juxtaposed(left: Node, right: Node) -> Node:
+        if right[0] == "tuple" and left[0] in ("tuple", "list"):
+            return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
+        return ("mul", left, right)
+
+    def starts_atom(self) -> bool:
+        kind, value, _ = self.peek()
+        if kind != "op":
+            return kind in ("num", "id", "fn")
+        return value in _STARTS or value == "|" and not self.bars and (self.depth > 0 or self.closing_bar())
+
+    def closing_bar(self) -> bool:
+        return any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:])
+
+    def signed(self) -> Node:
+        if self.accept("-"):
+            return ("neg", self.signed())
+        self.accept("+")
+        return self.factor()
+
+    def denominator(self) -> Node:
+        """t/RC: letters written as one word after a slash are one denominator."""
+        node = self.signed()
+        while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
+            node = ("mul", node, self.power())
+        return node
+
+    def factor(self) -> Node:
+        """A power, or a mixed number (1\\frac45, 1 4/5): an integer before a proper fraction of integers."""
+        node = self.power()
+        kind, whole, _ = self.tokens[self.at - 1]
+        if node[0] != "num" or kind != "num" or not whole.isdigit():
+            return node
+        if self.peek()[:2] == ("fn", "frac"):
+            part = self.power()
+            return _mixed(node, part) or ("mul", node, part)
+        if self.peek()[0] == "num" and self.is_op("/", ahead=1) and self.peek(2)[0] == "num":
+            part = ("div", number(self.take()[1]), number(self.take() and self.take()[1]))
+            return _mixed(node, part) or self.expect("a proper fraction")
+        return node
+
+    def unit(self, node: Node) -> Node:
+        """kcal m^{-2} yr^{-1}, square inches, any text."""
+        names = []
+        while self.peek()[0] == "text" or names and self.is_op("*", "/") and self.peek(1)[0] == "text":
+            sign = -1 if self.accept("/") else 1
+            self.accept("*")
+            name = self.take()[1]
+            power = constant(self.exponent()) if self.accept("^") else 1
+            if power is None or name.lower() in NOT_UNITS:
+                raise Unreadable("prose after a value")
+            if name.lower() in COUNTS:
+                node = ("mul", node, num(COUNTS[name.lower()]))
+            else:
+                names.append(f"{name}^{int(sign * power)}")
+        if len(names) > 4:
+            raise Unreadable("prose after a value")
+        return ("unit", node, " ".join(names)) if names else node
+
+    # -- powers
+    def power(self) -> Node:
+        node = self.postfix(self.atom())
+        while True:
+            if self.is_op("_") and node[0] == "num":
+                node = self.based(node)
+            elif self.accept("^"):
+                node = ("pow", node, self.exponent())
+                if self.is_op("_") and node[1][0] == "sym" and "_" not in node[1][1]:
+                    node = ("pow", ("sym", node[1][1] + self.subscript()), node[2])
+            elif self.is_op("!", "%", "deg", "'"):
+                node = self.postfix(node)
+            else:
+                return node
+
+    def exponent(self) -> Node:
+        if self.is_op("{"):
+            return self.nested(self.atom)
+        if self.accept("-"):
+            return ("neg", self.nested(self.exponent))
+        self.accept("+")
+        if self.peek()[0] == "num":                        # v^2_0: the subscript is not the exponent's
+            node = number(self.take()[1])
+            return ("pow", node, self.nested(self.exponent)) if self.accept("^") else node
+        return self.nested(self.power)
+
+    def postfix(self, node: Node) -> Node:
+        while op := self.accept("!", "%", "deg", "'"):
+            if op == "!":
+                node = ("fact2" if self.accept("!") else "fact", node)
+            elif op == "'" and node[0] == "sym":
+                node = ("sym", node[1] + "'")
+            elif op == "'":
+                if node[0] not in ("num", "deg"):
+                    raise Unreadable("prime")
+                node = ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
+            elif op == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
+                node = ("unit", node, f"deg{self.take()[1]}^1")
+            else:
+                node = ("deg" if op == "deg" else "percent", node)
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise Unreadable("nested too deeply")
+        return node
+
+    def subscript(self) -> str:
+        """_{...} as a part of a name."""
+        self.expect("_")
+        return "_" + self.spelt()
+
+    def based(self, node: Node) -> Node:
+        """52_8: a number in another base."""
+        word = self.subscript()[1:].lower()
+        base = int(word) if word.isdigit() and len(word) < 3 else BASES.get(word, 0)
+        if not 2 <= base <= 36 or node[2] is not None or node[1].denominator > 1:
+            raise Unreadable("base")
+        try:
+            return num(int(str(node[1]), base))
+        except ValueError:
+            raise Unreadable("digit") from None
+
+    # -- atoms
+    def argument(self) -> Node:
+        if self.is_op("{"):
+            return self.nested(self.atom)
+        kind, value, glued = self.peek()
+        if kind == "num" and value.isdigit() and len(value) > 1:      # \\frac12: the arguments are single digits
+            self.tokens[self.at:self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
+        if self.accept("-"):
+            return ("neg", self.nested(self.argument))
+        return self.nested(self.atom)
+
+    def atom(self) -> Node:
+        kind, value, _ = self.take()
+        if kind in ("num", "id", "text"):
+            return {"num": number, "id": self.name, "text": self.words}[kind](value)
+        if kind == "fn":
+            return self.nested(self.function, value)
+        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.braces, "begin": self.matrix,
+                **dict.fromkeys(_BARS, self.bars_group)}.get(value)
+        if kind == "op" and read:
+            return self.nested(read, value)
+        if kind == "op" and value in ("pi", "oo"):
+            return ("const", value)
+        if kind == "op" and value == "empty":
+            return ("set", ())
+        if kind == "op" and value == "reals":
+            return ("tuple", "(", (("neg", ("const", "oo")), ("const", "oo")), ")")
+        if kind == "op" and value == "dots":
+            return ("dots",)
+        raise Unreadable(f"unexpected {value!r}")
+
+    def name(self, value: str) -> Node:
+        if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
+            return ("const", value)
+        if value == "Delta" and self.peek()[0] == "id":
+            value += " " + self.take()[1]
+        if self.is_op("_"):
+            value += self.subscript()
+        if self.is_op("(") and (value in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
+            value += self.spelt()
+        while self.accept("'"):
+            value += "'"
+        return ("sym", value)
+
+    def words(self, first: str) -> Node:
+        names = [first]
+        while self.peek()[0] == "text":
+            names.append(self.take()[1])
+        return ("sym", names[0] if len(names) == 1 and len(first) == 1 else "text " + " ".join(names).lower())
+
+    def bracket(self, opening: str) -> Node:
+        node = self.sequence()
+        closing = self.expect("}") if opening == "{" else self.expect(")", "]")
+        items = node[2] if node[0] == "list" else (node,)
+        if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
+            return node
+        if node[0] != "list" or node[1] == "or" or opening + closing in ("(]", "[)") and len(items) != 2:
+            raise Unreadable("bracket")
+        return ("tuple", opening, items, closing)
+
+    def braces(self, _) -> Node:
+        if self.accept("}}"):
+            return ("set", ())
+        end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
+        conditions = self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end)
+        if conditions:                                     # {x | ...}, {x in R : ...}
+            self.at += end + 1
+        node = self.sequence()
+        self.expect("}}")
+        return node if conditions else ("set", node[2] if node[0] == "list" else (node,))
+
+    def bars_group(self, opening: str) -> Node:
+        closing, name = _BARS[opening]
+        self.bars += opening == "|"
+        node = self.sum()
+        self.expect(closing)
+        self.bars -= opening == "|"
+        return (name, node)
+
+    def matrix(self, _) -> Node:
+        kind = self.take()[1]
+        if kind in ("cases", "aligned"):
+            return self.system()
+        if kind not in _MATRICES:
+            raise Unreadable("environment")
+        if kind == "array":
+            self.nested(self.atom)
+        rows, row = [], []
+        while row or not self.is_op("end"):
+            row.append(self.sets())
+            if self.accept("&"):
+                continue
+            rows.append(tuple(row))
+            row = []
+            if not self.accept("row"):
+                break
+        self.end_environment()
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise Unreadable("matrix")
+        return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
+
+    def system(self) -> Node:
+        """The rows of a system of equations, as a list."""
+        rows = [self.relation()]
+        while self.accept("row", ",", "&"):
+            if not self.is_op("end", "row"):
+                rows.append(self.relation())
+        self.end_environment()
+        return ("list", ",", tuple(rows))
+
+    def end_environment(self) -> None:
+        self.expect("end")
+        self.take()
+
+    # -- functions
+    def function(self, name: str) -> Node:
+        if name in ("frac", "binom"):
+            return ("div" if name == "frac" else "binom", self.argument(), self.argument())
+        if name in ("sum", "prod", "lim"):
+            return self.binding(name)
+        if name == "angle" or name.startswith("accent"):
+            return self.decorated(name)
+        return {"sqrt": self.root, "int": self.integral}.get(name, lambda: self.applied(name))()
+
+    def root(self) -> Node:
+        index = num(2)
+        if self.accept("["):
+            index = self.sum()
+            self.expect("]")
+        return ("root", self.argument() if self.is_op("{", "-") else self.nested(self.atom), index)
+
+    def bounds(self) -> tuple[Node | None, Node | None]:
+        """What stands below and above a sign, in either order."""
+        found = {}
+        while mark := self.accept("_", "^"):
+            found[mark] = self.exponent() if mark == "^" else self.nested(self.atom)
+        return found.get("_"), found.get("^")
+
+    def applied(self, name: str) -> Node:
+        base, power = self.bounds()
+        if power == ("neg", num(1)) and name in ("sin", "cos", "tan", "cot"):
+            name, power = "arc" + name, None
+        args = self.function_arguments()
+        if base is not None and name != "log":
+            raise Unreadable("subscript of a function")
+        node = (name, *args) if base is None else ("div", ("ln", *args), ("ln", base))
+        return node if power is None else ("pow", node, power)
+
+    def function_arguments(self) -> tuple:
+        if self.is_op("{{"):                               # max{a, b}
+            return self.atom()[1]
+        if self.is_op("(", "{", "["):
+            node = self.nested(self.bracket, self.take()[1])
+            return node[2] if node[0] in ("tuple", "list") else (node,)
+        negative = self.accept("-")
+        node = self.power()
+        while self.starts_atom() and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
+            if self.is_op("("):
+                break
+            node = ("mul", node, self.power())
+        return (("neg", node),) if negative else (node,)
+
+    def decorated(self, name: str) -> Node:
+        """\\angle ABC, \\dot{x}, \\overline{AB}: a name."""
+        if name != "angle":
+            return ("sym", name[7:] + " " + self.spelt() + (self.subscript() if self.is_op("_") else ""))
+        words = []
+        while self.peek()[0] == "id" or self.is_op("_"):
+            words.append(self.subscript() if self.is_op("_") else self.take()[1])
+        if not words:
+            raise Unreadable("angle")
+        return ("sym", "angle " + "".join(words))
+
+    def binding(self, name: str) -> Node:
+        """A sum, a product or a limit, with its bound name."""
+        low, high = self.bounds()
+        if not low or low[0] != "rel" or len(low[1]) != 3 or low[1][0][0] not in ("sym", "const"):
+            raise Unreadable("bound variable")
+        (_, variable), sign, start = low[1]
+        if sign != ("to" if name == "lim" else "=") or (high is None) != (name == "lim"):
+            raise Unreadable("bounds")
+        self.bound.append(variable)
+        body = self.product()
+        self.bound.pop()
+        return ("lim", variable, start, body) if name == "lim" else ("big", name, variable, start, high, body)
+
+    def integral(self) -> Node:
+        low, high = self.bounds()
+        rest = self.tokens[self.at:]
+        end = next((k for k, token in enumerate(rest[:-1]) if token[:2] == ("id", "d") and rest[k + 1][0] == "id"), None)
+        if end is None or low is None or high is None:
+            raise Unreadable("integral")
+        variable = rest[end + 1][1]
+        body = Parser(rest[:end] or [("num", "1", True)], [variable], self.depth).answer()
+        self.at += end + 2
+        return ("int", variable, low, high, body)

@@ -1,0 +1,127 @@
+"""What relations and plus-minus signs state.
+
+`settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts), ("record", ((name, value)
+...)), ("eq", a, b), ("less", ((a, strict, b)...)), ("noteq", a, b), ("equiv", a, b), or leaves what it was before.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from grading.tree import Node, Unreadable, names, num, walk
+
+ORDERS = {"<", "<=", ">", ">="}
+
+
+def settle(node: Node) -> Node:
+    """Raises Unreadable."""
+    kind = node[0]
+    if kind == "list":
+        return _list(node[1], node[2])
+    if kind == "set":
+        items = _list(",", node[1]) if node[1] else ("list", ",", ())
+        return ("set", items[2] if items[0] == "list" else (items,))
+    if kind == "cong":
+        return node
+    if kind in ("cup", "cap", "minus"):
+        return (kind, settle(node[1]), settle(node[2]))
+    variants = _variants(node)
+    if len(variants) > 1:
+        return _list("or", variants)
+    if kind == "rel":
+        return _relation(node[1])
+    if kind == "unit" and node[1][0] in ("rel", "list"):
+        return settle(node[1])
+    return node
+
+
+def _variants(node: Node) -> list[Node]:
+    """The values of an expression with plus-minus signs: independent signs, unless a minus-plus ties them together."""
+    signs = [part[0] for part in walk(node) if part[0] in ("pm", "mp")]
+    if not signs:
+        return [node]
+    if len(signs) > 4:
+        raise Unreadable("too many plus-minus signs")
+    choices = itertools.product((1, -1), repeat=1 if "mp" in signs else len(signs))
+    return [_signed(node, itertools.cycle(choice)) for choice in choices]
+
+
+def _signed(node: Node, choice) -> Node:
+    if node[0] in ("pm", "mp"):
+        sign = next(choice) * (1 if node[0] == "pm" else -1)
+        left = node[1] and _signed(node[1], choice)
+        right = _signed(node[2], choice)
+        right = right if sign > 0 else ("neg", right)
+        return ("add", left, right) if left else right
+    return tuple(_signed(part, choice) if isinstance(part, tuple) and part else part for part in node)
+
+
+def _list(joiner: str, nodes) -> Node:
+    items = []
+    for node in (settle(node) for node in nodes if not _is_condition(node)):
+        items += node[2] if node[0] == "list" else (node,)
+    if not items:
+        raise Unreadable("conditions only")
+    named = [item for item in items if item[0] == "assign"]
+    distinct = {item[1] for item in named}
+    if len(named) == len(items) > 1 and len(distinct) == len(items):
+        return ("record", tuple(item[1:] for item in items))
+    if len(distinct) == 1 and (len(named) == len(items) or items[0] == named[0] and len(named) == 1):
+        items = [item[2] if item[0] == "assign" else item for item in items]
+    return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+
+
+def _is_condition(node: Node) -> bool:
+    """k in Z, after a comma."""
+    return node[0] == "rel" and node[1][1] == "in" and node[1][2][0] == "sym" and node[1][2][1].startswith("set ")
+
+
+def is_name(node: Node) -> bool:
+    """x, x_1, f(x), a tuple of names, dy/dx, a segment AB."""
+    if node[0] == "div":
+        return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
+    if node[0] == "mul":
+        return all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
+    return node[0] == "sym" and not node[1].startswith("text") or node[0] == "tuple" and all(map(is_name, node[2]))
+
+
+def _relation(parts: tuple) -> Node:
+    operands, operators = parts[::2], set(parts[1::2])
+    if "~" in operators:
+        first = parts.index("~")
+        if first == 1 and is_name(parts[0]):
+            return _relation(tuple("=" if part == "~" else part for part in parts))
+        return settle(parts[0]) if first == 1 else _relation(parts[:first])
+    if operators == {"="}:
+        return _equation(operands)
+    if operators <= ORDERS:
+        pairs = tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2))
+        return ("less", pairs[::-1] if operators <= {">", ">="} else pairs)
+    if operators == {":"}:
+        return ("tuple", ":", tuple(operands), ":")
+    (operator, *others), (left, right, *more) = operators, operands
+    if others or more or operator == "to" or operator == "in" and not is_name(left):
+        raise Unreadable("mixed relations")
+    return {"in": settle(right), "!=": ("noteq", left, right), "equiv": ("equiv", left, right),
+            "mid": ("cong", ("rel", (right, "equiv", num(0))), left)}[operator]
+
+
+def _less(left: Node, operator: str, right: Node) -> Node:
+    return (left, operator in "<>", right) if operator[0] == "<" else (right, operator in "<>", left)
+
+
+def _equation(operands: tuple) -> Node:
+    first, last = operands[0], operands[-1]
+    if is_name(first):
+        return _named(first, last if len(operands) == 2 else ("chain", operands[1:]))
+    if len(operands) == 2 and is_name(last):
+        return _named(last, first)
+    if all(operand[0] == "num" for operand in operands):
+        raise Unreadable("a tautology or a contradiction")
+    return ("eq", first, last) if len(operands) == 2 and names(*operands) else ("chain", operands)
+
+
+def _named(name: Node, value: Node) -> Node:
+    if name[0] == "tuple" and value[0] == "tuple" and len(name[2]) == len(value[2]):
+        return ("record", tuple(zip(name[2], value[2])))
+    return ("eq", name, value) if name in walk(value) else ("assign", name, value)

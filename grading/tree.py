@@ -1,0 +1,61 @@
+"""The tree of an answer: nested tuples (kind, ...), the caps on its size, and the errors of those who read it.
+
+("num", value, significant digits of a decimal or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"), ("dots",),
+(operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor ceil binom mod, and functions,
+("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body),
+("unit", a, names), ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
+("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus); statement.py adds to them.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+MAX_TEXT, MAX_TOKENS, MAX_DEPTH, MAX_LIST = 20_000, 2_000, 40, 40  # of one answer
+MAX_DIGITS, MAX_BITS, MAX_STEPS = 10_000, 200_000, 20_000  # of a literal, of an exact number, of one comparison
+
+Node = tuple
+
+
+class Unreadable(ValueError):
+    """The text is no answer that this grader understands."""
+
+
+class Undefined(ArithmeticError):
+    """An expression without a value, or one whose value is out of reach."""
+
+
+class NeedsSympy(Exception):
+    """Only a computer algebra system can tell the value."""
+
+
+def num(value, digits: int | None = None) -> Node:
+    return ("num", Fraction(value), digits)
+
+
+def constant(node: Node) -> Fraction | None:
+    """The value of a number with or without a minus, None for anything else."""
+    if node[0] == "neg" and node[1][0] == "num":
+        return -node[1][1]
+    return node[1] if node[0] == "num" else None
+
+
+def walk(node: Node):
+    """Every tuple of a tree that is a node, without recursion."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node and isinstance(node[0], str):
+            yield node
+        stack.extend(part for part in node if isinstance(part, tuple))
+
+
+def has(node: Node, *kinds: str) -> bool:
+    return any(part[0] in kinds or part[0] == "const" and part[1] in kinds for part in walk(node))
+
+
+def names(*nodes: Node) -> list[str]:
+    """The free letters, sorted."""
+    parts = [part for node in nodes for part in walk(node)]
+    bound = {part[2] for part in parts if part[0] == "big"} | {part[1] for part in parts if part[0] in ("int", "lim")}
+    return sorted({part[1] for part in parts if part[0] == "sym"} - bound)

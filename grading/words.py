@@ -1,0 +1,58 @@
+r"""The words of LaTeX and of plain text that an answer is made of: what each is to the parser.
+
+A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word) or ("num", digits)."""
+
+from __future__ import annotations
+
+FUNCTIONS = {name: name for name in """
+    sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil
+    sqrt""".split()}
+FUNCTIONS |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "ctg": "cot", "tg": "tan", "cosec": "csc",
+              "arctg": "arctan"}
+_STRUCTURE = {name: name for name in "frac sqrt binom sum prod int lim angle".split()}
+_STRUCTURE |= {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+               "measuredangle": "angle"}
+_ACCENTS = "dot ddot hat bar vec tilde overline overrightarrow widehat widetilde underline".split()
+_GREEK = """
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
+    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot oplus partial
+    nabla mho Re Im star bullet dagger square aleph perp parallel triangle""".split()
+_SYMBOLS = {
+    "*": "cdot times ast", "/": "div", "<=": "le leq leqslant", ">=": "ge geq geqslant", "<": "lt", ">": "gt",
+    "!=": "ne neq", "~": "approx simeq", "+-": "pm", "-+": "mp", "cup": "cup bigcup", "cap": "cap",
+    "minus": "setminus backslash", "in": "in", "mid": "mid", "|": "vert lvert rvert", "lfloor": "lfloor",
+    "rfloor": "rfloor", "lceil": "lceil", "rceil": "rceil", "(": "langle lparen", ")": "rangle rparen",
+    "{{": "lbrace", "}}": "rbrace", "[": "lbrack", "]": "rbrack", "equiv": "equiv", "to": "to rightarrow",
+    "dots": "ldots dots cdots", "mod": "bmod mod", "pmod": "pmod", "or": "lor vee", "and": "land wedge",
+    "deg": "degree", "choose": "choose", "over": "over", ":": "colon", "empty": "emptyset varnothing", "oo": "infty",
+    "pi": "pi", "row": "cr", "%": "percent"}
+_DROPPED = """
+    left right middle displaystyle textstyle scriptstyle limits nolimits big Big bigl bigr Bigl Bigr bigg Bigg mathbf
+    boldsymbol bm mathit mathsf boxed fbox bf it rm tt hline phantom thinspace mathopen mathclose mathstrut cal
+    mathcal mathfrak mathscr quad qquad""".split()
+
+COMMANDS = {command: ("op", symbol) for symbol, row in _SYMBOLS.items() for command in row.split()}  # None: dropped
+COMMANDS |= {name: ("id", name.removeprefix("var")) for name in _GREEK}
+COMMANDS |= {name: ("fn", value) for name, value in (FUNCTIONS | _STRUCTURE).items()}
+COMMANDS |= {name: ("fn", "accent " + name) for name in _ACCENTS} | dict.fromkeys(_DROPPED)
+TEXT = set("text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup unit".split())
+WORDS = {"or": "or", "and": "and", "percent": "%", "pct": "%", "percentage": "%", "degree": "deg", "degrees": "deg",
+         "deg": "deg", "mod": "mod", "per": "/"}
+PLAIN = {"pi": ("op", "pi"), "infinity": ("op", "oo"), "inf": ("op", "oo"), "oo": ("op", "oo"), "infty": ("op", "oo"),
+         "union": ("op", "cup"), "sqrt": ("fn", "sqrt")}
+BASES = {name: index for index, name in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split())} | {"sixteen": 16}
+
+_UNICODE = {
+    "−–—‐‑": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
+    "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "′’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ",
+    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ", "⟨": r"\langle ",
+    "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "π": r"\pi ",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
+    "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
+    "Δ": r"\Delta ", "Ω": r"\Omega ", "Φ": r"\Phi ", "Σ": r"\Sigma "}
+UNICODE = {ord(char): text for chars, text in _UNICODE.items() for char in chars}
+UNICODE |= {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}                                       # full width
+UNICODE |= dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A)], "")
