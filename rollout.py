@@ -367,8 +367,10 @@ def record(model: nn.Module, slots: Slots, rule: Rule) -> dict:
     return steps
 
 
-def tokens_that_fit(model: nn.Module) -> int:
+def tokens_that_fit(model: nn.Module, wanted: int) -> int:
     """For how many tokens' keys and values four fifths of the free GPU memory have room; activations get the rest."""
+    if model.device.type != "cuda":
+        return wanted
     attn = model.model.layers[0].self_attn
     per_token = 2 * len(model.model.layers) * attn.config.num_key_value_heads * attn.head_dim * model.dtype.itemsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -541,15 +543,13 @@ class Sampler:
                 wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
             self.release()
             needed = -(-needed // 128) * 128
-            room = tokens_that_fit(self.model) if self.model.device.type == "cuda" else wanted * needed
+            room = tokens_that_fit(self.model, wanted * needed)
             capacity = max(needed, min(CAPACITY, room // wanted // 128 * 128))
-            fit = max(1, room // capacity)
-            self.weights, self.most = weights, wanted if fit >= wanted else math.inf    # no more fit: do not try again
-            self.last_slots = min(wanted, fit)
+            self.last_slots = max(1, min(wanted, room // capacity))
+            self.weights, self.most = weights, wanted if self.last_slots == wanted else math.inf      # no more fit
             self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity)
-        kind = rule.greedy, rule.nucleus
-        if kind not in self.graphs:
-            self.graphs[kind] = record(self.model, self.slots, rule)
+        if (rule.greedy, rule.nucleus) not in self.graphs:
+            self.graphs[rule.greedy, rule.nucleus] = record(self.model, self.slots, rule)
         return self.slots
 
     def release(self) -> None:
