@@ -1,24 +1,20 @@
 """Batched sampling with a KV cache: token ids in, sampled token ids out. Nothing here knows of text or rewards.
 
-Sampling is most of a GRPO step, so this replaces `model.generate()`; nothing in the paper depends on how it is done.
-It is exact: a row's tokens depend on the weights, its prompt, its seed and its limit, not on which rows share the batch
-(up to the rounding of matrix products, whose last bit may change with the number of rows). In five parts: sampling
-(logits -> one token a row), prefill (the keys and values of a prompt), decode (one token more for every live row),
-slots (where rows lie, come and go) and graphs (the decode step, recorded on a GPU).
+Sampling is most of a GRPO step, so this replaces `model.generate()`. It is exact: a row's tokens depend on the weights,
+its prompt, its seed and its limit, not on which rows share the batch (up to the rounding of matrix products, whose last
+bit may change with the number of rows). In five parts: sampling (logits -> one token a row), prefill (the keys and
+values of a prompt), decode (one token more for every live row), slots (where rows lie, come and go) and graphs (the
+decode step, recorded on a GPU). What each trick in them brings is measured by tests/bench_rollout.py.
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight from the model's own modules: an
 optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes through
 its own forward (`sample_by_forward`): same distribution, same random streams, less speed.
-
-A factor such as (x 1.2 / 1.3) is what a trick brings to a model of 1M / 30M parameters on a CPU, by the ablations of
-tests/bench_rollout.py. Not worth keeping there: fewer rows at a time so that their cache fits the processor's, keys
-and values side by side in one tensor. The CUDA path has not been measured.
 """
+import gc
 import hashlib
 import inspect
 import math
 from collections import Counter, deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,9 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from entropy import mm_wide
+
+# On an H100 torch >= 2.11 gives scaled_dot_product_attention to cuDNN first, here and in the training forward. That
+# builds a plan for each new (rows, length), up to half a second each, kept for ever; in 2.9 it reads out of bounds.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)    # rows that a CUDA graph is recorded for
 STEPS_PER_LOOK = 16       # on a GPU the host looks for finished rows this often, so that no token waits for it
 PREFILL_TOKENS = 8192     # most prompt tokens in one forward, padding included
+CAPACITY = 2048           # on a GPU a row has room for so many tokens, if that costs no row: a new cache is new graphs
 GROWTH = 16               # on a CPU the cache gets this many positions more at a time, or an eighth if that is more
 
 
@@ -45,33 +48,26 @@ class Sample:
 
 @dataclass
 class Row:
-    """One sample to be drawn. Rows with the same prompt_index have the same prompt and share its prefill."""
+    """One sample to be drawn. Rows of the same prompt share its prefill."""
     prompt: tuple[int, ...]
-    prompt_index: int
     limit: int
     seed: int
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
+    sample: Sample = field(default_factory=lambda: Sample([], [], False))
 
 
 # ---- 1. Sampling ----------------------------------------------------------------------------------------------------
 
-def _int64(n: int) -> int:
-    return (n + 2**63) % 2**64 - 2**63
-
-
 def _splitmix64(x: Tensor) -> Tensor:
     """The finalizer of splitmix64 (Steele et al. 2014) on int64, where products wrap and shifts need a mask."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _int64(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _int64(0x94D049BB133111EB)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """seeds (B,), positions (B,) int64 -> (B,) float64 in [0, 1), 53 bits. A hash and not a generator: no state, equal
     on CPU and GPU, and a position's number does not depend on what was drawn before it or beside it."""
-    bits = _splitmix64(_splitmix64(seeds) + positions * _int64(0x9E3779B97F4A7C15))
+    bits = _splitmix64(_splitmix64(seeds) + positions * (0x9E3779B97F4A7C15 - 2**64))
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -86,9 +82,8 @@ def _pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """p (B, V) float32 >= 0, u (B,) -> ids (B,), logprobs (B,) of p normalised. One uniform a row instead of one a
-    token (x 1.1 / 1.2), and a cumulative sum over blocks and then within one, not over the vocabulary (x 1.0 / 1.0, but
-    with 152k ids this function alone takes a fiftieth of the time)."""
+    """p (B, V) float32 >= 0, u (B,) -> ids (B,), logprobs (B,) of p normalised. The cumulative sum is over blocks and
+    then within one, not over the vocabulary: with 152k ids that takes a fiftieth of the time."""
     width = 128
     if p.shape[1] % width:
         p = F.pad(p, (0, -p.shape[1] % width))
@@ -146,7 +141,7 @@ def has_llama_layers(model: nn.Module) -> bool:
     return full and plain_rope and len({p.device for p in model.parameters()}) == 1
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)    # on a GPU one kernel instead of six
 
 
@@ -163,32 +158,29 @@ def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) 
     x = base.embed_tokens(ids)                                                # (B, S, H)
     for i, layer in enumerate(base.layers):
         attn = layer.self_attn
-        h = _norm(layer.input_layernorm, x)
+        h = rms_norm(layer.input_layernorm, x)
         q, k, v = (proj(h).view(*ids.shape, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         if "q_norm" in attn._modules:                                         # Qwen3
-            q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+            q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
         q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
         out = attend(i, q, k, v, attn.scaling)
         if out is None:
             return None
         x = x + attn.o_proj(out.flatten(2))
-        x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
-    return _norm(base.norm, x)
+        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+    return rms_norm(base.norm, x)
 
 
 # ---- 2. Prefill -----------------------------------------------------------------------------------------------------
 
 def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], targets: list[list[int]]) -> None:
     """Writes the keys and values of each prompt, but for its last token, which the first decode step feeds, into all of
-    its target slots: one forward for all samples of a prompt (x 1.3 / 1.3). Padding is on the right, where a causal
-    model never looks, so no mask is needed. The last layer stops at its keys and values."""
-    longest_first = sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))
-    while longest_first:
-        width = len(prompts[longest_first[0]]) - 1
-        count = max(1, PREFILL_TOKENS // max(1, width))
-        chunk, longest_first = longest_first[:count], longest_first[count:]
-        if width == 0:
-            return
+    its target slots: one forward for all samples of a prompt. Padding is on the right, where a causal model never
+    looks, so no mask is needed. The last layer stops at its keys and values."""
+    left = sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))
+    while left and (width := len(prompts[left[0]]) - 1):                      # of the longest of them
+        count = max(1, PREFILL_TOKENS // width)
+        chunk, left = left[:count], left[count:]
         ids = torch.tensor([prompts[j][:-1] + (0,) * (width + 1 - len(prompts[j])) for j in chunk], device=slots.device)
         to = torch.tensor([slot for j in chunk for slot in targets[j]], device=slots.device)
         source = torch.tensor([c for c, j in enumerate(chunk) for _ in targets[j]], device=slots.device)
@@ -208,8 +200,8 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
 
 def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q (B, 1, heads, D), keys and values (B, kv heads, L, D), mask (B, 1, 1, L) to be added -> (B, 1, heads, D).
-    The heads that share keys stand as so many queries, so keys and values are not expanded (x 1.5 / 1.7). Two matrix
-    products are faster here than PyTorch's attention, which is made for long queries (x 1.2 / 1.0)."""
+    The heads that share keys stand as so many queries, so keys and values are not expanded. Two matrix products are
+    faster here than PyTorch's attention, which is made for long queries."""
     grouped = (scale * q).view(len(q), keys.shape[1], -1, q.shape[3])         # (B, kv heads, group, D)
     scores = grouped @ keys.mT + mask                                         # (B, kv heads, group, L)
     return (scores.softmax(-1) @ values).view(q.shape)
@@ -217,8 +209,7 @@ def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: 
 
 def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: float) -> Tensor:
     """The same by the FlashAttention that PyTorch ships. valid: each row's number of valid positions (B,), which lies
-    on the device and bounds what is read; 0, 1 … B; and 0, L … B L (B + 1,), all int32. L is that of the whole cache,
-    whose address and size a graph may keep."""
+    on the device and bounds what is read; 0, 1 … B; and 0, L … B L (B + 1,), all int32. L is the whole cache's."""
     used, starts, starts_in_cache = valid
     keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (keys, values))  # (B * L, kv heads, D), no copy
     return torch.ops.aten._flash_attention_forward(q[:, 0], keys, values, starts, starts_in_cache, 1,
@@ -235,7 +226,7 @@ def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int) -> None:
     """One token more in each of the first `rows` slots that is alive; everything happens on the device and in place.
     Rows that have finished are computed with the others but do not advance."""
-    at, length, alive = slots.index[:rows], slots.length[:rows], slots.alive[:rows]
+    at, length, stop = slots.index[:rows], slots.length[:rows], slots.stop[:rows]
     position = length - 1                            # of the last token, which has no keys and values yet
     if slots.flash:
         starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
@@ -250,21 +241,20 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int) -> None:
         slots.values[i][at, :, position] = v[:, 0]
         return attention(q, slots.keys[i][:rows], slots.values[i][:rows], valid, scale)
 
-    hidden = run_layers(model, slots.token[:rows, None], slots.cos[position, None], slots.sin[position, None], attend)
-    ids, logprobs, entropies = rule.draw(model.lm_head(hidden[:, 0]), slots.uniforms[at, length])
+    cos, sin = slots.cos[position, None], slots.sin[position, None]
+    hidden = run_layers(model, slots.ids[at, position, None], cos, sin, attend)
+    ids, logprobs, entropies = rule.draw(mm_wide(hidden[:, 0], model.lm_head.weight.T), slots.uniforms[at, length])
     slots.ids[at, length] = ids                      # a finished row writes behind its end, where nobody reads
     slots.logprobs[at, length], slots.entropies[at, length] = logprobs, entropies
-    slots.token[:rows] = torch.where(alive, ids, slots.token[:rows])
-    length += alive
-    alive &= (length < slots.stop[:rows]) & ~slots.is_end[ids]
+    length += length < stop
+    stop.copy_(torch.where(slots.is_end[ids], length, stop))
 
 
 # ---- 4. Slots -------------------------------------------------------------------------------------------------------
 
 class Slots:
     """Row i's tokens, keys and values lie in slot i of each tensor, from position 0 on. Live rows are contiguous from
-    slot 0, so a step works on `tensor[:rows]`: nothing is concatenated (x 1.3 / 1.2), no finished row computed (x 2.4 /
-    2.4)."""
+    slot 0, so a step works on `tensor[:rows]`: nothing is concatenated, no finished row computed."""
 
     def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int, longest: int):
         """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to."""
@@ -274,9 +264,8 @@ class Slots:
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
         self.lengths: list[int] = []                                          # theirs, as the host last saw them
         self.index = torch.arange(slots, device=self.device)
-        self.token, self.stop = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
         self.length = torch.ones_like(self.index)
-        self.alive = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        self.stop = torch.zeros_like(self.index)             # the length that ends a row: it is alive while below
         self.ids = torch.zeros(slots, longest + 1, dtype=torch.int64, device=self.device)
         self.logprobs, self.entropies = torch.zeros(2, slots, longest + 1, device=self.device)
         # What depends on a position alone is computed once, not at every step: rotations, and the rows' random numbers.
@@ -284,122 +273,108 @@ class Slots:
         self.uniforms = torch.zeros(slots, longest + 1, dtype=torch.float64, device=self.device)
         base = model.model
         self.cos, self.sin = (t[0, :, None] for t in base.rotary_emb(base.embed_tokens.weight, self.positions[None]))
-        self.keys: list[Tensor] = [None] * len(base.layers)
-        self.values: list[Tensor] = [None] * len(base.layers)
+        self.keys, self.values = [None] * len(base.layers), [None] * len(base.layers)
         self.reserve(slots, capacity)
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """Moves the cache to new memory for `slots` rows of `capacity` tokens, one layer after the other."""
-        used, capacity = min(slots, len(self.rows)), min(capacity, self.longest)
-        for i, layer in enumerate(self.model.model.layers):
+        """Moves the cache to new memory for `slots` rows of `capacity` tokens, one layer after the other: (slots, kv
+        heads, capacity, D), zeros because NaN survives a mask. In memory a position's heads lie together on a GPU, as
+        the flash kernel needs them, and a head's positions lie together on a CPU."""
+        used, capacity, gpu = min(slots, len(self.rows)), min(capacity, self.longest), self.device.type == "cuda"
+        attn = self.model.model.layers[0].self_attn
+        heads = attn.config.num_key_value_heads
+        shape = (slots, capacity, heads, attn.head_dim) if gpu else (slots, heads, capacity, attn.head_dim)
+        for i in range(len(self.keys)):
             for cache in (self.keys, self.values):
-                new = self._empty(slots, capacity, layer.self_attn)
+                new = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(1, 2 if gpu else 1)
                 if used:
                     new[:used, :, :self.capacity] = cache[i][:used]
                 cache[i] = new
         self.capacity = capacity
 
-    def _empty(self, slots: int, capacity: int, attn: nn.Module) -> Tensor:
-        """(slots, kv heads, capacity, D), zeros because NaN survives a mask. In memory a position's heads lie together
-        on a GPU, as the flash kernel needs them, and a head's positions lie together on a CPU."""
-        heads, like = attn.config.num_key_value_heads, dict(dtype=self.dtype, device=self.device)
-        if self.device.type == "cuda":
-            return torch.zeros(slots, capacity, heads, attn.head_dim, **like).transpose(1, 2)
-        return torch.zeros(slots, heads, capacity, attn.head_dim, **like)
-
     def make_room(self, slots: int) -> None:
         """Grows in steps when the longest row needs it, and keeps only that many slots then. Small steps: each decode
-        step reads the whole cache as one stream, which gaps behind the rows would slow down (x 1.1 / 1.0)."""
+        step reads the whole cache as one stream, which gaps behind the rows would slow down."""
         if (reach := max(self.lengths)) > self.capacity:
             self.reserve(slots, reach + max(GROWTH, reach // 8))
 
     def admit(self, rows: list[Row]) -> None:
         """Puts rows into free slots. A prompt that a live row holds is copied from it, any other is prefilled once."""
         first = len(self.rows)
-        holder = {row.prompt_index: slot for slot, row in enumerate(self.rows)}
-        copies, fresh = [], {}
+        holder = {row.prompt: slot for slot, row in enumerate(self.rows)}
+        copies = [(holder[row.prompt], slot) for slot, row in enumerate(rows, first) if row.prompt in holder]
+        fresh = {row.prompt: [] for row in rows if row.prompt not in holder}
         for slot, row in enumerate(rows, first):
-            if row.prompt_index in holder:
-                copies.append((holder[row.prompt_index], slot))
-            else:
-                fresh.setdefault(row.prompt_index, (row.prompt, []))[1].append(slot)
-        prefill(self.model, self, [prompt for prompt, _ in fresh.values()], [to for _, to in fresh.values()])
-        self._copy(self._cache(max(len(row.prompt) for row in rows)), copies)
-        here = slice(first, first + len(rows))
-        state = torch.tensor([(row.prompt[-1], len(row.prompt), len(row.prompt) + row.limit) for row in rows])
-        self.token[here], self.length[here], self.stop[here] = state.T.to(self.device)
-        self.alive[here] = True
-        self.rows += rows
-        seeds = torch.tensor([row.seed for row in rows], device=self.device)
+            fresh.get(row.prompt, []).append(slot)
+        prefill(self.model, self, list(fresh), list(fresh.values()))
+        self._copy(copies, max(len(row.prompt) for row in rows))
+        here, lengths = slice(first, first + len(rows)), [len(row.prompt) for row in rows]
+        state = [(n, n + row.limit, row.prompt[-1], row.seed) for n, row in zip(lengths, rows)]
+        self.length[here], self.stop[here], last, seeds = torch.tensor(state).T.to(self.device)
+        self.ids[self.index[here], self.length[here] - 1] = last              # what the first step feeds
         self.uniforms[here] = uniform(seeds[:, None], self.positions)
-        self.lengths += [len(row.prompt) for row in rows]
+        self.rows += rows
+        self.lengths += lengths
 
-    def _cache(self, reach: int) -> list[Tensor]:
-        return [cache[:, :, :reach] for cache in (*self.keys, *self.values)]
-
-    def _copy(self, tensors, moves: list[tuple[int, int]]) -> None:
+    def _copy(self, moves: list[tuple[int, int]], reach: int) -> None:
+        """Copies rows from slot to slot, their first `reach` keys and values and all else."""
         if moves:
             source, to = torch.tensor(moves, device=self.device).T
-            for tensor in tensors:
+            of_rows = self.length, self.stop, self.uniforms, self.ids, self.logprobs, self.entropies
+            for tensor in (*of_rows, *(cache[:, :, :reach] for cache in (*self.keys, *self.values))):
                 tensor.index_copy_(0, to, tensor.index_select(0, source))
 
     def drop_finished(self) -> None:
         """Reads the finished rows out and moves rows from the tail into their holes."""
         count = len(self.rows)
-        alive, self.lengths = torch.stack((self.alive[:count].long(), self.length[:count])).tolist()
-        done = [slot for slot in range(count) if not alive[slot]]
+        stop, self.lengths = torch.stack((self.stop[:count], self.length[:count])).tolist()
+        done = [slot for slot in range(count) if self.lengths[slot] >= stop[slot]]
         if not done:
             return
-        self._read_out(done)
-        left = count - len(done)
-        moves = list(zip([slot for slot in range(left, count) if alive[slot]], [slot for slot in done if slot < left]))
-        self._copy((*self._cache(max(self.lengths)), self.token, self.length, self.stop, self.uniforms, self.alive,
-                    self.ids, self.logprobs, self.entropies), moves)
-        for source, to in moves:
-            self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
-        del self.rows[left:], self.lengths[left:]
-        self.alive[left:count] = False
-
-    def _read_out(self, done: list[int]) -> None:
         at, reach = torch.tensor(done, device=self.device), max(self.lengths[slot] for slot in done)
         told = (t[at, :reach].tolist() for t in (self.ids, self.logprobs, self.entropies))
         for slot, *of_row in zip(done, *told):
-            row = self.rows[slot]
-            row.ids, row.logprobs, row.entropies = (t[len(row.prompt):self.lengths[slot]] for t in of_row)
+            row, own = self.rows[slot], slice(len(self.rows[slot].prompt), self.lengths[slot])
+            row.sample.ids, row.sample.logprobs, row.sample.entropies = (t[own] for t in of_row)
+        left = count - len(done)
+        moves = list(zip([slot for slot in range(left, count) if slot not in done], done))    # into the first of them
+        self._copy(moves, max(self.lengths))
+        for source, to in moves:
+            self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
+        del self.rows[left:], self.lengths[left:]
+        self.stop[left:count] = 0
 
 
 # ---- 5. Graphs ------------------------------------------------------------------------------------------------------
 
-class Graphs:
+def record(model: nn.Module, slots: Slots, rule: Rule) -> dict:
     """The decode step as CUDA graphs, one per number of rows in BUCKETS, in one memory pool: the largest first, so that
     the others fit into what it left. A replay is one launch instead of some thousand. Made while no row is alive, so
     that the dry runs change nothing. On a CPU the steps are called as they are, which is how tests get here."""
-
-    def __init__(self, model: nn.Module, slots: Slots, rule: Rule):
-        most = len(slots.index)
-        self.replay = {}
-        self.pool = torch.cuda.graph_pool_handle() if slots.device.type == "cuda" else None
-        for rows in sorted({min(most, bucket) for bucket in (*BUCKETS, *range(384, most, 128), most)}, reverse=True):
-            step = partial(decode, model, slots, rule, rows)
-            self.replay[rows] = self._record(step) if self.pool else step
-
-    def _record(self, step):
-        step()                                                # libraries allocate at their first call
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):     # NCCL has its own thread
-            step()
-        return graph.replay
-
-    def step(self, rows: int) -> None:
-        self.replay[min(bucket for bucket in self.replay if bucket >= rows)]()
+    most = len(slots.index)
+    buckets = sorted({min(most, bucket) for bucket in (*BUCKETS, *range(384, most, 128), most)}, reverse=True)
+    steps = {rows: partial(decode, model, slots, rule, rows) for rows in buckets}
+    if slots.device.type == "cuda":
+        # A stream of their own: where graphs are destroyed, torch >= 2.12 frees the cuBLAS workspaces of the stream
+        # they were recorded on, also those that another sampler's graphs still use.
+        place = dict(pool=torch.cuda.graph_pool_handle(), stream=torch.cuda.Stream())
+        for rows, step in steps.items():
+            step()                                            # libraries allocate at their first call
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **place):        # NCCL has its own thread
+                step()
+            steps[rows] = graph.replay
+    return steps
 
 
-def slots_that_fit(model: nn.Module, capacity: int) -> int:
-    """Rows of `capacity` tokens for which four fifths of the free GPU memory have room; activations get the rest."""
+def tokens_that_fit(model: nn.Module, wanted: int) -> int:
+    """For how many tokens' keys and values four fifths of the free GPU memory have room; activations get the rest."""
+    if model.device.type != "cuda":
+        return wanted
     attn = model.model.layers[0].self_attn
     per_token = 2 * len(model.model.layers) * attn.config.num_key_value_heads * attn.head_dim * model.dtype.itemsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(0.8 * free) // (per_token * capacity))
+    return int(0.8 * free) // per_token
 
 
 # ---- Any other model: its own forward and cache ---------------------------------------------------------------------
@@ -415,25 +390,22 @@ def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: se
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=device)
     held = [place[row.prompt] for row in rows]                # where in the cache each live row's keys are
     logits, cache = _forward(model, ids, mask, None)
-    logits = logits[held] if cache is not None else _recompute(model, live)
     while live:
-        seeds = torch.tensor([row.seed for row in live], device=device)
-        lengths = torch.tensor([len(row.prompt) + len(row.ids) for row in live], device=device)
-        ids, logprobs, entropies = rule.draw(logits, uniform(seeds, lengths))
+        logits = logits[held] if cache is not None else _recompute(model, live)
+        state = torch.tensor([(row.seed, len(row.prompt) + len(row.sample.ids)) for row in live], device=device)
+        ids, logprobs, entropies = rule.draw(logits, uniform(*state.T))
         for row, id_, logprob, entropy in zip(live, ids.tolist(), logprobs.tolist(), entropies.tolist()):
-            row.ids.append(id_)
-            row.logprobs.append(logprob)
-            row.entropies.append(entropy)
-        going = [i for i, row in enumerate(live) if len(row.ids) < row.limit and row.ids[-1] not in end_ids]
-        live = [live[i] for i in going]
-        if not live or cache is None:
-            logits = _recompute(model, live) if live else None
-            continue
-        if (rows_left := [held[i] for i in going]) != list(range(len(mask))):
-            cache.reorder_cache(torch.tensor(rows_left, device=device))
-            mask = mask[rows_left]
-        mask, held = torch.cat((mask, torch.ones_like(mask[:, :1])), 1), list(range(len(live)))
-        logits, cache = _forward(model, ids[going, None], mask, cache)
+            row.sample.ids.append(id_)
+            row.sample.logprobs.append(logprob)
+            row.sample.entropies.append(entropy)
+        going = [i for i, r in enumerate(live) if len(r.sample.ids) < r.limit and r.sample.ids[-1] not in end_ids]
+        live, held = [live[i] for i in going], [held[i] for i in going]
+        if live and cache is not None:
+            if held != list(range(len(mask))):
+                cache.reorder_cache(torch.tensor(held, device=device))
+            mask = torch.cat((mask[held], torch.ones_like(mask[held, :1])), 1)
+            logits, cache = _forward(model, ids[going, None], mask, cache)
+            held = list(range(len(live)))
 
 
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache) -> tuple[Tensor | None, object]:
@@ -441,16 +413,16 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache) -> tuple[Tensor
     takes = inspect.signature(model.forward).parameters
     if not {"past_key_values", "position_ids"} <= takes.keys():        # it may count positions from the padding on
         return None, None
-    inputs = {"past_key_values": cache, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:],
-              "logits_to_keep": 1}
-    out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{k: v for k, v in inputs.items() if k in takes})
+    more = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
     cache = getattr(out, "past_key_values", None)
     return (out.logits[:, -1], cache) if hasattr(cache, "reorder_cache") else (None, None)
 
 
 def _recompute(model: nn.Module, rows: list[Row]) -> Tensor:
     """Logits of each row's next token (B, V), from the whole sequences, padded on the right."""
-    sequences = [row.prompt + tuple(row.ids) for row in rows]
+    sequences = [row.prompt + tuple(row.sample.ids) for row in rows]
     width = max(map(len, sequences))
     ids = torch.tensor([s + (0,) * (width - len(s)) for s in sequences], device=model.device)
     return model(input_ids=ids).logits[range(len(rows)), [len(s) - 1 for s in sequences]]
@@ -482,76 +454,75 @@ class Sampler:
                seed: int | list[int], top_p: float = 1.0) -> list[list[Sample]]:
         """n samples per prompt, as a list per prompt.
 
-        max_new_tokens: one limit, or one per row, prompt-major; 0 gives an empty sample. temperature: 0 is greedy, and
-        its log-probabilities are 0.0, those of the point mass that was drawn from; otherwise they belong to
-        softmax(logits / temperature), with top_p < 1 cut to the fewest most likely tokens that hold top_p, and
-        renormalised. seed: an int, from which a row's stream follows by way of its prompt's ids and of how many rows
-        of the same prompt came before; or a list with one stream per row. A stream's number for a token depends on the
-        token's position in the whole sequence, so a row cut anywhere and continued with its own stream goes on as it
-        did. Raises ValueError for an empty prompt, an id outside the model, a list of the wrong length, a number out
-        of its range, and for logits that are not finite."""
-        if n < 1 or not temperature >= 0 or not 0 < top_p <= 1:
-            raise ValueError(f"n must be at least 1, temperature at least 0 and top_p in (0, 1]; "
+        max_new_tokens: one limit, or one per row, prompt-major; 0 gives an empty sample. temperature: 0 is greedy, with
+        log-probabilities of 0.0, those of the point mass that was drawn from; otherwise they belong to softmax(logits /
+        temperature), with top_p < 1 cut to the fewest most likely tokens that hold top_p, and renormalised. seed: an
+        int, which with a prompt's ids and the number of rows that had them before makes a row's stream; or one stream
+        per row. A stream's number for a token depends on the position in the whole sequence: a row cut anywhere and
+        continued with its own stream goes on as it did. Raises ValueError for arguments or logits of no sense."""
+        if not (n >= 1 and temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError("n must be at least 1, temperature at least 0 and top_p in (0, 1]; "
                              f"got {n}, {temperature}, {top_p}")
         rows = self._rows(prompts, n, max_new_tokens, seed)
         waiting = deque(row for row in rows if row.limit > 0)
         self.knobs.copy_(torch.tensor([1 / temperature if temperature else 1.0, top_p]))
         rule = Rule(temperature == 0, 0 < temperature and top_p < 1, self.knobs, self.vocab_size)
         fast = has_llama_layers(self.model)                   # any other forward may keep tensors that training needs
-        with _evaluating(self.model), torch.inference_mode() if fast else torch.no_grad():
-            while waiting:
-                if fast:
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()                                     # dropout off
+        try:
+            with torch.inference_mode() if fast else torch.no_grad():
+                if fast and waiting:
                     self._sample_in_slots(waiting, rule)
-                else:
+                while waiting:
                     wave = [waiting.popleft() for _ in range(min(self.max_rows or len(rows), len(waiting)))]
                     sample_by_forward(self.model, wave, rule, self.end_ids)
-        if any(math.isnan(logprob) for row in rows for logprob in row.logprobs):
-            self.release()                                    # NaN in the cache would outlast a mask
-            raise ValueError("the model's logits are not finite, so there is nothing to sample from; check its weights")
-        samples = [Sample(row.ids, row.logprobs, bool(row.ids) and row.ids[-1] in self.end_ids, row.entropies)
-                   for row in rows]
-        return [samples[i:i + n] for i in range(0, len(samples), n)]
+            if any(math.isnan(logprob) for row in rows for logprob in row.sample.logprobs):
+                raise ValueError("the model's logits are not finite: nothing to sample from; check its weights")
+        except BaseException:       # the next call must find neither these rows nor their cache, with NaN or the like
+            self.release()
+            raise
+        finally:
+            for module in training:                           # every module's mode as it was
+                module.training = True
+        for sample in (row.sample for row in rows):
+            sample.finished = bool(sample.ids) and sample.ids[-1] in self.end_ids
+        return [[row.sample for row in rows[i:i + n]] for i in range(0, len(rows), n)]
 
     def _rows(self, prompts, n: int, limits, seeds) -> list[Row]:
         count = len(prompts) * n
         for i, prompt in enumerate(prompts):
-            if not prompt or min(prompt) < 0 or max(prompt) >= self.embeddings:
+            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.embeddings:
                 what = f"has an id outside 0 to {self.embeddings - 1}" if prompt else "is empty"
                 raise ValueError(f"prompt {i} {what}")
+        limits = [limits] * count if isinstance(limits, int) else limits
         for name, value in (("max_new_tokens", limits), ("seed", seeds)):
             if not isinstance(value, int) and len(value) != count:
                 raise ValueError(f"{name} has {len(value)} entries for {len(prompts)} prompts x {n} samples")
-        limits = [limits] * count if isinstance(limits, int) else limits
         if min(limits, default=0) < 0:
             raise ValueError(f"max_new_tokens must not be negative; got {min(limits)}")
-        rows, index, seen = [], {}, Counter()
-        for i in range(count):
-            prompt = tuple(prompts[i // n])
-            seed = _stream(seeds, prompt, seen[prompt]) if isinstance(seeds, int) else seeds[i]
+        rows, seen = [], Counter()
+        for i, prompt in enumerate(tuple(prompt) for prompt in prompts for _ in range(n)):
+            # From one seed: 64 bits of it, of the prompt and of how many rows had that prompt before.
+            key = repr((seeds, prompt, seen[prompt])).encode() if isinstance(seeds, int) else b""
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") if key else seeds[i]
+            rows.append(Row(prompt, limits[i], (seed + 2**63) % 2**64 - 2**63))               # as an int64
             seen[prompt] += 1
-            rows.append(Row(prompt, index.setdefault(prompt, len(index)), limits[i], _int64(seed)))
         return rows
 
     def _sample_in_slots(self, waiting: deque[Row], rule: Rule) -> None:
-        try:
-            self._fill(self._open(waiting, rule), waiting, rule)
-        except BaseException:       # say out of memory: the next call must find neither these rows nor their cache
-            self.release()
-            raise
-        if not self.fixed:
-            self.release()
-
-    def _fill(self, slots: Slots, waiting: deque[Row], rule: Rule) -> None:
         """Draws the waiting rows, each in a slot of its own as soon as one is free."""
+        slots = self._open(waiting, rule)
         most = min(len(slots.index), self.max_rows or len(slots.index))
         while waiting or slots.rows:
             free = most - len(slots.rows)
             if waiting and free >= min(len(waiting), max(1, most // 8)):      # an eighth at a time: larger prefills
                 slots.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if self.fixed:
+                steps, live = self.graphs[rule.greedy, rule.nucleus], len(slots.rows)
                 left = max(len(row.prompt) + row.limit - length for row, length in zip(slots.rows, slots.lengths))
                 for _ in range(min(STEPS_PER_LOOK, left)):
-                    self.graphs[rule.greedy, rule.nucleus].step(len(slots.rows))
+                    steps[min(bucket for bucket in steps if bucket >= live)]()
             else:
                 slots.make_room(most if waiting else len(slots.rows))
                 decode(self.model, slots, rule, len(slots.rows))
@@ -560,8 +531,7 @@ class Sampler:
     def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
         """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full
         length from the start and as many slots as fit, and serves later calls as long as it is large enough and the
-        weights lie where they lay (an update in place leaves the graphs valid). It only grows: many short rows and a
-        few long ones, taking turns, would otherwise make it anew at every call."""
+        weights lie where they lay (an update in place leaves the graphs valid). It only grows."""
         wanted = min(len(waiting), self.max_rows or len(waiting))
         needed = max(len(row.prompt) + row.limit for row in waiting)
         if not self.fixed:
@@ -572,34 +542,19 @@ class Sampler:
                 needed = max(needed, self.slots.capacity)
                 wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
             self.release()
-            capacity = -(-needed // 128) * 128
-            fit = slots_that_fit(self.model, capacity) if self.model.device.type == "cuda" else wanted
-            self.weights, self.most = weights, wanted if fit >= wanted else math.inf    # no more fit: do not try again
-            self.last_slots = min(wanted, fit)
+            needed = -(-needed // 128) * 128
+            room = tokens_that_fit(self.model, wanted * needed)
+            capacity = max(needed, min(CAPACITY, room // wanted // 128 * 128))
+            self.last_slots = max(1, min(wanted, room // capacity))
+            self.weights, self.most = weights, wanted if self.last_slots == wanted else math.inf      # no more fit
             self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity)
-        kind = rule.greedy, rule.nucleus
-        if kind not in self.graphs:
-            self.graphs[kind] = Graphs(self.model, self.slots, rule)
+        if (rule.greedy, rule.nucleus) not in self.graphs:
+            self.graphs[rule.greedy, rule.nucleus] = record(self.model, self.slots, rule)
         return self.slots
 
     def release(self) -> None:
-        """Gives the cache and the graphs back to PyTorch's allocator. The next call makes them anew."""
-        self.slots: Slots | None = None
-        self.graphs: dict[tuple[bool, bool], Graphs] = {}
-
-
-def _stream(seed: int, prompt: tuple[int, ...], before: int) -> int:
-    """A row's stream: 64 bits from the seed, the prompt and the number of rows of the same prompt before this one."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, prompt, before)).encode(), digest_size=8).digest(), "little")
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Dropout off, and afterwards every module's mode as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        """Gives the cache and the graphs back, on a GPU to the device. The next call makes them anew."""
+        self.slots, self.graphs = None, {}                    # graphs by rule: greedy or not, nucleus or not
+        if self.model.device.type == "cuda":
+            gc.collect()                                      # the traceback of a failed call may have held them
+            torch.cuda.empty_cache()

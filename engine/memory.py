@@ -1,4 +1,4 @@
-"""What a run will need in memory, computed before any weight is loaded, and how memory errors are known."""
+"""What a run will need in memory, computed before any weight is loaded."""
 import os
 import resource
 import sys
@@ -16,10 +16,8 @@ GIB = 2**30
 
 
 def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | None:
-    """Print what the run of these flags will need, where, and what is there.
-
-    rows: sampled in a step, of at most row_tokens tokens. Returns how many to sample at a time (None: any number).
-    """
+    """Print what the run of these flags will need, where, and what is there. rows: sampled in a step, of at most
+    row_tokens tokens. Returns how many to sample at a time (None: any number)."""
     cuda, processes = device.type == "cuda", world_size()
     rows = min(-(-rows // processes), flags.max_rows or rows)
     plan = memory_plan(load_config(flags.model, flags.trust_remote_code), rows, row_tokens, flags.micro_batch_tokens,
@@ -28,66 +26,54 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
     if flags.kl:
         plan["reference"] = plan["weights"]
     fit = rows_that_fit(plan, rows, torch.cuda.mem_get_info(device)[0]) if cuda and rows else rows
-    if fit == rows:
-        line = describe(plan, device)
-        if sum(plan.values()) > GIB or "not fit" in line:       # else there is nothing to think about
-            say(line)
-        return flags.max_rows or None
-    plan["cache"] *= fit / rows
-    say(f"{describe(plan, device)}; sampling {fit} of {rows} rows at a time")
-    return fit
+    plan["cache"] *= fit / max(rows, 1)
+    line = describe(plan, device)
+    if fit < rows or sum(plan.values()) > GIB or "not fit" in line:       # else there is nothing to think about
+        say(line + (f"; sampling {fit} of {rows} rows at a time" if fit < rows else ""))
+    return fit if fit < rows else flags.max_rows or None
 
 
 def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: int, micro_batch_tokens: int,
                 weight_bytes: int, offload: bool, checkpointing: bool, processes: int = 1,
                 trust_remote_code: bool = False) -> dict[str, float]:
     """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
-
     rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
-    Weights, gradients, optimizer and cache (keys and values) are exact; activations are those of transformers'
-    Llama-like layers.
-    """
-    problem = "its config.json describes no causal language model"
-    with from_model(config.name_or_path, problem), torch.device("meta"):
+    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers."""
+    with from_model(config.name_or_path, "its config.json describes no causal language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    count = sum(p.numel() for p in model.parameters())
-    c = config.get_text_config()
+    c, sizes = config.get_text_config(), {name: p.numel() for name, p in model.named_parameters()}
+    count, sharded = sum(sizes.values()), processes > 1
+    mine = count / processes
+    # Sharded: the weights are a whole replica that samples; gradients and masters are shards, all in fp32.
+    gradients = mine * (4 if sharded else weight_bytes)
+    masters = 0 if weight_bytes == 4 and not offload and not sharded else 4 * mine
+    plan = {"weights": count * weight_bytes, "gradients": gradients, "optimizer": masters + 8 * mine}
+    if offload:                 # FSDP2 keeps its shard of the masters on the GPU; one gradient at a time is made fp32
+        scratch = 0 if sharded or weight_bytes == 4 else 4 * max(sizes.values())
+        plan |= {"optimizer": masters if sharded else 0, "host optimizer": masters + 8 * mine + gradients + scratch}
+    if sharded:
+        # In the layers' backward: embedding and output layer, gathered, and their gradients; a layer three times (in
+        # use, being copied, coming), its gradient, and two fp32 copies of that being summed. At its end: the two ends,
+        # their gradients and an fp32 copy.
+        ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        plan["gathered weights"] = max(
+            ends * 2 * weight_bytes + (count - ends) / c.num_hidden_layers * (4 * weight_bytes + 8),
+            ends * (2 * weight_bytes + 4))
     heads = getattr(c, "num_attention_heads", None) or 0                        # 0: Mamba and its like
     head = getattr(c, "head_dim", None) or c.hidden_size // max(heads, 1)
-    kv_heads = getattr(c, "num_key_value_heads", None) or heads
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    q, kv = heads * head, kv_heads * head
-    layer = 8 * c.hidden_size + 3 * q + 2 * kv + 4 * inner                      # kept of one token in one layer
-    if any("q_norm" in name for name, _ in model.named_parameters()):           # Qwen3
+    q, kv = heads * head, (getattr(c, "num_key_value_heads", None) or heads) * head
+    layer = 8 * c.hidden_size + 3 * q + 2 * kv + 4 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
+    if any("q_norm" in name for name in sizes):                                 # Qwen3
         layer += 3 * (q + kv)
-    layer *= weight_bytes
-    layers = c.num_hidden_layers * layer
+    layers = c.num_hidden_layers * layer                                        # numbers kept of one token
     if checkpointing:                                       # every layer's input, and one layer with its gradients
-        layers = c.num_hidden_layers * c.hidden_size * weight_bytes + 2 * layer
-    plan = {"weights": count * weight_bytes, "gradients": count * weight_bytes}
-    moments = count * (8 if weight_bytes == 4 and not offload else 12)      # and masters, unless the weights are fp32
-    if offload:
-        plan["host optimizer"] = moments + count * weight_bytes                 # and gradients
-    else:
-        plan["optimizer"] = moments
-    if processes > 1:           # the weights are a whole replica that samples; beside it the shards, all in fp32
-        ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)       # embedding and output layer
-        one_layer = (count - ends) / c.num_hidden_layers
-        plan = {"weights": count * weight_bytes, "gradients": 4 * count / processes,
-                "optimizer": 12 * count / processes}
-        if offload:             # the GPU keeps its shard of the masters, the host gets a copy of the gradients
-            plan.update({"optimizer": 4 * count / processes, "host optimizer": 16 * count / processes})
-        # In the layers' backward: the ends, gathered, and their gradients; a layer three times (in use, being copied,
-        # coming), its gradient, and two fp32 copies of that being summed. At its end: the ends, their gradients and an
-        # fp32 copy.
-        plan["gathered weights"] = max(ends * 2 * weight_bytes + one_layer * (4 * weight_bytes + 8),
-                                       ends * (2 * weight_bytes + 4))
-    plan["cache"] = 2 * c.num_hidden_layers * kv_heads * head * weight_bytes * rows * row_tokens
+        layers = c.num_hidden_layers * c.hidden_size + 2 * layer
     tokens = max(micro_batch_tokens, row_tokens)
-    plan["activations"] = tokens * layers
+    plan["cache"] = 2 * c.num_hidden_layers * kv * weight_bytes * rows * row_tokens
+    plan["activations"] = tokens * layers * weight_bytes
     blocks = 3 * 4 * min(2**26, tokens * c.vocab_size)              # of logits (entropy.py); smaller ones on a CPU
     plan["output layer"] = blocks + c.vocab_size * c.hidden_size * weight_bytes
-    return plan
+    return {item: size for item, size in plan.items() if size or item == "cache"}
 
 
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
@@ -102,22 +88,20 @@ def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
 def describe(plan: dict[str, float], device: torch.device) -> str:
     """One line: what the run will need where, what is there, and which flag to change if it does not fit."""
     host = sum(v for k, v in plan.items() if k.startswith("host")) if device.type == "cuda" else 0
-    need = sum(plan.values()) - host
-    text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.items())
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, ram = sum(plan.values()) - host, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (ram, ram)
-    line = f"memory (GiB): {text}; {need / GIB:.1f} of {total / GIB:.1f} on {device}"
+    line = (f"memory (GiB): {', '.join(f'{k} {v / GIB:.1f}' for k, v in plan.items())}; {need / GIB:.1f} of "
+            f"{total / GIB:.1f} on {device}")
     line += f", {host / GIB:.1f} of {ram / GIB:.1f} in CPU memory" if host else ""
-    if host > ram:
-        return f"{line}. It will probably not fit: use more CPU memory, a smaller model or --no-offload-optimizer"
-    if need <= free:
+    if host <= ram and need <= free:
         return line
-    largest = max((k for k in plan if not k.startswith("host")), key=plan.get)
     advice = {"optimizer": "add --offload-optimizer or more processes (torchrun)", "cache": "set --max-rows lower",
               "activations": "set --micro-batch-tokens lower or keep --gradient-checkpointing",
-              "output layer": "set --micro-batch-tokens lower"}
-    otherwise = "use a smaller model or more processes (torchrun)"
-    return f"{line}. It will probably not fit: {advice.get(largest, otherwise)}"
+              "output layer": "set --micro-batch-tokens lower",
+              "host optimizer": "use more CPU memory, a smaller model or --no-offload-optimizer"}
+    largest = "host optimizer" if host > ram else max((k for k in plan if not k.startswith("host")), key=plan.get)
+    return (f"{line}. It will probably not fit: "
+            f"{advice.get(largest, 'use a smaller model or more processes (torchrun)')}")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,8 +1,8 @@
 """The update: gradients summed over micro-batches and processes, and AdamW on fp32 master weights."""
 import copy
 import math
+import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,9 +20,8 @@ class Trainer:
     """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
 
     One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
-    the GPU or (offload) in CPU memory. Several processes: the scorer is a second, sharded copy (FSDP2: fp32 master
-    shards, compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update.
-    """
+    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards, compute
+    in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
 
     def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
@@ -33,45 +32,46 @@ class Trainer:
         self.temperature, self.entropy_grad = temperature, entropy_grad
         self.reference = copy.deepcopy(policy.model).requires_grad_(False) if keep_reference else None
         self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
+        self.offload, self.checkpointing, self.last_backward, self.copied = offload, checkpointing, False, set()
         model = self.scorer.model.requires_grad_(True)
-        self.checkpointing = checkpointing
         if checkpointing:
-            with warnings.catch_warnings():             # renamed in late 5.x; the new name is not in early 5.x
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in late 5.x; the new name is not in early 5.x, the old one warns.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.params = dict(model.named_parameters())                       # tied weights once
-        self.offload = offload
-        self.masters = {name: self._master(local(p)) for name, p in self.params.items()}
+        where = "cpu" if offload else policy.device         # an fp32 weight that stays where it is, is its own master
+        self.masters = {name: local(p).detach().to(where, torch.float32, copy=offload)
+                        for name, p in self.params.items()}
         # One optimizer per parameter: only one fp32 gradient exists at a time (7B: 2 GB instead of 30).
         self.adam = {name: torch.optim.AdamW([m], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
                      for name, m in self.masters.items()}
-        self.host_grads, self.last_backward = {}, False
-        if self.offload:
+        if offload:
             self._copy_gradients_during_backward()
-
-    def _master(self, weight: Tensor) -> Tensor:
-        """fp32 master of a weight: the weight itself where it is fp32 already and stays where it is."""
-        if weight.dtype == torch.float32 and not self.offload:
-            return weight.detach()
-        return weight.detach().to(device="cpu" if self.offload else weight.device, dtype=torch.float32, copy=True)
 
     def _copy_gradients_during_backward(self) -> None:
         """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
         cuda = self.policy.device.type == "cuda"
         self.stream = torch.cuda.Stream() if cuda else None
+        if cuda and self.sharded:                       # torchrun leaves a process one thread; AdamW can use more
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
         sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
         # One block, because each is rounded up to a power of two (7B: 16 GiB instead of 27).
         block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
-        for (name, p), part in zip(self.params.items(), block.split(sizes)):
-            self.host_grads[name] = part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
+        self.host_grads = {name: part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
+                           for (name, p), part in zip(self.params.items(), block.split(sizes))}
+        for name, p in self.params.items():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self._copy_out(name))
+        # One fp32 gradient for all in turn: touching fresh memory takes longer than AdamW itself.
+        self.scratch = torch.empty(max((m.numel() for m in self.masters.values()), default=0))
 
-            def copy_out(p, name=name):
-                if self.last_backward:
-                    if self.stream is not None:
-                        self.stream.wait_stream(torch.cuda.current_stream())
-                    with torch.cuda.stream(self.stream):
-                        self.host_grads[name].copy_(local(p.grad), non_blocking=True)
-            p.register_post_accumulate_grad_hook(copy_out)
+    def _copy_out(self, name: str) -> None:
+        if not self.last_backward:                      # more will be added to it
+            return
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
+        self.copied.add(name)
 
     def score(self, prompts: list[list[int]], responses: list[list[int]],
               reference: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -87,22 +87,21 @@ class Trainer:
         loss_of(logp (M,), entropy (M,), tokens), where `tokens` joins those of the rows (see Batch.tokens).
 
         Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are. If the GPU runs
-        out of memory, once more with half the --micro-batch-tokens (on one process only).
-        """
+        out of memory, once more with half the --micro-batch-tokens (on one process only)."""
         mine = slice(rank(), None, world_size())
         try:
             loss, scored = self._accumulate(prompts[mine], responses[mine], tokens[mine] or tokens[:1], loss_of)
-        except torch.cuda.OutOfMemoryError as error:
+            logp, entropy = zip(*spread(responses, lambda _: scored))
+            return sum(gather(loss)), list(logp), list(entropy)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:       # the allocator's word, and CUDA's own
             self.skip()
-            self.policy.sampler.release()
+            if "out of memory" not in str(error):
+                raise
             if self.sharded or not retry:
                 raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
                                 f"{self.micro_batch_tokens}, --max-new-tokens or --group-size lower, or add "
                                 "--offload-optimizer") from error
-        else:
-            logp, entropy = zip(*spread(responses, lambda _: scored))
-            return sum(gather(loss)), list(logp), list(entropy)
-        torch.cuda.empty_cache()                        # outside of `except`, whose traceback keeps tensors alive
+        self.policy.sampler.release()                   # outside of `except`, whose traceback keeps tensors alive
         self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
         print(f"out of GPU memory in the update: going on with --micro-batch-tokens {self.micro_batch_tokens}",
               file=sys.stderr)
@@ -113,13 +112,13 @@ class Trainer:
         many passes, since a sharded forward is a collective: one with fewer gets empty batches, whose loss is 0."""
         batches = micro_batches(prompts, responses, self.micro_batch_tokens, self.policy.device, self.scorer.packed)
         total, scored = 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
-        count = max(gather(max(len(batches), 1)))
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
         empty.index = []
+        batches += [empty] * (max(gather(max(len(batches), 1))) - len(batches))
+        self.copied = set()                             # offload: the gradients that are on their way to the CPU
         self.scorer.train(self.checkpointing)           # transformers recomputes only in training mode (dropout is off)
-        for k in range(count):
-            batch = batches[k] if k < len(batches) else empty
-            self.last_backward = k == count - 1
+        for k, batch in enumerate(batches, 1):
+            self.last_backward = k == len(batches)
             logp, entropy = self.scorer(batch, self.temperature, self.policy.vocab_size, self.entropy_grad)  # (M,) each
             loss = loss_of(logp, entropy, batch.tokens(tokens))
             (loss * world_size()).backward()            # FSDP2 averages over processes, the step's loss is a sum
@@ -135,18 +134,6 @@ class Trainer:
             p.grad = None
         return float("nan")
 
-    def step(self, lr: float, clip: float) -> float:
-        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped); returns the norm before clipping.
-
-        A non-finite norm leaves the weights as they are. Gradients are freed.
-        """
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
-            self._apply(lr, min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
-            refresh(self.policy.model, self.params)
-        self.skip()
-        return norm
-
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, over all processes; read back to the host."""
         grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
@@ -157,15 +144,23 @@ class Trainer:
         return square.sqrt().item()
 
     @torch.no_grad()
-    def _apply(self, lr: float, scale: float) -> None:
-        if self.offload and self.stream is not None:
-            self.stream.synchronize()
-        for name, p in self.params.items():
-            if p.grad is None:
-                continue
+    def step(self, lr: float, clip: float) -> float:
+        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped), if its norm is finite; returns that
+        norm. Gradients are freed."""
+        norm = self.gradient_norm()
+        live = {name: p for name, p in self.params.items() if p.grad is not None and math.isfinite(norm)}
+        if self.offload:
+            for name in live.keys() - self.copied:      # what the last micro-batch did not touch, say an expert
+                self._copy_out(name)
+            if self.stream is not None:
+                self.stream.synchronize()
+        for name, p in live.items():
             weight, master, adam = local(p), self.masters[name], self.adam[name]
-            gradient = self.host_grads[name] if self.offload else local(p.grad)
-            master.grad = gradient.to(master.dtype).mul_(scale) if master.dtype != gradient.dtype else gradient * scale
+            gradient = wide = self.host_grads[name] if self.offload else local(p.grad)
+            if gradient.dtype != master.dtype:
+                wide = self.scratch[:master.numel()].view_as(master) if self.offload else torch.empty_like(master)
+                wide.copy_(gradient)
+            master.grad = wide.mul_(min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0)
             adam.param_groups[0]["lr"] = lr
             adam.step()
             master.grad = None
@@ -175,14 +170,18 @@ class Trainer:
                 weight.copy_(master)
         if self.offload and self.stream is not None:
             torch.cuda.current_stream().synchronize()
+        if live:
+            refresh(self.policy.model, self.params)
+        self.skip()
+        return norm
 
     def state(self) -> Iterator[tuple[str, Tensor | None]]:
         """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
         for name, p in self.params.items():
-            moments = self.adam[name].state.get(self.masters[name], {})
-            parts = {"exp_avg": moments.get("exp_avg"), "exp_avg_sq": moments.get("exp_avg_sq")}
-            if self.sharded or self.masters[name].data_ptr() != local(p).data_ptr():
-                parts["master"] = self.masters[name]
+            master = self.masters[name]
+            parts = {part: self.adam[name].state.get(master, {}).get(part) for part in ("exp_avg", "exp_avg_sq")}
+            if self.sharded or master.data_ptr() != local(p).data_ptr():
+                parts["master"] = master
             for part, tensor in parts.items():
                 if tensor is not None:
                     gathered = whole(tensor.detach(), p)
@@ -194,15 +193,11 @@ class Trainer:
         for name, p in self.params.items():
             master, adam = self.masters[name], self.adam[name]
             saved = read(f"master.{name}")
-            if saved is None:
-                saved = read(name)
-            master.copy_(share(saved, p))
+            master.copy_(share(read(name) if saved is None else saved, p))
             if adam_steps:
                 adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)}
                 for part in ("exp_avg", "exp_avg_sq"):
-                    moment = torch.zeros_like(master)
-                    moment.copy_(share(read(f"{part}.{name}"), p))
-                    adam.state[master][part] = moment
+                    adam.state[master][part] = torch.empty_like(master).copy_(share(read(f"{part}.{name}"), p))
             local(p).copy_(master)
         refresh(self.policy.model, self.params)
 

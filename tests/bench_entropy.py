@@ -7,6 +7,14 @@ Time and memory of log-probabilities and entropies: plain autograd, TRL's ways i
 Each measurement is one forward and backward pass in a process of its own; the variants take turns, and a speed is the
 median of the ratios within a round. Extra memory is the growth of the process's highest resident set (ru_maxrss) during
 the passes, or of the GPU's highest allocation, less the size of the two gradients, which every variant returns.
+
+entropy.py needs four matrix products of tokens x vocabulary x hidden (logits, logits again, two gradients) against
+three in plain autograd, and far fewer passes over memory: 2.1x as fast with 73x less memory beyond the gradients at
+hidden size 256 (2048 tokens x 151,936, fp32, one CPU core), 1.2x with 50x less at 896, where the fourth product weighs
+more. Not measured on a GPU. Tried and left out: the "fused" form, which makes the gradient in the forward pass and
+needs three products. It has to know each token's factor in the loss beforehand, so it fits only one update per rollout
+with entropies known by then; and it must go through the tokens in blocks and add up the weight's gradient in fp32. It
+took 9.1 s where this took 9.3 (hidden size 256, blocks of 256 tokens), with 5 times the memory.
 """
 import argparse
 import json

@@ -7,6 +7,8 @@ The work is 64 prompts x 8 samples of up to 128 tokens, with lengths fixed in ad
 40%), so that both draw the same number of tokens from the same number of rows. generate() gets left padding, its own
 cache, all samples of a prompt through num_return_sequences, sampling without filters, and a stopping criterion that
 ends each row at its length. Runs alternate in one process; a ratio is always of two neighbours. Weights are random.
+Then each trick of rollout.py is replaced by the plain way. Not worth keeping there: fewer rows at a time so that their
+cache fits the processor's, keys and values side by side in one tensor.
 
 With --device cuda it prints milliseconds a decode step (the difference of two runs, so without prefill), tokens/s, the
 bytes a step must read as a share of what a copy on the device reaches, and the ratio to generate() on the work above.
@@ -104,8 +106,8 @@ def cpu_seconds(run, *args) -> float:
 
 def keep_finished(self):
     """Finished rows stay until all are done."""
-    alive, self.lengths = self.alive[:len(self.rows)].tolist(), self.length[:len(self.rows)].tolist()
-    if not any(alive):
+    self.lengths = self.length[:len(self.rows)].tolist()
+    if all(length >= stop for length, stop in zip(self.lengths, self.stop.tolist())):
         drop_finished(self)
 
 
@@ -135,25 +137,23 @@ def draw_one_level(p, u):
     return ids[:, 0], p.gather(-1, ids)[:, 0].log()
 
 
-def one_prefill_a_row(self, *args):
-    rows = own_rows(self, *args)
-    for i, row in enumerate(rows):
-        row.prompt_index = i
-    return rows
+def one_prefill_a_row(model, slots, prompts, targets):
+    each = [(prompt, [slot]) for prompt, to in zip(prompts, targets) for slot in to]
+    prefill(model, slots, [prompt for prompt, _ in each], [to for _, to in each])
 
 
-drop_finished, attend_masked, own_rows = rollout.Slots.drop_finished, rollout.attend_masked, Sampler._rows
+drop_finished, attend_masked, prefill = rollout.Slots.drop_finished, rollout.attend_masked, rollout.prefill
 ABLATIONS = [
     ("own layers and slot cache -> model.forward, DynamicCache", "rollout.has_llama_layers", lambda model: False),
     ("finished rows dropped -> kept to the end", "rollout.Slots.drop_finished", keep_finished),
     ("static cache -> a longer one every step", "rollout.Slots.make_room", concatenate),
-    ("one prefill a prompt -> one a sample", "rollout.Sampler._rows", one_prefill_a_row),
+    ("one prefill a prompt -> one a sample", "rollout.prefill", one_prefill_a_row),
     ("grouped heads -> keys and values expanded", "rollout.attend_masked", expand_heads),
     ("attention as two products -> scaled_dot_product_attention", "rollout.attend_masked", attend_by_sdpa),
     ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
     ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
     ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
-    ("fused RMSNorm -> the model's module", "rollout._norm", lambda norm, x: norm(x)),
+    ("fused RMSNorm -> the model's module", "rollout.rms_norm", lambda norm, x: norm(x)),
 ]
 
 

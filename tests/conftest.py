@@ -12,13 +12,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
 
 @pytest.fixture(autouse=True)
-def signal_handlers_as_before():
-    """A run takes SIGINT and SIGTERM for itself."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+def signals_end_pytest_and_no_run():
+    """A run takes these signals for itself, be it in a test or in the fixtures before it."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -11,8 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import edge_grpo
 import engine
 import rollout
-from engine.forward import Scorer, micro_batches
+from engine.forward import Scorer, micro_batches, response_logprobs
 from engine.trainer import Trainer
+from entropy import mm_wide
 from helpers import Weights, backward, random_rows
 from rollout import Sampler
 
@@ -67,6 +68,56 @@ def test_samples_fit_the_model_and_come_again():
             gaps += (logp[range(len(s.ids)), s.ids] - torch.tensor(s.logprobs)).abs().tolist()
             gaps += (-(logp.exp() * logp).sum(-1) - torch.tensor(s.entropies)).abs().tolist()
     assert sum(gaps) / len(gaps) < 0.02 and max(gaps) < 0.3
+
+
+@pytest.mark.parametrize("heads, shared, dim", [(28, 4, 128), (12, 2, 128), (32, 8, 64)])
+@pytest.mark.parametrize("rows, length", [(8, 1163), (1, 37)])
+def test_attention_of_prefill_and_training_is_flash_and_not_cudnn(heads, shared, dim, rows, length):
+    """cuDNN's builds a plan for each new shape. Lengths are such that it could not be asked before torch 2.11."""
+    like = dict(device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    q = torch.randn(rows, heads, length, dim, **like)
+    k, v = (torch.randn(rows, shared, length, dim, **like) for _ in range(2))
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=dim ** -0.5, enable_gqa=True)
+    assert choice == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_products_of_bf16_are_not_rounded_to_bf16():
+    """Neither the sampler's logits nor the trainer's: within what summation in fp32 leaves of float64."""
+    a, b = (torch.randn(n, 256, device=DEVICE, dtype=torch.bfloat16) for n in (8, 500))
+    assert (mm_wide(a, b.T).double() - a.double() @ b.double().T).abs().max() < 1e-3
+
+
+def test_sampler_and_trainer_tell_nearly_the_same_log_probabilities_and_entropies():
+    """Rounding inside the layers is left, which depends on the number of rows; at T = 0.6 it weighs more."""
+    model, prompts = bf16_model(), random_rows(12, vocab=480)[0]
+    drawn = [s for row in Sampler(model, {0}).sample(prompts, 4, 60, 0.6, seed=1) for s in row]
+    scored = response_logprobs(model, [p for p in prompts for _ in range(4)], [s.ids for s in drawn], 0.6, 500, 2000)
+    for told, of_trainer in (("logprobs", 0), ("entropies", 1)):
+        gaps = torch.cat([(torch.tensor(getattr(s, told)) - row[of_trainer]).abs() for s, row in zip(drawn, scored)])
+        assert gaps.mean() < 0.01, told
+
+
+def test_two_samplers_live_beside_each_other_and_give_their_memory_back():
+    """torch >= 2.12 frees the cuBLAS workspaces of a stream with any graph recorded on it."""
+    first, second = (Sampler(bf16_model(seed), set()) for seed in (0, 1))
+    expected = first.sample([[1, 2, 3]], 8, 40, 1.0, seed=0)
+    for _ in range(3):
+        second.sample([[1, 2, 3]], 8, 40, 1.0, seed=0)
+        before = torch.cuda.memory_reserved()
+        second.release()
+        assert torch.cuda.memory_reserved() < before
+        torch.empty(2**28, dtype=torch.uint8, device=DEVICE).fill_(255)         # where the workspaces lay
+        again = first.sample([[1, 2, 3]], 8, 40, 1.0, seed=0)
+        assert [s.ids for s in again[0]] == [s.ids for s in expected[0]]
+
+
+def test_longer_rows_up_to_the_least_capacity_need_no_new_graphs():
+    sampler = Sampler(bf16_model(), set())
+    sampler.sample([[1, 2, 3]], 8, 20, 1.0, seed=0)
+    slots = sampler.slots
+    sampler.sample([[1] * 400], 8, 500, 1.0, seed=0)
+    assert sampler.slots is slots and slots.capacity == rollout.CAPACITY
 
 
 def test_graphs_see_an_update_in_place():

@@ -132,15 +132,6 @@ def stopped_at_step_2(run: Path, to: Path) -> Path:
     return to
 
 
-@pytest.fixture(scope="module", autouse=True)
-def handlers():
-    """The runs in this process install signal handlers."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")

@@ -1,0 +1,93 @@
+"""What a CPU can show of the path that a GPU takes: offload, fused norms, out of memory in CUDA's words, capacity."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import MODELS, backward, random_rows, shared_rows, small_policy
+
+import rollout
+from engine.forward import Scorer, micro_batches, response_logprobs
+from engine.trainer import Trainer
+from rollout import Sampler
+
+
+def test_offload_fetches_gradients_that_the_last_micro_batch_did_not_touch():
+    """As those of an expert that no token of it chose. Bit for bit, over several steps."""
+    weights, missed = [], 0
+    for offload in (False, True):
+        policy = small_policy(torch.bfloat16, tied=False)
+        trainer, layer = Trainer(policy, 60, offload=offload), policy.model.model.layers[0].self_attn.q_proj
+        layer.forward = lambda x, layer=layer: F.linear(                # short micro-batches do not use this weight
+            x, layer.weight if x.shape[1] > 40 else layer.weight.detach(), layer.bias)
+        for seed in range(3):
+            prompts, responses = random_rows(6, seed)
+            backward(trainer, [*prompts, [1] * 30, [1, 2]], [*responses, [5] * 30, [3]], factor=-1 / 100)
+            missed += len(trainer.params.keys() - trainer.copied) if offload else 0
+            trainer.step(1e-2, 1.0)
+        weights.append([p.detach().clone() for p in policy.model.parameters()])
+    assert missed == 3 and all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, packed) in MODELS.items() if packed])
+def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
+    """Also in a copy of the model, which has weights of its own: the KL penalty's, or the sharded one."""
+    kind, config, _ = MODELS[name]
+    torch.manual_seed(0)
+    model, told = kind(config).eval(), []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    [batch] = micro_batches(*shared_rows(), 10_000, "cpu")
+    for device in ("cpu", "cuda"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "device", torch.device(device))
+            scorer = Scorer(copy.deepcopy(model))
+        norms = [norm for norm in copy.deepcopy(scorer).modules() if "forward" in vars(norm)]
+        assert len(norms) == (0 if device == "cpu" else 9 if name == "qwen3" else 5)
+        assert all(norm.forward.args[0] is norm for norm in norms)
+        logp, entropy = scorer(batch, 0.7, 60, True)
+        (logp.sum() + entropy.sum()).backward()
+        told.append([logp.detach(), entropy.detach(), *(p.grad for p in scorer.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*told))
+
+
+def test_the_update_is_tried_again_when_cuda_itself_is_out_of_memory(monkeypatch):
+    trainer, calls = Trainer(small_policy(), 200), []
+    plain, words = trainer.scorer.forward, "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+
+    def scarce(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.AcceleratorError(words)
+        return plain(*args)
+    monkeypatch.setattr(trainer.scorer, "forward", scarce)
+    backward(trainer, *random_rows(12))
+    again = Trainer(small_policy(), 100)
+    backward(again, *random_rows(12))
+    assert trainer.micro_batch_tokens == 100
+    assert all(torch.equal(p.grad, again.params[name].grad) for name, p in trainer.params.items())
+    words, calls = "CUDA error: an illegal memory access was encountered", [None]
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        backward(trainer, *random_rows(12))
+
+
+@pytest.mark.parametrize("room, slots, capacity", [(None, 2, 128), (10_000, 2, 2048), (1000, 2, 384), (300, 2, 128),
+                                                   (200, 1, 128)])
+def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(monkeypatch, room, slots, capacity):
+    """None: a CPU, which would read the whole cache at every token."""
+    if room:
+        monkeypatch.setattr(rollout, "tokens_that_fit", lambda model, wanted: room)
+    sampler = Sampler(small_policy().model, {0})
+    sampler.fixed = True
+    sampler.sample([[1, 2, 3]], 2, 20, 1.0, seed=0)
+    assert (sampler.last_slots, sampler.slots.capacity) == (slots, capacity)
+
+
+def test_cudnn_attention_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_an_id_beyond_the_vocabulary_is_told_before_a_gpu_sees_it():
+    with pytest.raises(ValueError, match="id 63"):
+        response_logprobs(small_policy().model, [[1]], [[2, 63]], 1.0, 60, 100)
