@@ -4,8 +4,8 @@ r"""Benchmarks with the paper's protocol, and the paper's analyses (Figures 2 an
     python eval.py --model runs/X/final --out runs/X/eval --n 8        # avg@8, pass@k and maj@8 of a trained model
     python eval.py --model tiny --tasks tiny:1-3:test --limit 50 --entropy --reflect
     python eval.py plot runs/* --out figures                           # these three lead to results/
-    python eval.py compare runs/*
-    python eval.py pack runs/* --out evidence.jsonl.xz
+    python eval.py compare runs/* --format markdown                    # or csv, latex
+    python eval.py pack runs/* --out evidence.jsonl.xz                 # to be read by the other two as runs are
 
 The release seeds its evaluation from the clock; here every sample is a function of (seed, problem, sample index), so
 that neither --limit nor an interruption changes it. --out receives responses.jsonl (a line per response, with its
