@@ -4,9 +4,9 @@ r"""Benchmarks with the paper's protocol, and the paper's analyses (Figures 2 an
     python eval.py --model runs/X/final --out runs/X/eval --n 8        # avg@8, pass@k and maj@8 of a trained model
     python eval.py --model tiny --tasks tiny:1-3:test --limit 50 --entropy --reflect
     python eval.py plot runs/* --out figures                           # these four lead to results/
-    python eval.py compare runs/*
-    python eval.py show runs/X --step 17 --question 2 --html group.html
-    python eval.py pack runs/* --out evidence.jsonl.xz
+    python eval.py compare runs/* --format markdown                    # or csv, latex
+    python eval.py show runs/X --step 17 --question 2                  # one group; --html FILE
+    python eval.py pack runs/* --out evidence.jsonl.xz                 # to be read as runs are
 
 The release seeds its evaluation from the clock; here every sample is a function of (seed, problem, sample index), so
 that neither --limit nor an interruption changes it. --out receives responses.jsonl (a line per response, with its

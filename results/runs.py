@@ -125,6 +125,8 @@ def read_packed(file: Path) -> list[dict]:
 
 def pack(file: Path, paths: list[str]) -> None:
     """Write the runs to a packed file: everything that `compare` and `plot` read, numbers of steps to 6 digits."""
+    if not file.name.endswith(".jsonl.xz"):
+        raise UserError(f"--out {file}: the name of a file of packed runs ends in .jsonl.xz")
     rows = {}
     for path, content in contents(paths).items():
         make_run(path, content)                                         # only what can be read again is packed

@@ -304,6 +304,8 @@ def test_a_glob_behind_a_packed_file_chooses_runs(tmp_path, capsys):
     other = make_run(tmp_path / "elsewhere" / "c", "grpo", 0)
     assert evaluation.main(["pack", str(folders[2]), str(other), "--out", str(file)]) == 2
     assert "another run has the name c" in capsys.readouterr().err
+    assert evaluation.main(["pack", str(other), "--out", str(tmp_path / "all.json")]) == 2
+    assert "ends in .jsonl.xz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"{}", lambda b: b""])
