@@ -4,9 +4,8 @@ The method of arXiv 2507.21848 in plain PyTorch, in the order of the paper: the 
 advantages, EDA, GEC, the loss, the update, the loop. rollout.py samples, reward.py grades, entropy.py tells the
 entropies of tokens, eval.py measures; engine/ holds what training needs and no paper describes.
 
-    python edge_grpo.py                                    # the tiny model on a CPU
-    python edge_grpo.py --model Qwen2.5-Math-7B            # the paper's run
-    python edge_grpo.py --method grpo --seed 1             # a baseline; --help lists every flag
+    python edge_grpo.py                                    # the tiny model on a CPU; --help lists every flag
+    python edge_grpo.py --model Qwen/Qwen2.5-Math-7B       # the paper's run
 
 Where it departs from the released code, and why, stands in results/README.md.
 
@@ -57,7 +56,7 @@ METHODS = {                      # the rows of the paper's tables, each a set of
 }
 TINY = dict(                     # what `--profile tiny` overrides of the paper's settings below
     data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
-    correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50,
+    correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50, eval_every=10,
     eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160, save_tokens=True,
 )
 
@@ -129,9 +128,10 @@ class Flags:
     save_every: int = flag(100, "steps between checkpoints; 0: only at the end", 0)
     keep: int = flag(1, "newest checkpoints kept", 1)
     max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite gradient", 1)
-    eval_every: int = flag(0, "steps between evaluations; 0: before the first step and after the last", 0)
+    eval_every: int = flag(100, "steps between evaluations; 0: only before the first step and after the last", 0)
     eval_tasks: list[str] = flag([], "held-out problems evaluated during training (see eval.py --tasks)", names="TASK")
     eval_limit: int = flag(0, "problems of each of these tasks; 0: all", 0)
+    eval_limit_between: int = flag(64, "the same in the evaluations between the first and the last", 0)
     eval_n: int = flag(1, "responses per problem in these evaluations", 1)
     eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
     eval_max_new_tokens: int = flag(3000, "tokens per response there, with its prompt at most 4096", 1)
@@ -158,8 +158,7 @@ def parse_flags(argv: list[str]) -> Flags:
         (flags.correction not in ("none", "guided", *CORRECTIONS),
          f"--correction {flags.correction}: must be none, guided, {', '.join(CORRECTIONS)}"),
         (guided and (len(probs) > len(CORRECTIONS) or abs(sum(probs) - 1) > 1e-6),
-         f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)} numbers that must sum to 1, not "
-         f"{sum(probs):g}"),
+         f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)}, and must sum to 1, not {sum(probs):g}"),
         (probs != Flags().guided_probs and not guided,
          "--guided-probs belongs to --correction guided: add that, or drop --guided-probs"),
         ((flags.guide != "every" or flags.guide_at_most) and flags.correction == "none",
@@ -171,11 +170,10 @@ def parse_flags(argv: list[str]) -> Flags:
         (flags.eda_grad and (flags.updates_per_rollout > 1 or flags.injected_shaping),
          "--eda-grad is defined where every ratio is 1: set --updates-per-rollout 1 --injected-shaping 0"),
         (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
-        (flags.sft and (flags.correction != "none" or flags.eda),
-         "--sft samples nothing, so there is nothing to correct or weigh: use --correction none --no-eda"),
-        (flags.sft and flags.kl, "--sft has no KL penalty: set --kl 0"),
-        (flags.sft and (flags.injected_weight != 1 or flags.injected_shaping or flags.mask_injected),
-         "--sft trains on references alone, with weight 1: drop --injected-weight, --injected-shaping, --mask-injected"),
+        (flags.sft and (flags.correction != "none" or flags.eda or flags.kl or flags.injected_weight != 1
+                        or flags.injected_shaping or flags.mask_injected),
+         "--sft trains on reference solutions alone: use --correction none --no-eda --kl 0, and drop --injected-weight, "
+         "--injected-shaping and --mask-injected"),
         (flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
          "--group-size 1: a group of one has no advantage, so nothing would be learned; give 2 or more"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite deletes it: give one of the two"),
@@ -187,8 +185,7 @@ def parse_flags(argv: list[str]) -> Flags:
 
 
 # --- Responses -------------------------------------------------------------------------------------------------------
-# Every random choice of a run is `stream` of (seed, step, what, row), so nothing random needs to be saved, and the
-# number of processes changes nothing.
+# Every random choice is `stream` of (seed, step, what, row): nothing random is saved, processes change nothing.
 
 @dataclass
 class Response:
@@ -567,12 +564,12 @@ def train(flags: Flags) -> int:
     policy = engine.load_policy(flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code)
     corrections = correction_probabilities(flags)
     needs_solution = flags.sft or any(CORRECTIONS[name].needs_solution for name in corrections)
-    problems, left_out = training_problems(flags, policy, needs_solution)
+    problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)
     if corrections and not any(CORRECTIONS[name].goes_on for name in corrections):
         say("note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
             "learned; give the first of --guided-probs more than 0")
     tasks = {task: data.load(task, flags.mirror or None)[:flags.eval_limit or None] for task in flags.eval_tasks}
-    with Run(flags, policy, problems, left_out) as run:
+    with Run(flags, policy, problems, left_out, wrong_references) as run:
         trainer = Trainer(policy, flags.micro_batch_tokens, temperature=1.0 if flags.sft else flags.temperature,
                           entropy_grad=flags.eda_grad, betas=tuple(flags.betas), weight_decay=flags.weight_decay,
                           offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing,

@@ -136,8 +136,9 @@ def add_entropy(policy: engine.Policy, drafts: list[Draft], records: list[Record
 
 def while_training(policy: engine.Policy, tasks: dict[str, list[Problem]], flags, step: int) -> None:
     """Held-out accuracy after `step` steps, printed and appended to evals.jsonl of the run."""
+    limit = flags.eval_limit_between if 0 < step < flags.steps else 0
     for task, problems in tasks.items():
-        s = summarize(evaluate(policy, problems, n=flags.eval_n, temperature=flags.eval_temperature,
+        s = summarize(evaluate(policy, problems[:limit or None], n=flags.eval_n, temperature=flags.eval_temperature,
                                max_new_tokens=flags.eval_max_new_tokens, seed=flags.seed))
         append(Path(flags.out) / "evals.jsonl", [dict(
             step=step, task=task, n=flags.eval_n, temperature=flags.eval_temperature,

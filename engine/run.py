@@ -25,14 +25,16 @@ from engine.processes import choose_threads, gather, is_main, on_main, world_siz
 from engine.trainer import Trainer
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
-WRITTEN = ("eval", "checkpoints", "final", *LOGS, "config.json")    # all that a run, and eval.py of its model, writes
+WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "config.json")      # by a run, or eval.py of it
 
 
 class Run(AbstractContextManager):
     """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
-    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str]):
-        self.flags, self.policy, self.problems, self.left_out = flags, policy, problems, left_out
+    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str],
+                 wrong_references: list[str]):
+        self.flags, self.policy, self.problems, self.left_out, self.wrong_references = (
+            flags, policy, problems, left_out, wrong_references)
         self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
         self.good = self.saved = 0              # the newest checkpoint that a step was sampled from, and the newest
         self.parameters = sum(p.numel() for p in policy.model.parameters())
@@ -175,7 +177,7 @@ class Run(AbstractContextManager):
                                     transformers=transformers.__version__),
                       device=f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
                       f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
-                      problems=len(self.problems), problems_left_out=self.left_out,
+                      problems=len(self.problems), problems_left_out=self.left_out, wrong_references=self.wrong_references,
                       problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "

@@ -1,25 +1,75 @@
-"""What a finished run says of itself."""
+"""What a finished run says of itself: report.md in its folder, and the same in short on the screen."""
+import json
 from pathlib import Path
 
+from data import UserError
 from engine.console import say
-from engine.folder import read_lines
+from engine.folder import read_json, read_lines
 from engine.processes import is_main
+from results import plot, runs, show
+from results.tables import markdown, percent
+
+NUMBER = (int, float)
 
 
 def conclude(flags) -> None:
-    """Print held-out accuracy before and after, mixed groups before and after correction, and where everything is."""
+    """Write report.md, with figures where matplotlib is there, and print what matters most of it."""
     if not is_main():                                       # what the main process writes, only it reads
         return
-    out, number = Path(flags.out), (int, float)
-    evals = read_lines(out / "evals.jsonl", task=str, step=int, accuracy=number)[0]
-    keys = () if flags.sft else ("mixed_groups", "mixed_groups_corrected", "accuracy")
-    lines = read_lines(out / "metrics.jsonl", **dict.fromkeys(keys, number))[0]
-    for task in flags.eval_tasks:
-        accuracy = {e["step"]: e["accuracy"] for e in evals if e["task"] == task}
-        say(f"held-out {task}: accuracy {accuracy[0]:.3f} before, {accuracy[flags.steps]:.3f} after training")
-    for name, part in (("first", lines[:10]), ("last", lines[-10:])) if keys else ():
-        average = {k: sum(m[k] for m in part) / len(part) for k in keys}
-        say(f"{name} {len(part)} steps: mixed groups {average['mixed_groups']:.2f} as sampled, "
-            f"{average['mixed_groups_corrected']:.2f} after correction; sampled accuracy {average['accuracy']:.3f}")
-    say(f"the model is in {out / 'final'}, the curves in {out / 'metrics.jsonl'}; draw them: python eval.py plot {out} "
-        f"--out {out}")
+    out = Path(flags.out)
+    config = read_json(out / "config.json")
+    metrics = read_lines(out / "metrics.jsonl", step=int)[0]
+    table = summary(flags, metrics, read_lines(out / "evals.jsonl", task=str, step=int, accuracy=NUMBER)[0])
+    warned = warnings(metrics, config)
+    try:
+        figures = [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures", 0)]
+    except UserError:                                       # no matplotlib: it is only there to draw
+        figures = []
+    groups = [show.as_text(show.find_group(out, step, 1), width=100)
+              for step in sorted({1, (flags.steps + 1) // 2, flags.steps})]
+    changed = " ".join(f"{k}={json.dumps(v)}" for k, v in config["changed"].items()) or "none"
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    (out / "report.md").write_text("\n\n".join([
+        f"# {out.name}", f"`python {config['command']}`, commit {config['commit']}",
+        f"{config['device']}, {config['processes']} processes, {config['threads']} threads; {versions}. "
+        f"{config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
+        f"Flags that differ from the defaults: {changed}.",
+        table, *(f"**Warning:** {w}" for w in warned), *(f"![{name}](figures/{name})" for name in figures),
+        "## Groups at the first, middle and last step, injected text in [brackets]",
+        *(f"```\n{group}\n```" for group in groups)]) + "\n", encoding="utf-8")
+    say(table)
+    for warning in warned:
+        say(f"warning: {warning}")
+    say(f"the model is in {out / 'final'}, all of this with figures and samples in {out / 'report.md'}")
+
+
+def summary(flags, metrics: list[dict], evals: list[dict]) -> str:
+    """Held-out accuracy before and after, and what groups were like in the first and last steps."""
+    accuracy = {(e["task"], e["step"]): f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in evals}
+    rows = [[f"held-out accuracy, {task}", accuracy[task, 0], accuracy[task, flags.steps]] for task in flags.eval_tasks]
+    names = {"accuracy": "accuracy, sampled", "mixed_groups": "mixed groups, sampled",
+             "mixed_groups_corrected": "mixed groups, corrected", "loss": "loss"}
+    for key, name in names.items():
+        parts = [[m[key] for m in part if m[key] is not None] for part in (metrics[:10], metrics[-10:])]
+        if all(parts):
+            shares = [sum(part) / len(part) for part in parts]
+            rows.append([name, *(f"{x:.2f}" if key == "loss" else percent(x) for x in shares)])
+    return markdown([f"in percent; evaluated, or mean of {min(10, len(metrics))} steps", "first", "last"], rows)
+
+
+def warnings(metrics: list[dict], config: dict) -> list[str]:
+    """What would make one doubt the run, largest first."""
+    def average(key: str) -> float:
+        values = [m[key] for m in metrics if m.get(key) is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
+    found = [
+        (skipped, f"{skipped} updates were skipped because their gradient was not finite"),
+        (all(m["mixed_groups_corrected"] == 0 for m in metrics), "no group was ever mixed, so nothing was learned"),
+        (average("logprob_gap") > 0.05, f"sampler and trainer differ by {average('logprob_gap'):.3f} nats a token"),
+        (average("truncated") > 0.1, f"{percent(average('truncated'))}% of the responses were cut at --max-new-tokens"),
+        (wrong, f"{wrong} of {config['problems']} reference solutions are not graded right (--drop-wrong-references)"),
+        (config["problems_left_out"], f"{len(config['problems_left_out'])} problems were left out: too long a prompt"),
+    ]
+    return [sentence for true, sentence in found if true]

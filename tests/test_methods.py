@@ -207,7 +207,7 @@ def test_nobody_trains_on_a_test_set_without_a_word(policy, name):
 
 @pytest.mark.parametrize("argv, says", [
     ("--group-size 1", "a group of one has no advantage"), ("--correction wait", "must be none, guided, reflect"),
-    ("--guided-probs .2 .2 .2 .2 .2", "at most 4 numbers"), ("--guided-probs .5 .4", "must sum to 1, not 0.9"),
+    ("--guided-probs .2 .2 .2 .2 .2", "at most 4"), ("--guided-probs .5 .4", "must sum to 1, not 0.9"),
     ("--eda-clamp 1", "LO HI"), ("--eda-clamp 1 2 3", "LO HI"), ("--eda-clamp .5 1 2 1", "0 < LO < HI"),
     ("--method grpo --guide all-wrong", "--guide"), ("--eda-grad --injected-shaping .1", "--injected-shaping 0"),
     ("--method sft --mask-injected", "drop --injected-weight"), ("--all-wrong-advantage 1", "--all-wrong-advantage")])
