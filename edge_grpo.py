@@ -57,7 +57,8 @@ METHODS = {                      # the rows of the paper's tables, each a set of
 TINY = dict(                     # what `--profile tiny` overrides of the paper's settings below
     data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
     correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50, eval_every=10,
-    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160, save_tokens=True,
+    eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160,
+    save_tokens=True,
 )
 
 
@@ -72,8 +73,8 @@ class Flags:
                        choices=list(METHODS))
     correction: str = flag("guided", "GEC on wrong responses: none, guided (a draw among all), or one of them for all: "
                            "reflect (Force-R), answer, reference, prefix")
-    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "probabilities of reflect, answer, reference, prefix; left out: "
-                                     "0. The paper's are for G = 8 (2/G each of the guided ones) and stay so at any "
+    guided_probs: list[float] = flag([0.5, 0.25, 0.25], "probabilities of reflect, answer, reference, prefix; left out "
+                                     "is 0. The paper's are for G = 8 (2/G each of the guided ones) and stay so at any "
                                      "other --group-size", 0, 1, names="P")
     guide: str = flag("every", "which wrong responses GEC corrects: every one (the paper), or only those of groups "
                       "without a right one", choices=["every", "all-wrong"])
@@ -88,7 +89,7 @@ class Flags:
     all_wrong_advantage: float = flag(0.0, "advantage of the responses of a group without a right one; -1: "
                                       "negative-sample reinforcement", -100, 0)
     injected_weight: float = flag(1.0, "factor on the loss of injected tokens, which count in |o| all the same", 0)
-    injected_shaping: float = flag(0.0, "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: they are "
+    injected_shaping: float = flag(0.0, "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: "
                                    "trained as if sampled, as in the paper", 0)
     mask_injected: bool = flag(False, "leave injected tokens out of the loss and of all counts in it")
     mask_truncated: bool = flag(False, "leave truncated responses out of the loss and of all counts in it (DAPO)")
@@ -158,7 +159,7 @@ def parse_flags(argv: list[str]) -> Flags:
         (flags.correction not in ("none", "guided", *CORRECTIONS),
          f"--correction {flags.correction}: must be none, guided, {', '.join(CORRECTIONS)}"),
         (guided and (len(probs) > len(CORRECTIONS) or abs(sum(probs) - 1) > 1e-6),
-         f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)}, and must sum to 1, not {sum(probs):g}"),
+         f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)}; must sum to 1, not {sum(probs):g}"),
         (probs != Flags().guided_probs and not guided,
          "--guided-probs belongs to --correction guided: add that, or drop --guided-probs"),
         ((flags.guide != "every" or flags.guide_at_most) and flags.correction == "none",
@@ -172,8 +173,8 @@ def parse_flags(argv: list[str]) -> Flags:
         (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
         (flags.sft and (flags.correction != "none" or flags.eda or flags.kl or flags.injected_weight != 1
                         or flags.injected_shaping or flags.mask_injected),
-         "--sft trains on reference solutions alone: use --correction none --no-eda --kl 0, and drop --injected-weight, "
-         "--injected-shaping and --mask-injected"),
+         "--sft trains on reference solutions alone: use --correction none --no-eda --kl 0, and drop "
+         "--injected-weight, --injected-shaping and --mask-injected"),
         (flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
          "--group-size 1: a group of one has no advantage, so nothing would be learned; give 2 or more"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite deletes it: give one of the two"),
@@ -323,8 +324,8 @@ TINY_FLOOR = 1e-4        # of the relative entropy, so that a response of one re
 
 @timed("update")
 def response_entropy(trainer: Trainer, responses: list[Response], group_size: int) -> Tensor:
-    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; only rows with injected
-    tokens get a forward pass of their own (to score all would take 14% of a step: tests/bench_step.py --score)."""
+    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; only rows with
+    injected tokens get a forward pass of their own (to score all would take 14% of a step: tests/bench_step.py --score)."""
     new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
     for r, (_, entropies) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
         r.entropies = entropies.tolist()

@@ -102,8 +102,8 @@ def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft
 
 def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limits: Limits,
             entropy: bool = False) -> list[Record]:
-    """Sample and grade each draft, in order; with `entropy` also compute its tokens' entropies. Every process works on a
-    share. Prompt and response together fit the context and the model's own maximum."""
+    """Sample and grade each draft, in order; with `entropy` also compute its tokens' entropies. Every process works on
+    a share. Prompt and response together fit the context and the model's own maximum."""
     longest = min(limits.context, policy.context())
     prompts = [d.prompt + d.start for d in drafts]
     most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]

@@ -6,8 +6,8 @@
     load("my_problems.jsonl")         # rows {"problem" or "question", "answer", optionally "solution"}
     load("tiny:5-8:test")             # synthetic, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it, but for the solutions of GSM8K. A row that cannot be a problem stops the
-loading with its file and row number; no row is ever skipped.
+Text is kept byte for byte as the file gives it, but for the solutions of GSM8K. A row that cannot be a problem stops
+the loading with its file and row number; no row is ever skipped.
 """
 import hashlib
 import json

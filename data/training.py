@@ -8,11 +8,11 @@ from engine.console import say
 
 
 def training_problems(flags, policy, needs_solution: bool) -> tuple[list[Problem], list[str], list[str]]:
-    """The problems of --data that fit; the sources of those whose prompt is too long; and of those whose reference is not
-    graded right. Raises UserError."""
+    """The problems of --data that fit; the sources of those whose prompt is too long; and of those whose reference is
+    not graded right. Raises UserError."""
     if data.is_test_set(flags.data):
-        raise UserError(f"--data {flags.data} is for testing: train on deepscaler-hard-1k, gsm8k-train, tiny:STEPS or a "
-                        "file of your own")
+        raise UserError(f"--data {flags.data} is for testing: train on deepscaler-hard-1k, gsm8k-train, tiny:STEPS or "
+                        "a file of your own")
     problems, wrong = data.load(flags.data, flags.mirror or None), []
     if needs_solution:
         problems, wrong = check_references(problems, flags)

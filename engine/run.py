@@ -25,7 +25,7 @@ from engine.processes import choose_threads, gather, is_main, on_main, world_siz
 from engine.trainer import Trainer
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
-WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "config.json")      # by a run, or eval.py of it
+WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "config.json")   # by it, or eval.py
 
 
 class Run(AbstractContextManager):
@@ -50,8 +50,8 @@ class Run(AbstractContextManager):
             raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
-        """Yields each step still to be made, from 0; its body calls `log` once. Then this saves, evaluates (after how many
-        steps it is told) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
+        """Yields each step still to be made, from 0; its body calls `log` once. Then this saves, evaluates (it is told
+        after how many steps) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
         flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
@@ -177,7 +177,8 @@ class Run(AbstractContextManager):
                                     transformers=transformers.__version__),
                       device=f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
                       f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
-                      problems=len(self.problems), problems_left_out=self.left_out, wrong_references=self.wrong_references,
+                      problems=len(self.problems), problems_left_out=self.left_out, 
+                      wrong_references=self.wrong_references,
                       problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "

@@ -20,8 +20,8 @@ class Trainer:
     """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
 
     One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
-    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards, compute
-    in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
+    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards,
+    compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
 
     def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,

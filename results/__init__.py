@@ -15,8 +15,8 @@ def command(argv: list[str]) -> str:
     if argv[0] == "show":
         parser.add_argument("run", metavar="RUN", help="a folder of edge_grpo.py, or of results of eval.py")
         parser.add_argument("--step", type=ranged(int, 1), help="[the last]")
-        parser.add_argument("--question", type=ranged(int, 1), default=1, help="which of the step's questions, or which "
-                            "problem of the results [1]")
+        parser.add_argument("--question", type=ranged(int, 1), default=1, help="which question of the step, or which problem "
+                            "of the results [1]")
         parser.add_argument("--html", metavar="FILE", help="write a page with each token shaded by its entropy")
         flags = parser.parse_args(argv[1:])
         return show.show(Path(flags.run), flags.step, flags.question, flags.html)

@@ -33,7 +33,8 @@ def mean_variance(values: Tensor) -> float:
 
 def mean_gap(responses: list, one: Callable, other: Callable) -> float | None:
     """Mean |difference| of two numbers known of each token, where both are; None if they never are."""
-    gaps = torch.cat([torch.zeros(0), *((torch.as_tensor(one(r)) - torch.as_tensor(other(r))).abs() for r in responses)])
+    gaps = [(torch.as_tensor(one(r)) - torch.as_tensor(other(r))).abs() for r in responses]
+    gaps = torch.cat([torch.zeros(0), *gaps])
     known = gaps[~gaps.isnan()]
     return known.mean().item() if len(known) else None
 
@@ -64,8 +65,8 @@ def measure(sampled: list, trained: list, A: Tensor, A_hat: Tensor, rewards: Cal
 
 
 def readable(policy, responses: list, trained: list, A: Tensor, A_hat: Tensor, with_tokens: bool) -> list[dict]:
-    """The rows of samples.jsonl: each rollout as text, before and after correction; with_tokens (about 40 bytes a token):
-    what eval.py show --html draws."""
+    """The rows of samples.jsonl: each rollout as text, before and after correction; with_tokens (about 40 bytes a
+    token): what eval.py show --html draws."""
     rows, G = [], A.shape[1]
     for i, (r, t, a, a_hat) in enumerate(zip(responses, trained, A.flatten().tolist(), A_hat.flatten().tolist())):
         row = dict(question_number=i // G + 1, source=r.problem.source, question=r.problem.question,
@@ -73,8 +74,8 @@ def readable(policy, responses: list, trained: list, A: Tensor, A_hat: Tensor, w
         if t is not r:
             row.update(correction=t.correction, corrected=t.text, accuracy_corrected=t.accuracy,
                        tokens_corrected=len(t.ids))
-        parts = [(injected, [i for i, _ in group]) for injected, group in groupby(zip(t.ids, t.injected), lambda x: x[1])]
-        row.update(segments=[[policy.decode(ids), injected] for injected, ids in parts])
+        parts = groupby(zip(t.ids, t.injected), key=lambda token: token[1])
+        row.update(segments=[[policy.decode([i for i, _ in part]), injected] for injected, part in parts])
         if with_tokens:
             row.update(token_texts=[policy.decode_raw([i]) for i in t.ids], token_injected=t.injected,
                        token_entropies=[round(h, 3) for h in t.entropies],

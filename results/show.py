@@ -94,7 +94,8 @@ def wrapped(text: str, width: int, indent: str) -> list[str]:
 
 STYLE = """body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.2rem } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } pre { white-space: pre-wrap; font-size: 13px;
-background: #fafafa; padding: .6rem; border-radius: 4px; line-height: 1.9 } .injected { outline: 1.5px solid #7b1fa2 } .sampled { color: #777 } td { padding-right: 1rem }"""
+background: #fafafa; padding: .6rem; border-radius: 4px; line-height: 1.9 } .injected { outline: 1.5px
+solid #7b1fa2 } .sampled { color: #777 }"""
 
 
 def as_page(rows: list[dict]) -> str:

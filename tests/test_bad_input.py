@@ -19,7 +19,7 @@ import data
 import edge_grpo
 import eval as evaluation
 from data import download
-from engine import models
+from engine import modelfiles, models
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny_model"
@@ -295,10 +295,10 @@ def test_a_hub_model_without_network_fails_at_once(tmp_path, capfd, monkeypatch,
         asked.append(address)
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
     monkeypatch.setattr(urllib.request, "urlopen", away)
-    monkeypatch.setattr(models, "ENDPOINT", "http://127.0.0.1:9")         # whatever else is asked is refused
-    models.hub_is_away.cache_clear()
+    monkeypatch.setattr(modelfiles, "ENDPOINT", "http://127.0.0.1:9")         # whatever else is asked is refused
+    modelfiles.hub_is_away.cache_clear()
     said = wrong(tmp_path, capfd, f"--data tiny:1 --model {name}")
-    models.hub_is_away.cache_clear()
+    modelfiles.hub_is_away.cache_clear()
     assert "couldn't connect" in said and len(asked) == 1
 
 

@@ -3,7 +3,7 @@ import torch
 
 import engine
 from engine import checkpoints
-from engine.models import TINY_MODEL
+from engine.modelfiles import TINY_MODEL
 
 
 def test_a_model_is_saved_in_files_of_bounded_size(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import eval as evaluation
 from data import UserError
 from engine.checkpoints import newest_checkpoint
 from engine.forward import Scorer, micro_batches
-from engine.models import TINY_MODEL
+from engine.modelfiles import TINY_MODEL
 from engine.processes import leave, rank, spread, start_processes, world_size
 from engine.run import LOGS
 from engine.sharding import whole

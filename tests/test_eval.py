@@ -484,7 +484,8 @@ def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monk
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
-    code = "import pathlib, sys; from engine.folder import claim; lock = claim(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    code = ("import pathlib, sys; from engine.folder import claim; lock = claim(pathlib.Path(sys.argv[1])); print(); "
+            "sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(evaluation.__file__).parent,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -1,4 +1,4 @@
-"""What reviewers asked for beside the paper's rows: each flag by a worked number, a frequency or an exact comparison."""
+"""What reviewers asked for beside the paper's rows: each flag by a worked number, a frequency or exact comparison."""
 import math
 from dataclasses import replace
 
@@ -35,13 +35,15 @@ def test_advantages_divided_by_the_groups_std_by_the_batchs_or_not_at_all():
     std = math.sqrt((3 * (5 / 8) ** 2 + 5 * (3 / 8) ** 2) / 7)             # of 3 ones and 5 zeros, n - 1
     assert eg.group_advantages(r, std="batch")[1].tolist() == pytest.approx([0.5 / (std + 1e-4)] * 2
                                                                             + [-0.5 / (std + 1e-4)] * 2)
-    assert flags_of("--method", "dr-grpo").advantage_std == "none" and flags_of("--method", "dr-grpo").loss == "constant"
+    dr_grpo = flags_of("--method", "dr-grpo")
+    assert (dr_grpo.advantage_std, dr_grpo.loss, dr_grpo.eda, dr_grpo.correction) == ("none", "constant", False, "none")
 
 
 def test_groups_without_a_right_response_get_the_advantage_that_the_flag_says():
     responses = [response(a) for a in (1, 0, 0, 0, 0, 0)]
-    plain = eg.advantages_of(responses, flags_of("--method", "grpo", "--group-size", "3"))
-    punished = eg.advantages_of(responses, flags_of("--method", "grpo", "--group-size", "3", "--all-wrong-advantage", "-1"))
+    grpo = ["--method", "grpo", "--group-size", "3"]
+    plain = eg.advantages_of(responses, flags_of(*grpo))
+    punished = eg.advantages_of(responses, flags_of(*grpo, "--all-wrong-advantage", "-1"))
     assert plain[1].tolist() == [0, 0, 0] and punished[1].tolist() == [-1, -1, -1]
     assert torch.equal(plain[0], punished[0])
 

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, Qwen2Config
 import data
 import engine
 from data import UserError
-from engine.models import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, find_model, prompt_text
+from engine.modelfiles import find_model
+from engine.models import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
 from rollout import Sample
 
 QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"

@@ -400,7 +400,8 @@ def test_a_method_has_one_colour_everywhere():
     style = plot.styles(labels)
     assert len(set(style.values())) == len(labels)
     assert all(plot.styles([m])[m] == style[m] for m in names)
-    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F", "#8C564B"}
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+                 "#7F7F7F", "#8C564B"}
     assert {colour for colour, _ in style.values()} <= okabe_ito
     variants = plot.styles(["EDGE-GRPO", "without answers", "T = 1"])
     assert len({colour for colour, _ in variants.values()}) == 3

@@ -58,17 +58,17 @@ class Spans(html.parser.HTMLParser):
 
 
 def test_the_page_shades_each_token_and_needs_nothing_else(run, tmp_path):
-    assert evaluation.main(["show", str(run), "--step", "2", "--question", "1", "--html", str(tmp_path / "g.html")]) == 0
-    rows, page = show.find_group(run, 2, 1), Spans()
-    content = (tmp_path / "g.html").read_text(encoding="utf-8")
+    file = tmp_path / "group.html"
+    assert evaluation.main(["show", str(run), "--step", "2", "--question", "1", "--html", str(file)]) == 0
+    rows, page, content = show.find_group(run, 2, 1), Spans(), file.read_text(encoding="utf-8")
     page.feed(content)
     assert len(page.titles) == sum(len(r["token_texts"]) for r in rows)
     first = rows[0]
     assert page.titles[0] == (f"entropy {first['token_entropies'][0]:.3f}, log-probability "
                               f"{first['token_logp'][0]:.3f}")
     assert "".join(first["token_texts"]) in "".join(page.text)
-    runs_of_injected = sum(a != b and b for r in rows for a, b in zip([False, *r["token_injected"]], r["token_injected"]))
-    assert content.count("class=injected") == runs_of_injected
+    starts = [(a, b) for r in rows for a, b in zip([False, *r["token_injected"]], r["token_injected"])]
+    assert content.count("class=injected") == starts.count((False, True))
 
 
 def test_the_command_prints_the_last_step_by_default(run, capsys):
@@ -85,8 +85,9 @@ def test_an_evaluation_is_shown_problem_by_problem(tmp_path, capsys):
     assert said.startswith("tiny:1-3:test:2, gold ") and len(re.findall(r"^\d\. ", said, re.M)) == 2
 
 
-@pytest.mark.parametrize("argv, says", [(["--step", "9"], "holds no question 1 of step 9; it has 2 steps of 2 questions"),
-                                        (["--question", "5"], "holds no question 5 of step 2")])
+@pytest.mark.parametrize("argv, says", [
+    (["--step", "9"], "holds no question 1 of step 9; it has 2 steps of 2 questions"),
+    (["--question", "5"], "holds no question 5 of step 2")])
 def test_what_is_not_there_is_one_sentence(run, capsys, argv, says):
     assert evaluation.main(["show", str(run), *argv]) == 2
     assert says in capsys.readouterr().err
