@@ -50,8 +50,8 @@ class Run(AbstractContextManager):
             raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
-        """Yields each step still to be made, from 0; its body calls `log` once. Then this saves, evaluates (it is told
-        after how many steps) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
+        """Yields each step still to be made, from 0; its body calls `log` once. After it this saves, evaluates (given
+        the number of steps made) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
         flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
