@@ -95,7 +95,7 @@ class Batch:
     def by_row(self, *columns: Tensor) -> list[tuple[Tensor, ...]]:
         """The inverse: columns of one value per response token (M,) -> for each row of this batch its part of each,
         (T_i,) tensors on the CPU."""
-        return list(zip(*(column.detach().cpu().split(self.counts) for column in columns))) if self.index else []
+        return list(zip(*(column.detach().cpu().split(self.counts) for column in columns)))
 
 
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device: torch.device,
@@ -104,10 +104,8 @@ def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: 
     alone). Packed: in their order, so that rows of one prompt stay together. Otherwise sorted by length, and padding
     counts. Rows with an empty response are left out."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    order, groups, room = [i for i, r in enumerate(responses) if r], [], 0
-    if not packed:
-        order.sort(key=lambda i: -lengths[i])
-    for i in order:
+    groups, room = [], 0
+    for i in sorted((i for i, r in enumerate(responses) if r), key=lambda i: 0 if packed else -lengths[i]):
         cost = lengths[i] if packed or not groups else lengths[groups[-1][0]]
         if not groups or cost > room:
             groups.append([])

@@ -52,9 +52,8 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
         scratch = 0 if sharded or weight_bytes == 4 else 4 * max(sizes.values())
         plan |= {"optimizer": masters if sharded else 0, "host optimizer": masters + 8 * mine + gradients + scratch}
     if sharded:
-        # In the layers' backward: embedding and output layer, gathered, and their gradients; a layer three times (in
-        # use, being copied, coming), its gradient, and two fp32 copies of that being summed. At its end: the two ends,
-        # their gradients and an fp32 copy.
+        # In the layers' backward: embedding and output layer and their gradients; a layer three times (in use, being
+        # copied, coming), its gradient, and two fp32 copies of that. At its end: the two ends, gradients, an fp32 copy.
         ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
         plan["gathered weights"] = max(
             ends * 2 * weight_bytes + (count - ends) / c.num_hidden_layers * (4 * weight_bytes + 8),
@@ -79,10 +78,8 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
     """Of the `rows` rows that plan["cache"] is for, how many at a time leave room for all else of the plan, which comes
     after the cache, in nine tenths of the `free` bytes; at least 1. A model without attention has no such cache."""
-    if not plan["cache"]:
-        return rows
     others = sum(v for k, v in plan.items() if k != "cache" and not k.startswith("host"))
-    return max(1, min(rows, int((0.9 * free - others) / plan["cache"] * rows)))
+    return max(1, min(rows, int((0.9 * free - others) / plan["cache"] * rows))) if plan["cache"] else rows
 
 
 def describe(plan: dict[str, float], device: torch.device) -> str:
@@ -108,5 +105,4 @@ def peak_memory(device: torch.device) -> float:
     """GiB: allocated at most on the GPU, or resident at most in this process on the CPU, since the start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (GIB if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)

@@ -50,8 +50,8 @@ class Trainer:
 
     def _copy_gradients_during_backward(self) -> None:
         """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
-        cuda = self.policy.device.type == "cuda"
-        self.stream = torch.cuda.Stream() if cuda else None
+        cuda, self.streams = self.policy.device.type == "cuda", torch.get_device_module(self.policy.device)
+        self.stream = self.streams.Stream()             # (a CPU's, for tests, does nothing)
         if cuda and self.sharded:                       # torchrun leaves a process one thread; AdamW can use more
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
         sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
@@ -67,9 +67,8 @@ class Trainer:
     def _copy_out(self, name: str) -> None:
         if not self.last_backward:                      # more will be added to it
             return
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.stream):
             self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
         self.copied.add(name)
 
@@ -136,8 +135,8 @@ class Trainer:
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, over all processes; read back to the host."""
-        grads = [local(p.grad) for p in self.params.values() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
+        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in self.params.values()
+                 if p.grad is not None and local(p.grad).numel()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.policy.device)
         if self.sharded:
             dist.all_reduce(square)
@@ -152,8 +151,7 @@ class Trainer:
         if self.offload:
             for name in live.keys() - self.copied:      # what the last micro-batch did not touch, say an expert
                 self._copy_out(name)
-            if self.stream is not None:
-                self.stream.synchronize()
+            self.streams.synchronize()
         for name, p in live.items():
             weight, master, adam = local(p), self.masters[name], self.adam[name]
             gradient = wide = self.host_grads[name] if self.offload else local(p.grad)
@@ -168,8 +166,8 @@ class Trainer:
                 weight.copy_(gradient.copy_(master), non_blocking=True)
             elif master.data_ptr() != weight.data_ptr():
                 weight.copy_(master)
-        if self.offload and self.stream is not None:
-            torch.cuda.current_stream().synchronize()
+        if self.offload:
+            self.streams.synchronize()                  # or the next gradients would overwrite what is still read
         if live:
             refresh(self.policy.model, self.params)
         self.skip()
