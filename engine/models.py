@@ -42,7 +42,7 @@ class Policy:
     vocab_size: int             # ids from here on are padding of the embedding, or have no row in it
     device: torch.device
     template: str               # "qwen" or "llama"
-    files: dict[str, bytes] = field(default_factory=dict)       # what is saved beside its weights: name, content
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)     # saved beside its weights, by name
 
     def context(self) -> int:
         """The most tokens, of prompt and response together, that the model has positions for. With longrope only the

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
+from transformers import BertConfig, BertForMaskedLM
 
 import data
 import edge_grpo
@@ -223,10 +223,6 @@ def encoder(folder):
                                vocab_size=308)).save_pretrained(folder)
 
 
-def mamba(folder):
-    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=308)).save_pretrained(folder)
-
-
 MODELS = {      # name: (damage to a copy of the tiny model, what the sentence must hold)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
@@ -253,7 +249,6 @@ MODELS = {      # name: (damage to a copy of the tiny model, what the sentence m
     "other weights": (weights_with(lambda t: (t.clear(), t.update(x=torch.ones(2)))), "weights missing"),
     "tokenizer of another model": (of_100_tokens, "the tokenizer has ids up to"),
     "an end token outside the vocabulary": (lambda f: change_json(f / "config.json", eos_token_id=50256), "50256"),
-    "a model without attention": (mamba, "cannot be loaded"),
     "remote code": (with_remote_code, "trust"),
     "not a causal model": (encoder, "--model"),
     "not finite": (weights_with(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),

@@ -144,7 +144,9 @@ def test_the_command_line_from_another_folder(tmp_path, problems):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
-    check_run(tmp_path / "runs" / "tiny-edge-grpo-seed42", 2, 8)
+    [out] = (tmp_path / "runs").iterdir()                  # its name holds the flags that are no defaults
+    assert out.name.startswith("tiny-edge-grpo-") and out.name.endswith("-seed42")
+    check_run(out, 2, 8)
     assert "prompt of the first problem: '<|im_start|>" in done.stdout and not done.stderr
 
 
