@@ -90,9 +90,10 @@ def fingerprint(out) -> dict[str, str]:
 
 
 def result(out) -> dict:
-    """All that a run leaves, but for its times and what tells them (the flags, the size of the log)."""
-    timed = ("metrics.jsonl", "config.json.unfinished", "checkpoint.json")
-    files = {k: v for k, v in fingerprint(out).items() if not k.endswith(timed) and k != "config.json"}
+    """All that a run leaves, but for its times and what tells them (flags, the size of the log, the report)."""
+    timed = ("metrics.jsonl", "config.json.unfinished", "checkpoint.json", "report.md")
+    files = {k: v for k, v in fingerprint(out).items()
+             if not k.endswith(timed) and k != "config.json" and not k.startswith("figures")}
     return dict(metrics=metrics(out), files=files)
 
 
