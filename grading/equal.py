@@ -6,10 +6,10 @@ import random
 from collections import Counter
 from fractions import Fraction
 
-from grading.region import intervals, is_region, same_region
+from grading.region import is_region, same_region
 from grading.statement import settle
-from grading.tree import MAX_LIST, Node, Undefined, Unreadable, constant, has, names, num
-from grading.units import unit
+from grading.tree import MAX_LIST, Node, Undefined, constant, has, names, num
+from grading.units import ratio
 from grading.value import Evaluator, is_close, lift, mp, size
 
 _INTEGERS = set("jklmnN")
@@ -58,9 +58,10 @@ class Judge:
             return False
 
     def congruence(self, a, b):
+        (modulus, left, residues), single = self.residues(a), a[1][0] not in ("list", "rel")
         if b[0] != "cong":
-            return False
-        (modulus, left, residues), (modulus2, left2, residues2) = self.residues(a), self.residues(b)
+            return single and self.same(a[1], b)
+        (modulus2, left2, residues2) = self.residues(b)
         return (modulus, residues) == (modulus2, residues2) and (None in (left, left2) or self.same(left, left2))
 
     def residues(self, node):
@@ -82,13 +83,13 @@ class Judge:
                 return self.both(a[2], b[2])
         if b[0] in ("assign", "eq"):
             return self.proportional(*a[1:], *b[1:])
-        return b[0] not in ("record", "less", "noteq") and self.same(settle(a[2]), b)
+        return b[0] not in ("record", "less") and self.same(settle(a[2]), b)
 
     def record(self, a, b):
-        values = [settle(value) for _, value in a[1]]
         if b[0] == "record":
             left, right = dict(a[1]), dict(b[1])
             return left.keys() == right.keys() and all(self.both(left[name], right[name]) for name in left)
+        values = [settle(value) for _, value in sorted(a[1], key=str)]
         if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
             return self.listed(("list", ",", values), b)   # x_1 = 2, x_2 = 3: roots, in any order
         if b[0] != "list" and b[:2] != ("tuple", "("):
@@ -98,12 +99,12 @@ class Judge:
     def equation(self, a, b):
         return b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:])
 
-    def proportional(self, left, right, left2, right2, positive: bool = False) -> bool:
+    def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
         first, second, ratio = ("add", left, ("neg", right)), ("add", left2, ("neg", right2)), None
         for f, g, _ in self.samples(first, second):
             f, g = lift(f), lift(g)
-            if size(f) < 1e-35 or size(g) < 1e-35 or positive and (f.real > 0) != (g.real > 0):
+            if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
             ratio = f / g if ratio is None else ratio
             if not is_close(ratio, f / g):
@@ -135,39 +136,32 @@ class Judge:
     def tuple(self, a, b):
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
-        if a[1] == ":" == b[1] and len(a[2]) == len(b[2]) and num(0) not in a[2] + b[2]:
+        if a[1] == "clock" == b[1]:                       # 2:10 is not 4:20
+            return a == b
+        if a[3] == ":" == b[3] and len(a[2]) == len(b[2]) and num(0) not in a[2] + b[2]:
             return all(self.same(("mul", x, b[2][0]), ("mul", y, a[2][0])) for x, y in zip(a[2], b[2]))
         return (a[1], a[3], len(a[2])) == (b[1], b[3], len(b[2])) and all(map(self.both, a[2], b[2]))
 
     def matrix(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
-        if left is None or right is None or len(left) != len(right) or len(left[0]) != len(right[0]):
+        if b[:2] == ("tuple", "(") and len(left[0]) == 1:
+            right = [(item,) for item in b[2]]
+        if right is None or len(left) != len(right) or len(left[0]) != len(right[0]):
             return False
         return all(self.same(x, y) for row, row2 in zip(left, right) for x, y in zip(row, row2))
 
     def region(self, a, b):
-        try:
-            return same_region(a, b, self.evaluator)
-        except (Undefined, Unreadable):                   # letters: the same shape with the same ends
-            if a[0] == b[0] == "noteq":
-                return self.proportional(*a[1:], *b[1:])
-            if a[0] == b[0] == "less" and len(a[1]) == len(b[1]):
-                return all(x[1] == y[1] and self.proportional(x[0], x[2], y[0], y[2], positive=True)
-                           for x, y in zip(a[1], b[1]))
-            left, right = intervals(a), intervals(b)
-            return bool(left and right) and self.matched(left, right, once=True)
+        letters = names(a, b)
+        draws = [{name: _sample(name, attempt, k) for k, name in enumerate(letters)} for attempt in range(6)]
+        return same_region(a, b, self.evaluator, draws if letters else [{}])
 
     # -- values
     def unit(self, a, b):
         if b[0] != "unit":
             spelt = ("mul", a[1], ("sym", a[2].partition("^")[0]))      # 5 m, where m could be a letter
-            return self.same(a[1], b) or " " not in a[2] and bool(names(b)) and self.same_expression(spelt, b)
-        left, right = unit(a[2]), unit(b[2])
-        if left is None or right is None:
-            return self.same(a[1], b[1])
-        scaled = (node[1] if factor == 1 else ("mul", num(factor), node[1])
-                  for node, (_, factor) in ((a, left), (b, right)))
-        return left[0] == right[0] and self.same(*scaled)
+            return self.same(settle(a[1]), b) or " " not in a[2] and bool(names(b)) and self.same_expression(spelt, b)
+        factor = ratio(a[2], b[2])
+        return factor is not None and self.same(a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1])
 
     def same_expression(self, a, b):
         (left, percent), (right, percent2) = _without_percent(a), _without_percent(b)
@@ -202,12 +196,12 @@ class Judge:
     def samples(self, a, b):
         """(value of a, of b, scale of both) at random points where both have one; where nothing leaves the reals, if
         possible. self.sampled counts them."""
-        letters, rng, both = names(a, b), random.Random(0), ("list", a, b)
+        letters, both = names(a, b), ("list", a, b)
         coarse = has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in letters)
-        wanted, self.sampled = (20 if coarse else 6), 0
+        wanted, self.sampled = (20 if coarse else 12), 0
         for unreal_allowed in [True] if has(both, "i") else [False, True]:
-            for attempt in range(3 * wanted):
-                env = {name: _sample(name, rng, attempt >> min(k, 2) & 1) for k, name in enumerate(letters)}
+            for attempt in range(4 * wanted):
+                env = {name: _sample(name, attempt, k) for k, name in enumerate(letters) if name[:5] != "text "}
                 try:
                     x, unreal, scale = self.evaluator.value(a, env), self.evaluator.unreal, self.evaluator.scale
                     y = self.evaluator.value(b, env)
@@ -223,11 +217,13 @@ class Judge:
                 return
 
 
-def _sample(name: str, rng: random.Random, negative: int) -> Fraction:
+def _sample(name: str, attempt: int, position: int) -> Fraction:
+    """A value for a letter: near, farther and far out by turns, of both signs for x, y and z."""
+    rng = random.Random(97 * attempt + position)
     if name[0] in _INTEGERS:
-        return Fraction(rng.randint(1, 20))
-    value = Fraction(rng.randint(300, 3000), 1009)
-    return -value if negative and name[0] in "xyz" else value
+        return Fraction(attempt + 1 if attempt < 3 else rng.randint(*((1, 20), (20, 200), (200, 5000))[attempt % 3]))
+    value = Fraction(rng.randint(300, 3000), 1009) * (1, 12, 12 ** 3)[attempt % 3]
+    return -value if attempt >> min(position, 2) & 1 and name[0] in "xyz" else value
 
 
 def _without_percent(node: Node) -> tuple[Node, bool]:
@@ -236,31 +232,20 @@ def _without_percent(node: Node) -> tuple[Node, bool]:
     return (node[1], True) if node[0] == "percent" else (node, False)
 
 
-def _literal(node: Node) -> tuple[Fraction, int] | None:
-    """(value, significant digits) of a decimal as written, also times a power of ten."""
-    if node[0] == "neg" and (inner := _literal(node[1])):
-        return -inner[0], inner[1]
-    if node[0] == "num" and node[2]:
-        return node[1:]
-    if node[0] == "mul" and node[1][0] == "num" and node[1][2] and node[2][:2] == ("pow", num(10)):
-        exponent = constant(node[2][2])
-        if exponent is not None and abs(exponent) < 400 and exponent.denominator == 1:
-            return node[1][1] * Fraction(10) ** int(exponent), node[1][2]
-    return None
-
-
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter decimal expansion."""
-    found, exact = _literal(decimal), lift(value)
-    if not found or found[1] < 10 or _literal(other) or other[0] == "num" and other[1].denominator == 1:
+    if decimal[0] == "neg" or other[0] == "neg":
+        negated = [node[1] if node[0] == "neg" else ("neg", node) for node in (decimal, other)]
+        return negated[0][0] == "num" and _rounds_to(*negated, -value)
+    if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)) and abs(constant(decimal[2][2]) or 999) < 400:
+        power = ("pow", *decimal[2][1:])
+        return _rounds_to(decimal[1], ("div", other, power), lift(value) / mp.mpf(10) ** int(constant(power[2])))
+    if decimal[0] != "num" or not decimal[2] or other[0] == "num" and (other[2] or other[1].denominator == 1):
         return False
-    written, digits = lift(found[0]), found[1]
-    if exact.imag or not mp.isfinite(exact) or not written:
+    scaled, written = lift(value) * mp.mpf(10) ** decimal[2], decimal[1] * 10 ** decimal[2]
+    if written < 10 ** 9 or not mp.isfinite(scaled) or scaled.imag:
         return False
-    place = mp.mpf(10) ** (int(mp.floor(mp.log10(abs(written)))) - digits + 1)
-    shorter = abs(exact / place - mp.nint(exact / place)) < 1e-30
-    allowed = max(place, abs(exact) * 4e-16 if digits > 14 else 0)
-    return not shorter and abs(written - exact) <= allowed
+    return abs(scaled - lift(written)) <= 1 and abs(scaled - mp.nint(scaled)) > 1e-30
 
 
 def _as_matrix(node: Node) -> tuple | None:

@@ -8,53 +8,63 @@ from functools import reduce
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, num
-from grading.units import COUNTS, NOT_UNITS
-from grading.words import BASES
+from grading.units import UNITS, known, multiplier
+from grading.words import NUMBERS, PHRASES
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", ":", "to"}
-_STARTS = {"(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots"}
+_RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
+_STARTS = ("(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots")
 _APPLIED = set("fghFGHPQ")                                 # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array")
-_SIGNS = {"-": "neg", "+-": "pm", "-+": "mp"}
+_SIGNS = {"+": "add", "+-": "pm", "-+": "mp"}
+_INFINITY = ("const", "oo")
+_ATOMS = {"pi": ("const", "pi"), "oo": _INFINITY, "empty": ("set", ()), "dots": ("dots",),
+          "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")")}
 _DEFINITION = re.compile(r"(?:\w+|Delta \w)(?: \^ \{ - 1 \})?(?: _ (?:\w+|\{ [\w ]+ \}))? \( \w+(?: , \w+)* \) =")
 
 
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
-    lexer = Lexer(text.strip().rstrip("\\").strip(), as_list)
+    lexer = Lexer(text, as_list)
     tokens = lexer.run()
     if not tokens:
         raise Unreadable("empty")
-    try:
-        node = Parser(tokens).answer()
-    except RecursionError:
-        raise Unreadable("the caller is nested too deeply") from None
+    node = Parser(tokens).answer()
     return ("unit", node, "dollar^1") if lexer.money and node[0] != "unit" else node
 
 
-def integer(digits: str) -> int:
-    """int(), in pieces that Python's limit on the length of numerals allows."""
-    return int(digits) if len(digits) < 4000 else integer(digits[:-3000]) * 10 ** 3000 + int(digits[-3000:])
+def _integer(digits: str, base: int = 10) -> int:
+    """int(), in pieces that Python's limit on the length of numerals allows. Raises Unreadable."""
+    if len(digits) > 4000:
+        return _integer(digits[:-4000]) * 10 ** 4000 + _integer(digits[-4000:])
+    try:
+        return int(digits, base)
+    except ValueError:
+        raise Unreadable("digits") from None
 
 
 def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, and 0.1(6), whose bracket recurs."""
+    """12, 1.5, 1.5e-3, 4:20, A5_16, and 0.1(6), whose bracket recurs. Raises Unreadable."""
+    if ":" in text:
+        return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
+    if "_" in text:
+        digits, _, base = text.partition("_")
+        return num(_integer(digits, int(base)))
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
         places = len(head.partition(".")[2])
         return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10 ** places))
     mantissa, _, exponent = text.lower().partition("e")
     whole, point, decimals = mantissa.partition(".")
-    digits = len((whole + decimals).lstrip("0")) if point else None
-    node = num(Fraction(integer(whole + decimals), 10 ** len(decimals)), digits)
-    if len(exponent) > 12:
-        raise Unreadable("exponent")
-    return ("mul", node, ("pow", num(10), num(int(exponent)))) if exponent else node
+    node = num(Fraction(_integer(whole + decimals), 10 ** len(decimals)), len(decimals) if point else None)
+    return ("mul", node, ("pow", num(10), num(_integer(exponent)))) if exponent else node
 
 
 def _mixed(whole: Node, part: Node) -> Node | None:
     """The sum of an integer and a proper fraction of integers, None if part is anything else."""
+    if part[0] in ("percent", "deg"):
+        inner = _mixed(whole, part[1])
+        return inner and (part[0], inner)
     if part[0] != "div" or any(side[0] != "num" or side[1].denominator > 1 for side in part[1:]):
         return None
     return num(whole[1] + part[1][1] / part[2][1]) if 0 < part[1][1] < part[2][1] else None
@@ -71,6 +81,8 @@ def _determinant(rows: list[tuple]) -> Node:
 
 
 class Parser:
+    """Raises Unreadable."""
+
     def __init__(self, tokens: list[tuple], bound=(), depth: int = 0):
         """bound: the names that a sum or an integral binds."""
         self.tokens = [*tokens, ("end", "", False)]
@@ -82,7 +94,7 @@ class Parser:
 
     def take(self):
         self.at += 1
-        return self.tokens[self.at - 1]
+        return self.peek(-1)
 
     def is_op(self, *values, ahead: int = 0) -> bool:
         kind, value, _ = self.peek(ahead)
@@ -115,7 +127,7 @@ class Parser:
             kind, value, _ = self.take()
             if kind == "end":
                 raise Unreadable("unbalanced")
-            words.append(str(value))
+            words.append(value)
             depth += (kind == "op" and value in ("(", "{")) - (kind == "op" and value in (")", "}"))
             if depth <= 0:
                 return "".join(words[1:-1] if words[0] == "{" else words)
@@ -138,28 +150,28 @@ class Parser:
                 joiner = second
             joiners.add(joiner)
             items.append(self.relation())
-        if len(items) == 1:
-            return items[0]
-        return ("list", "or" if "or" in joiners else ",", tuple(items))
+        return items[0] if len(items) == 1 else ("list", "or" if "or" in joiners else ",", tuple(items))
 
     def relation(self) -> Node:
         self.accept("~")
-        parts = [self.definition() or self.sets()]
+        parts = [self.side()]
         while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
             operator = self.take()[1]
-            parts += ["mid" if operator == "|" else operator, self.definition() or self.sets()]
+            parts += ["mid" if operator == "|" else operator, self.side()]
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
 
-    def definition(self) -> Node | None:
-        """f(x, y) before an equals sign is a name."""
-        if self.peek()[0] != "id" or not self.is_op("(", "_", "^", ahead=1):
-            return None
-        match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
-        if not match:
-            return None
-        words = match.group().split(" ")[:-1]
-        self.at += len(words)
-        return ("sym", "".join(word for word in words if word not in "{}"))
+    def side(self) -> Node:
+        """A side of a relation: f(x, y) before an equals sign is a name; a ratio; a set; a sum."""
+        if self.peek()[0] == "id" and self.is_op("(", "_", "^", ahead=1):
+            match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
+            if match:
+                words = match.group().split(" ")[:-1]
+                self.at += len(words)
+                return ("sym", "".join(word for word in words if word not in "{}"))
+        parts = [self.sets()]
+        while self.accept(":"):
+            parts.append(self.sets())
+        return parts[0] if len(parts) == 1 else ("tuple", ":", tuple(parts), ":")
 
     def sets(self) -> Node:
         node = self.sum()
@@ -171,25 +183,27 @@ class Parser:
 
     # -- sums and products
     def sum(self) -> Node:
-        op = self.accept("+", "-", "+-", "-+")
-        node = self.product()
-        node = {"-": ("neg", node), "+-": ("pm", None, node), "-+": ("mp", None, node)}.get(op, node)
-        while op := self.accept("+", "-", "+-", "-+"):
-            right = self.term()
-            node = ("add", node, ("neg", right)) if op == "-" else ({"+": "add"}.get(op) or _SIGNS[op], node, right)
+        node, op = None, self.accept("+", "-", "+-", "-+") or "+"
+        while op:
+            term = self.negated(self.product)
+            term = ("neg", term) if op == "-" else term
+            if node or op in ("+-", "-+"):
+                term = (_SIGNS.get(op, "add"), node, term)
+            node, op = term, self.accept("+", "-", "+-", "-+")
         return node
 
-    def term(self) -> Node:
+    def negated(self, read) -> Node:
+        """What read finds behind signs of its own."""
         if self.accept("-"):
-            return ("neg", self.product())
+            return ("neg", self.nested(self.negated, read))
         self.accept("+")
-        return self.product()
+        return read()
 
     def product(self) -> Node:
         node = self.factor()
         while True:
             if self.accept("*"):
-                node = ("mul", node, self.signed())
+                node = ("mul", node, self.negated(self.factor))
             elif self.accept("/"):
                 node = ("div", node, self.denominator())
             elif self.accept("mod"):
@@ -197,36 +211,35 @@ class Parser:
             elif self.peek()[0] == "text":
                 node = self.unit(node)
             elif self.starts_atom():
-                if self.peek()[0] == "num" and self.tokens[self.at - 1][0] == "num":
-                    raise Unreadable("two numbers side by side")
-                node = self.juxtaposed(node, self.power())
+                node = self.juxtaposed(node)
             else:
                 return node
 
-    @staticmethod
-    def juxtaposed(left: Node, right: Node) -> Node:
+    def juxtaposed(self, left: Node) -> Node:
+        if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
+            return ("add", left, self.product())
+        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)        # 2^6 3^5
+        if self.peek()[0] == self.peek(-1)[0] == "num" and not powers:
+            raise Unreadable("two numbers side by side")
+        right = self.power()
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
+        if right[0] == "rel" and right[1][1] == "in":      # a condition in brackets
+            return left
+        if left[0] == "deg" and right[0] == "unit" and right[2] == "arcmin^1":
+            return ("deg", ("add", left[1], ("div", right[1], num(60))))
         return ("mul", left, right)
 
     def starts_atom(self) -> bool:
         kind, value, _ = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        return value in _STARTS or value == "|" and not self.bars and (self.depth > 0 or self.closing_bar())
-
-    def closing_bar(self) -> bool:
-        return any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:])
-
-    def signed(self) -> Node:
-        if self.accept("-"):
-            return ("neg", self.signed())
-        self.accept("+")
-        return self.factor()
+        return value in _STARTS or value == "|" and not self.bars and (
+            self.depth > 0 or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:]))
 
     def denominator(self) -> Node:
         """t/RC: letters written as one word after a slash are one denominator."""
-        node = self.signed()
+        node = self.negated(self.factor)
         while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
             node = ("mul", node, self.power())
         return node
@@ -234,7 +247,7 @@ class Parser:
     def factor(self) -> Node:
         """A power, or a mixed number (1\\frac45, 1 4/5): an integer before a proper fraction of integers."""
         node = self.power()
-        kind, whole, _ = self.tokens[self.at - 1]
+        kind, whole, _ = self.peek(-1)
         if node[0] != "num" or kind != "num" or not whole.isdigit():
             return node
         if self.peek()[:2] == ("fn", "frac"):
@@ -246,37 +259,40 @@ class Parser:
         return node
 
     def unit(self, node: Node) -> Node:
-        """kcal m^{-2} yr^{-1}, square inches, any text."""
+        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
         names = []
-        while self.peek()[0] == "text" or names and self.is_op("*", "/") and self.peek(1)[0] == "text":
+        while self.peek()[0] == "text" or names and self.is_op("*", "/") and (
+                self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS):
             sign = -1 if self.accept("/") else 1
             self.accept("*")
             name = self.take()[1]
+            if name.lower() == "base" and not names:
+                node = self.based(node)
+                continue
             power = constant(self.exponent()) if self.accept("^") else 1
-            if power is None or name.lower() in NOT_UNITS:
+            if factor := multiplier(name):
+                node = ("mul", node, num(factor))
+            elif power is None or not known(name):
                 raise Unreadable("prose after a value")
-            if name.lower() in COUNTS:
-                node = ("mul", node, num(COUNTS[name.lower()]))
             else:
                 names.append(f"{name}^{int(sign * power)}")
-        if len(names) > 4:
-            raise Unreadable("prose after a value")
         return ("unit", node, " ".join(names)) if names else node
 
     # -- powers
     def power(self) -> Node:
-        node = self.postfix(self.atom())
-        while True:
-            if self.is_op("_") and node[0] == "num":
-                node = self.based(node)
-            elif self.accept("^"):
-                node = ("pow", node, self.exponent())
-                if self.is_op("_") and node[1][0] == "sym" and "_" not in node[1][1]:
-                    node = ("pow", ("sym", node[1][1] + self.subscript()), node[2])
-            elif self.is_op("!", "%", "deg", "'"):
-                node = self.postfix(node)
-            else:
-                return node
+        node, levels = self.atom(), self.depth
+        while op := self.accept("^", "!", "%", "deg", "'") or self.is_op("_") and node[0] == "num" and self.accept("_"):
+            levels += 1
+            if levels > MAX_DEPTH:
+                raise Unreadable("nested too deeply")
+            node = self.based(node) if op == "_" else self.raised(node) if op == "^" else self.signed(node, op)
+        return node
+
+    def raised(self, base: Node) -> Node:
+        exponent = self.exponent()
+        if self.is_op("_") and base[0] == "sym" and "_" not in base[1]:
+            base = ("sym", base[1] + self.subscript())     # x^2_0
+        return ("pow", base, exponent)
 
     def exponent(self) -> Node:
         if self.is_op("{"):
@@ -289,24 +305,18 @@ class Parser:
             return ("pow", node, self.nested(self.exponent)) if self.accept("^") else node
         return self.nested(self.power)
 
-    def postfix(self, node: Node) -> Node:
-        while op := self.accept("!", "%", "deg", "'"):
-            if op == "!":
-                node = ("fact2" if self.accept("!") else "fact", node)
-            elif op == "'" and node[0] == "sym":
-                node = ("sym", node[1] + "'")
-            elif op == "'":
-                if node[0] not in ("num", "deg"):
-                    raise Unreadable("prime")
-                node = ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
-            elif op == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
-                node = ("unit", node, f"deg{self.take()[1]}^1")
-            else:
-                node = ("deg" if op == "deg" else "percent", node)
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise Unreadable("nested too deeply")
-        return node
+    def signed(self, node: Node, sign: str) -> Node:
+        if sign == "!":
+            return ("fact2" if self.accept("!") else "fact", node)
+        if sign == "'" and node[0] == "sym":
+            return ("sym", node[1] + "'")
+        if sign == "'" and node[0] in ("num", "deg"):
+            return ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
+        if sign == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
+            return ("unit", node, f"deg{self.take()[1]}^1")
+        if sign == "'" or sign == "%" and node[0] == "percent":
+            raise Unreadable("a sign too many")
+        return ("deg" if sign == "deg" else "percent", node)
 
     def subscript(self) -> str:
         """_{...} as a part of a name."""
@@ -315,14 +325,11 @@ class Parser:
 
     def based(self, node: Node) -> Node:
         """52_8: a number in another base."""
-        word = self.subscript()[1:].lower()
-        base = int(word) if word.isdigit() and len(word) < 3 else BASES.get(word, 0)
-        if not 2 <= base <= 36 or node[2] is not None or node[1].denominator > 1:
+        word = self.spelt().strip("()").lower()
+        base = int(word) if word.isdigit() and len(word) < 3 else NUMBERS.get(word, 0)
+        if not 2 <= base <= 36 or node[0] != "num" or node[2] is not None or not 0 <= node[1] < 10 ** 4000:
             raise Unreadable("base")
-        try:
-            return num(int(str(node[1]), base))
-        except ValueError:
-            raise Unreadable("digit") from None
+        return num(_integer(str(node[1]), base))           # a fraction has no such digits
 
     # -- atoms
     def argument(self) -> Node:
@@ -337,22 +344,14 @@ class Parser:
 
     def atom(self) -> Node:
         kind, value, _ = self.take()
+        if kind == "op" and value in _ATOMS:
+            return _ATOMS[value]
         if kind in ("num", "id", "text"):
             return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        if kind == "fn":
-            return self.nested(self.function, value)
         read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.braces, "begin": self.matrix,
                 **dict.fromkeys(_BARS, self.bars_group)}.get(value)
-        if kind == "op" and read:
-            return self.nested(read, value)
-        if kind == "op" and value in ("pi", "oo"):
-            return ("const", value)
-        if kind == "op" and value == "empty":
-            return ("set", ())
-        if kind == "op" and value == "reals":
-            return ("tuple", "(", (("neg", ("const", "oo")), ("const", "oo")), ")")
-        if kind == "op" and value == "dots":
-            return ("dots",)
+        if kind == "fn" or kind == "op" and read:
+            return self.nested(self.function if kind == "fn" else read, value)
         raise Unreadable(f"unexpected {value!r}")
 
     def name(self, value: str) -> Node:
@@ -362,17 +361,23 @@ class Parser:
             value += " " + self.take()[1]
         if self.is_op("_"):
             value += self.subscript()
-        if self.is_op("(") and (value in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
-            value += self.spelt()
         while self.accept("'"):
             value += "'"
+        if self.is_op("(") and (value.rstrip("'") in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
+            value += self.spelt()
+        if value == "C" and self.is_op("("):               # C(n, 2)
+            node = self.nested(self.atom)
+            return ("binom", *node[2]) if node[0] == "tuple" and len(node[2]) == 2 else ("mul", ("sym", "C"), node)
         return ("sym", value)
 
     def words(self, first: str) -> Node:
         names = [first]
         while self.peek()[0] == "text":
             names.append(self.take()[1])
-        return ("sym", names[0] if len(names) == 1 and len(first) == 1 else "text " + " ".join(names).lower())
+        phrase = " ".join(names).lower()
+        if phrase in PHRASES or phrase in NUMBERS:
+            return _ATOMS[PHRASES[phrase]] if phrase in PHRASES else num(NUMBERS[phrase])
+        return ("sym", first if len(names) == 1 and len(first) == 1 else "text " + phrase)
 
     def bracket(self, opening: str) -> Node:
         node = self.sequence()
@@ -405,38 +410,27 @@ class Parser:
 
     def matrix(self, _) -> Node:
         kind = self.take()[1]
-        if kind in ("cases", "aligned"):
-            return self.system()
-        if kind not in _MATRICES:
+        if kind not in (*_MATRICES, "system"):
             raise Unreadable("environment")
         if kind == "array":
             self.nested(self.atom)
-        rows, row = [], []
-        while row or not self.is_op("end"):
-            row.append(self.sets())
-            if self.accept("&"):
-                continue
-            rows.append(tuple(row))
-            row = []
-            if not self.accept("row"):
-                break
-        self.end_environment()
-        if not rows or len({len(row) for row in rows}) != 1:
+        rows = [[]]
+        while not self.accept("end"):
+            rows[-1].append(self.relation())
+            if self.accept("row", ",", "and"):
+                while self.accept("row"):
+                    pass
+                rows.append([])
+            elif not self.accept("&") and not self.is_op("end"):
+                raise Unreadable("matrix")
+        rows = rows if rows[-1] else rows[:-1]
+        self.take()
+        if kind == "system":                               # of equations
+            return ("list", ",", tuple(cell for row in rows for cell in row))
+        rows = [tuple(row) for row in rows]
+        if not rows or len(set(map(len, rows))) > 1:
             raise Unreadable("matrix")
         return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
-
-    def system(self) -> Node:
-        """The rows of a system of equations, as a list."""
-        rows = [self.relation()]
-        while self.accept("row", ",", "&"):
-            if not self.is_op("end", "row"):
-                rows.append(self.relation())
-        self.end_environment()
-        return ("list", ",", tuple(rows))
-
-    def end_environment(self) -> None:
-        self.expect("end")
-        self.take()
 
     # -- functions
     def function(self, name: str) -> Node:
@@ -444,8 +438,8 @@ class Parser:
             return ("div" if name == "frac" else "binom", self.argument(), self.argument())
         if name in ("sum", "prod", "lim"):
             return self.binding(name)
-        if name == "angle" or name.startswith("accent"):
-            return self.decorated(name)
+        if name.startswith("accent"):                      # \dot{x}, \overline{AB}: a name
+            return ("sym", name[7:] + " " + self.spelt() + (self.subscript() if self.is_op("_") else ""))
         return {"sqrt": self.root, "int": self.integral}.get(name, lambda: self.applied(name))()
 
     def root(self) -> Node:
@@ -464,7 +458,7 @@ class Parser:
 
     def applied(self, name: str) -> Node:
         base, power = self.bounds()
-        if power == ("neg", num(1)) and name in ("sin", "cos", "tan", "cot"):
+        if power == ("neg", num(1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
             name, power = "arc" + name, None
         args = self.function_arguments()
         if base is not None and name != "log":
@@ -486,21 +480,12 @@ class Parser:
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def decorated(self, name: str) -> Node:
-        """\\angle ABC, \\dot{x}, \\overline{AB}: a name."""
-        if name != "angle":
-            return ("sym", name[7:] + " " + self.spelt() + (self.subscript() if self.is_op("_") else ""))
-        words = []
-        while self.peek()[0] == "id" or self.is_op("_"):
-            words.append(self.subscript() if self.is_op("_") else self.take()[1])
-        if not words:
-            raise Unreadable("angle")
-        return ("sym", "angle " + "".join(words))
-
     def binding(self, name: str) -> Node:
-        """A sum, a product or a limit, with its bound name."""
+        """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
         low, high = self.bounds()
-        if not low or low[0] != "rel" or len(low[1]) != 3 or low[1][0][0] not in ("sym", "const"):
+        if low is None:
+            return ("mul", ("sym", name), self.product())
+        if low[0] != "rel" or len(low[1]) != 3 or low[1][0][0] not in ("sym", "const"):
             raise Unreadable("bound variable")
         (_, variable), sign, start = low[1]
         if sign != ("to" if name == "lim" else "=") or (high is None) != (name == "lim"):

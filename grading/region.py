@@ -1,130 +1,124 @@
-"""Sets of reals: equal if they agree at every end point of either, between them and beyond them."""
+"""Sets of reals: equal if they agree at every end point of either, between them and beyond them.
+
+Letters other than the variable are drawn at random, a few times, as expressions are compared."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 
 from grading.statement import is_name
-from grading.tree import Node, Undefined, names
+from grading.tree import Node, Undefined, names, walk
 from grading.value import Evaluator, is_unreal, lift, mp
 
-Interval = ("(", "[")
-_GRID = 10 ** 60                                          # numbers are compared to 60 places
+_GRID, _CLOSE = 10 ** 60, Fraction(1, 10 ** 50)           # numbers are compared to 50 places
+_PROBES = tuple(Fraction(x) for x in ("-1e9", "-1234.5", "-17", "-2.7", "-0.31", "0", "0.43", "1.9", "23", "4321.5", "1e9"))
 
 
 def is_region(node: Node) -> bool:
     """Inequalities, unions and the like, which only sets of reals equal."""
-    inequalities = node[0] == "list" and any(item[0] in ("less", "noteq") for item in node[2])
-    return inequalities or node[0] in ("less", "noteq", "cup", "cap", "minus")
+    inequalities = node[0] == "list" and any(item[0] == "less" for item in node[2])
+    return inequalities or node[0] in ("less", "cup", "cap", "minus")
 
 
-def _is_distance(node: Node) -> bool:
-    return node[0] == "abs" and len(names(node)) == 1
+def _bound(node: Node) -> set[str]:
+    """The names that the inequalities of a region may bound."""
+    pairs = [pair for part in walk(node) if part[0] == "less" for pair in part[1]]
+    return {side[1] for pair in pairs for side in pair[::2] if side[0] == "sym"} or set(
+        names(*[side for pair in pairs for side in pair[::2]]))
 
 
 class Region:
-    def __init__(self, node: Node, evaluator: Evaluator):
-        self.node, self.evaluator = node, evaluator
+    def __init__(self, node: Node, name: str | None, evaluator: Evaluator, env: dict):
+        self.node, self.name, self.evaluator, self.env = node, name, evaluator, env
 
-    def number(self, node: Node, env: dict | None = None) -> Fraction | float:
-        """A real value, rounded so that equal ones are equal; an infinity stays one. Raises Undefined."""
-        value = self.evaluator.value(node, env or {})
+    def number(self, node: Node, at: Fraction | None = None):
+        """A real value, where the variable is at. Raises Undefined."""
+        value = self.evaluator.value(node, self.env if at is None else self.env | {self.name: at})
         if is_unreal(value):
             raise Undefined("not real")
-        if not isinstance(value, Fraction):
-            value = value.real
-            if mp.isinf(value):
-                return float(value)
-            if not abs(value) < 10 ** 1000:
-                raise Undefined("out of reach")
-        return Fraction(int(mp.nint(lift(value) * _GRID)) if not isinstance(value, Fraction) else
-                        round(value * _GRID), _GRID)
+        return lift(value).real
 
-    def ends(self, node: Node | None = None) -> list[Fraction]:
-        """The end points. Raises Undefined."""
-        node = node or self.node
-        if node[0] == "tuple" and len(node[2]) == 2 and node[1] in Interval:
-            parts = node[2]
-        elif node[0] == "set":
-            parts = node[1]
-        elif node[0] in ("list", "cup", "cap", "minus"):
+    def end(self, value) -> list[Fraction]:
+        """A number as an end point, rounded so that equal ones are equal; an infinity is none. Raises Undefined."""
+        if mp.isinf(value):
+            return []
+        if not abs(value) < 10 ** 300:
+            raise Undefined("out of reach")
+        return [Fraction(int(mp.nint(value * _GRID)), _GRID)]
+
+    def ends(self, node: Node) -> list[Fraction]:
+        """Raises Undefined if this is no set of reals."""
+        if node[0] == "tuple" and len(node[2]) == 2 and node[1] in "([":
+            low, high = map(self.number, node[2])
+            if low > high or low == high and (node[1], node[3]) != ("[", "]"):
+                raise Undefined("a point, or nothing")
+            return self.end(low) + self.end(high)
+        if node[0] == "set":
+            return [end for part in node[1] for end in self.end(self.number(part))]
+        if node[0] == "less":
+            return [end for left, _, right in node[1] for end in self.crossings(left, right)]
+        if node[0] in ("cup", "cap", "minus") or is_region(node) or node[:2] == ("list", "or"):
             return [end for part in (node[2] if node[0] == "list" else node[1:]) for end in self.ends(part)]
-        elif node[0] == "less":
-            return self.ends_of_inequality(node)
-        elif node[0] == "noteq" and is_name(node[1]):
-            parts = node[2:]
-        else:
-            raise Undefined("no set of reals")
-        return [end for end in map(self.number, parts) if abs(end) != mp.inf]
+        raise Undefined("no set of reals")
 
-    def ends_of_inequality(self, node: Node) -> list[Fraction]:
-        if len(names(node)) != 1:
-            raise Undefined("not one variable")
-        sides = [part for pair in node[1] for part in (pair[0], pair[2])]
-        distance = next(filter(_is_distance, sides), None)
-        parts = [part for part in sides if not is_name(part) and not _is_distance(part)]
-        if distance:
-            return [end for part in parts for end in self.reached(distance[1], part)]
-        return [end for end in map(self.number, parts) if abs(end) != mp.inf]
+    def crossings(self, left: Node, right: Node) -> list[Fraction]:
+        """Where two sides meet, if their difference (of their squares, for distances) is quadratic or linear."""
+        power = 2 if "abs" in (left[0], right[0]) else 1
+        try:
+            at = [self.number(left, Fraction(x)) ** power - self.number(right, Fraction(x)) ** power
+                  for x in (-1, 0, 1, 2, 3)]
+        except Undefined:
+            return []
+        c, b, a = at[1], (at[2] - at[0]) / 2, (at[2] + at[0]) / 2 - at[1]
+        discriminant = b * b - 4 * a * c
+        if any(abs(a * x * x + b * x + c - at[x + 1]) > 1e-50 for x in (2, 3)) or discriminant < 0:
+            return []
+        if abs(a) < 1e-50:
+            return self.end(-c / b) if abs(b) > 1e-50 else []
+        return [end for sign in (1, -1) for end in self.end((-b + sign * mp.sqrt(discriminant)) / (2 * a))]
 
-    def reached(self, inside: Node, part: Node) -> list[Fraction]:
-        """Where |mx + c| equals a constant."""
-        name, distance = names(inside)[0], self.number(part)
-        at = [self.number(inside, {name: Fraction(x)}) for x in (0, 1, 2)]
-        if at[2] - at[1] != at[1] - at[0] or at[1] == at[0]:
-            raise Undefined("not linear")
-        return [Fraction(round((side - at[0]) / (at[1] - at[0]) * _GRID), _GRID) for side in (distance, -distance)]
-
-    def side(self, node: Node, x: Fraction) -> Fraction:
-        """A side of an inequality in one variable, at x."""
-        return x if is_name(node) else self.number(node, {name: x for name in names(node) if _is_distance(node)})
-
-    def contains(self, x: Fraction, node: Node | None = None) -> bool:
-        node = node or self.node
+    def contains(self, node: Node, x: Fraction) -> bool:
         kind = node[0]
         if kind == "tuple":
-            low, high = map(self.number, node[2])
-            return low < x < high or low <= high and (x == low and node[1] == "[" or x == high and node[3] == "]")
+            return self.holds(node[2][0], "<=" if node[1] == "[" else "<", x) and \
+                self.holds(node[2][1], ">=" if node[3] == "]" else ">", x)
         if kind == "set":
-            return any(self.number(item) == x for item in node[1])
-        if kind == "noteq":
-            return self.number(node[2]) != x
+            return any(self.holds(item, "=", x) for item in node[1])
         if kind == "less":
-            pairs = [(self.side(left, x), strict, self.side(right, x)) for left, strict, right in node[1]]
-            return all(left < right or not strict and left == right for left, strict, right in pairs)
-        inside = [self.contains(x, part) for part in (node[2] if kind == "list" else node[1:])]
+            return all(self.holds(("add", left, ("neg", right)), sign, x, Fraction(0)) for left, sign, right in node[1])
+        inside = [self.contains(part, x) for part in (node[2] if kind == "list" else node[1:])]
         if kind == "list":
-            conditions = node[1] != "or" and all(item[0] in ("less", "noteq") for item in node[2])
+            conditions = node[1] != "or" and all(item[0] == "less" for item in node[2])
             return all(inside) if conditions else any(inside)
-        left, right = inside
-        return {"cup": left or right, "cap": left and right, "minus": left and not right}[kind]
+        return {"cup": any(inside), "cap": all(inside), "minus": inside[0] and not inside[1]}[kind]
+
+    def holds(self, node: Node, sign: str, x: Fraction, than: Fraction | None = None) -> bool:
+        """Whether the node, where the variable is x, is on that side of x or of another number."""
+        try:
+            difference = self.number(node, x) - lift(x if than is None else than)
+        except Undefined:
+            return False
+        near = abs(difference) < lift(_CLOSE)
+        return near if sign == "=" else not near if sign == "!=" else near and "=" in sign or not near and (
+            difference < 0 if "<" in sign else difference > 0)
 
 
-def same_region(a: Node, b: Node, evaluator: Evaluator) -> bool:
-    """Raises Undefined if one is no set of reals with end points that are numbers."""
-    a, b = Region(a, evaluator), Region(b, evaluator)
-    ends = sorted({*a.ends(), *b.ends()})
-    probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])]
-    probes += [ends[0] - 1, ends[-1] + 1] if ends else [Fraction(0)]
-    return all(a.contains(x) == b.contains(x) for x in probes)
-
-
-def intervals(node: Node) -> list[Node] | None:
-    """The intervals of a region with letters in its ends, as tuples; None if it has another form."""
-    infinity = ("const", "oo")
-    if node[0] == "tuple":
-        return [node]
-    if node[0] in ("cup", "list"):
-        parts = [intervals(part) for part in (node[2] if node[0] == "list" else node[1:])]
-        return None if None in parts else [part for group in parts for part in group]
-    if node[0] != "less":
-        return None
-    if len(node[1]) == 1:
-        left, strict, right = node[1][0]
-        if is_name(left):
-            return [("tuple", "(", (("neg", infinity), right), ")" if strict else "]")]
-        return [("tuple", "(" if strict else "[", (left, infinity), ")")] if is_name(right) else None
-    pairs = node[1] if node[1][0][2] == node[1][1][0] else node[1][::-1]
-    if len(pairs) != 2 or pairs[0][2] != pairs[1][0] or not is_name(pairs[0][2]):
-        return None
-    return [("tuple", "(" if pairs[0][1] else "[", (pairs[0][0], pairs[1][2]), ")" if pairs[1][1] else "]")]
+def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bool:
+    """draws: values for all letters. Raises Undefined if one is no set of reals with any of them."""
+    both = [_bound(node) for node in (a, b)]
+    candidates = both[0] & both[1] if all(both) else (both[0] | both[1]) - (set(names(b if both[0] else a)))
+    if any(both) and not candidates:
+        return False
+    compared = 0
+    for env in draws:
+        left, right = (Region(node, min(candidates, default=None), evaluator, env) for node in (a, b))
+        try:
+            ends = sorted({*left.ends(a), *right.ends(b)})
+        except Undefined:
+            continue
+        compared += 1
+        probes = {*ends, *_PROBES, *((x + y) / 2 for x, y in zip(ends, ends[1:]))}
+        probes |= {ends[0] - 1, ends[-1] + 1} if ends else set()
+        if any(left.contains(a, x) != right.contains(b, x) for x in probes):
+            return False
+    return compared > 0

@@ -1,16 +1,17 @@
 """What relations and plus-minus signs state.
 
 `settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts), ("record", ((name, value)
-...)), ("eq", a, b), ("less", ((a, strict, b)...)), ("noteq", a, b), ("equiv", a, b), or leaves what it was before.
+...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b), or leaves what it was before.
 """
 
 from __future__ import annotations
 
 import itertools
 
-from grading.tree import Node, Unreadable, names, num, walk
+from grading.tree import Node, Unreadable, has, names, num, walk
+from grading.units import hoisted
 
-ORDERS = {"<", "<=", ">", ">="}
+_MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
 
 
 def settle(node: Node) -> Node:
@@ -24,7 +25,9 @@ def settle(node: Node) -> Node:
     if kind == "cong":
         return node
     if kind in ("cup", "cap", "minus"):
-        return (kind, settle(node[1]), settle(node[2]))
+        left, right = settle(node[1]), settle(node[2])
+        points = kind == "cup" and left[0] == right[0] == "set"
+        return ("set", left[1] + right[1]) if points else (kind, left, right)
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
@@ -32,7 +35,7 @@ def settle(node: Node) -> Node:
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
-    return node
+    return hoisted(node) if kind in ("add", "neg") and has(node, "unit") else node
 
 
 def _variants(node: Node) -> list[Node]:
@@ -47,13 +50,13 @@ def _variants(node: Node) -> list[Node]:
 
 
 def _signed(node: Node, choice) -> Node:
-    if node[0] in ("pm", "mp"):
+    if node and node[0] in ("pm", "mp"):
         sign = next(choice) * (1 if node[0] == "pm" else -1)
         left = node[1] and _signed(node[1], choice)
         right = _signed(node[2], choice)
         right = right if sign > 0 else ("neg", right)
         return ("add", left, right) if left else right
-    return tuple(_signed(part, choice) if isinstance(part, tuple) and part else part for part in node)
+    return tuple(_signed(part, choice) if isinstance(part, tuple) else part for part in node)
 
 
 def _list(joiner: str, nodes) -> Node:
@@ -77,11 +80,12 @@ def _is_condition(node: Node) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    """x, x_1, f(x), a tuple of names, dy/dx, a segment AB."""
+    """x, x_1, f(x), a tuple or a ratio of names, dy/dx, a polygon ABC."""
     if node[0] == "div":
         return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
     if node[0] == "mul":
-        return all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
+        return all(part[0] in ("sym", "mul") and part[1][0].isupper() or is_name(part) and part[0] == "mul"
+                   for part in node[1:])
     return node[0] == "sym" and not node[1].startswith("text") or node[0] == "tuple" and all(map(is_name, node[2]))
 
 
@@ -94,20 +98,17 @@ def _relation(parts: tuple) -> Node:
         return settle(parts[0]) if first == 1 else _relation(parts[:first])
     if operators == {"="}:
         return _equation(operands)
-    if operators <= ORDERS:
-        pairs = tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2))
-        return ("less", pairs[::-1] if operators <= {">", ">="} else pairs)
-    if operators == {":"}:
-        return ("tuple", ":", tuple(operands), ":")
+    if operators <= _MIRRORED.keys():
+        return ("less", tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2)))
     (operator, *others), (left, right, *more) = operators, operands
     if others or more or operator == "to" or operator == "in" and not is_name(left):
         raise Unreadable("mixed relations")
-    return {"in": settle(right), "!=": ("noteq", left, right), "equiv": ("equiv", left, right),
+    return {"in": settle(right), "equiv": ("equiv", left, right),
             "mid": ("cong", ("rel", (right, "equiv", num(0))), left)}[operator]
 
 
-def _less(left: Node, operator: str, right: Node) -> Node:
-    return (left, operator in "<>", right) if operator[0] == "<" else (right, operator in "<>", left)
+def _less(left: Node, sign: str, right: Node) -> Node:
+    return (right, _MIRRORED[sign], left) if ">" in sign else (left, sign, right)
 
 
 def _equation(operands: tuple) -> Node:
@@ -122,6 +123,13 @@ def _equation(operands: tuple) -> Node:
 
 
 def _named(name: Node, value: Node) -> Node:
-    if name[0] == "tuple" and value[0] == "tuple" and len(name[2]) == len(value[2]):
+    if name[:2] == ("tuple", "(") and value[0] == "tuple" and len(name[2]) == len(value[2]):
         return ("record", tuple(zip(name[2], value[2])))
     return ("eq", name, value) if name in walk(value) else ("assign", name, value)
+
+
+def named_value(node: Node) -> Node:
+    """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it is."""
+    if node[0] == "eq" and bool(names(node[1])) != bool(names(node[2])):
+        return settle(node[2] if names(node[1]) else node[1])
+    return node

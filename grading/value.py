@@ -7,7 +7,7 @@ the time of the call, which other threads would see. Its exponents have no bound
 from __future__ import annotations
 
 from fractions import Fraction
-from math import comb, factorial, gcd, isqrt, lcm, log2
+from math import comb, factorial, gcd, isqrt, lcm, log2, prod
 
 from mpmath import MPContext
 
@@ -20,9 +20,11 @@ CANCELLED = mp.mpf("1e-20")                               # a sum that much smal
 MAX_EXPONENT, MAX_COMPLEX_EXPONENT, MAX_ANGLE = 4 * 10 ** 12, 100_000, 10 ** 12
 Number = Fraction | mp.mpf | mp.mpc
 
+_CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}
 _FUNCTIONS = {
-    "exp": mp.exp, "sin": mp.sin, "cos": mp.cos, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh,
-    "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "arccot": lambda x: mp.pi / 2 - mp.atan(x)}
+    "exp": mp.exp, "sin": mp.sin, "cos": mp.cos, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh, "arcsin": mp.asin,
+    "arccos": mp.acos, "arctan": mp.atan, "arcsinh": mp.asinh, "arccosh": mp.acosh, "arctanh": mp.atanh,
+    "arccot": lambda x: mp.pi / 2 - mp.atan(x), "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x))}
 _QUOTIENTS = {"tan": (mp.sin, mp.cos), "cot": (mp.cos, mp.sin), "sec": (lambda x: mp.one, mp.cos),
               "csc": (lambda x: mp.one, mp.sin)}
 
@@ -58,22 +60,19 @@ def _bits(value: Fraction) -> int:
 
 def _exact_root(value: int, n: int) -> int | None:
     """The exact n-th root of an integer >= 0, None if there is none."""
-    if n == 2:
-        root = isqrt(value)
-    elif value.bit_length() > 1500 or n > 64:
+    if n != 2 and (value.bit_length() > 1500 or n > 64):
         return None
-    else:
-        root = int(mp.nint(mp.root(value, n)))
+    root = isqrt(value) if n == 2 else int(mp.nint(mp.root(value, n)))
     return root if root ** n == value else None
 
 
 def _bounded(value: Number) -> Number:
     """The value, if its exponents are in reach. Raises Undefined."""
-    if isinstance(value, mp.mpc):
-        exponents, most = (value.real._mpf_[2], value.imag._mpf_[2]), MAX_COMPLEX_EXPONENT
-    else:
-        exponents, most = (() if isinstance(value, Fraction) else (value._mpf_[2],)), MAX_EXPONENT
-    if any(abs(exponent) > most for exponent in exponents):
+    if isinstance(value, Fraction):
+        return value
+    parts, most = ((value.real, value.imag), MAX_COMPLEX_EXPONENT) if isinstance(value, mp.mpc) else (
+        (value,), MAX_EXPONENT)
+    if any(abs(part._mpf_[2]) > most for part in parts):
         raise Undefined("exponent out of reach")
     return value
 
@@ -92,7 +91,7 @@ class Evaluator:
         self.env, self.unreal, self.rounded, self.scale = env, False, False, mp.zero
         try:
             return self.eval(node)
-        except (ArithmeticError, ValueError, RecursionError) as error:
+        except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise Undefined(type(error).__name__) from None
 
     def eval(self, node: Node) -> Number:
@@ -102,10 +101,7 @@ class Evaluator:
             raise Undefined("too many steps")
         if kind in _FUNCTIONS or kind in _QUOTIENTS:
             return _bounded(self.function(kind, *args))
-        method = getattr(self, "_" + kind, None)
-        if method is None:
-            raise Undefined(f"{kind} has no value")
-        return _bounded(method(*args))
+        return _bounded(_OPERATIONS[kind](self, *args))
 
     def real(self, node: Node) -> Number:
         value = self.eval(node)
@@ -127,23 +123,8 @@ class Evaluator:
         self.rounded = True
         return lift(value)
 
-    # -- letters and constants
-    def _num(self, value, digits):
-        return value
-
-    def _sym(self, name):
-        if name not in self.env:
-            raise Undefined("unbound")
-        return self.env[name]
-
-    def _const(self, name):
-        return {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}[name]
-
     # -- arithmetic
-    def _neg(self, a):
-        return -self.eval(a)
-
-    def _add(self, a, b):
+    def add(self, a, b):
         terms = [b]                                       # a long sum leans left: walk down instead of recursing
         while a[0] == "add":
             a, b = a[1:]
@@ -165,16 +146,10 @@ class Evaluator:
             self.scale = max(self.scale, before)
         return value
 
-    def _mul(self, a, b):
-        return self.times(self.eval(a), self.eval(b))
-
     def times(self, a: Number, b: Number) -> Number:
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return self.sized(a * b)
         return lift(a) * lift(b)
-
-    def _div(self, a, b):
-        return self.over(self.eval(a), self.eval(b))
 
     def over(self, a: Number, b: Number) -> Number:
         if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -184,10 +159,8 @@ class Evaluator:
             raise Undefined("division by what rounds to zero")
         return lift(a) / b
 
-    def _pow(self, a, b):
-        if a == ("const", "e"):
-            return self.function("exp", b)
-        return self.power(self.eval(a), self.eval(b))
+    def pow(self, a, b):
+        return self.function("exp", b) if a == ("const", "e") else self.power(self.eval(a), self.eval(b))
 
     def power(self, a: Number, b: Number) -> Number:
         if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -212,39 +185,22 @@ class Evaluator:
         self.steps -= 20
         if not a:
             raise Undefined("power of zero")
-        if not a.imag and a.real < 0 and not mp.isint(b):
-            self.unreal = True
+        self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
         most = MAX_EXPONENT if not a.imag and not b.imag else MAX_COMPLEX_EXPONENT
         if mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
             raise Undefined("power out of reach")
         return a ** b
 
-    def log(self, value: Number):
-        value = lift(value)
-        self.steps -= 20
-        self.unreal = self.unreal or not value.imag and value.real < 0
-        return self.noisy(mp.ln(value), mp.one)
-
-    def _root(self, a, n):
+    def root(self, a, n):
         a, n = self.eval(a), self.eval(n)
-        if not isinstance(n, Fraction) or not n:
-            return self.power(a, self.over(Fraction(1), n))
-        if not lift(a).imag and lift(a).real < 0 and n % 2 == 1:
+        if isinstance(n, Fraction) and n % 2 == 1 and not lift(a).imag and lift(a).real < 0:
             return -self.power(-a, 1 / n)                 # the cube root of -8 is -2
-        return self.power(a, 1 / n)
-
-    def _deg(self, a):
-        return self.times(self.eval(a), mp.pi / 180) if self.degree else self.eval(a)
-
-    def _percent(self, a):
-        return self.times(self.eval(a), Fraction(1, 100))
+        return self.power(a, self.over(Fraction(1), n))
 
     # -- functions
-    def function(self, name, *args):
-        if len(args) != 1:
-            raise Undefined("number of arguments")
+    def function(self, name, node):
         degrees, self.degree = self.degree, True          # sin 30^\circ is a half in any reading
-        x = lift(self.eval(args[0]))
+        x = lift(self.eval(node))
         self.degree = degrees
         self.steps -= 20
         if size(x) > MAX_ANGLE or name in ("arcsin", "arccos") and size(x) > 1:
@@ -255,27 +211,16 @@ class Evaluator:
         over, under = _QUOTIENTS[name]
         return self.over(over(x), self.noisy(under(x), size(x)))
 
-    def _ln(self, a):
-        value = self.eval(a)
-        return Fraction(0) if value == 1 else self.log(value)
+    def ln(self, a):
+        value = lift(self.eval(a))
+        self.steps -= 20
+        self.unreal = self.unreal or not value.imag and value.real < 0
+        return self.noisy(mp.ln(value), mp.one)
 
-    def _lg(self, a):
-        value = self.eval(a)
-        if isinstance(value, Fraction) and value > 0:     # log10 of a power of ten is exact
-            digits = len(str(max(value.numerator, value.denominator))) - 1 if _bits(value) < 5000 else 0
-            for exact in (digits, -digits):
-                if Fraction(10) ** exact == value:
-                    return Fraction(exact)
-        return self.over(self.log(value), self.log(Fraction(10)))
+    def lg(self, a):
+        return self.over(self.ln(a), mp.ln(10))
 
-    def _log(self, a):
-        return self._lg(a) if self.decimal_log else self._ln(a)
-
-    def _abs(self, a):
-        value = self.eval(a)
-        return abs(value) if isinstance(value, Fraction) else size(value)
-
-    def _floor(self, a):
+    def floor(self, a):
         value = self.real(a)
         if isinstance(value, Fraction):
             return Fraction(value.__floor__())
@@ -284,53 +229,29 @@ class Evaluator:
         nearest = mp.nint(value)
         return Fraction(int(nearest if abs(value - nearest) < 1e-30 else mp.floor(value)))  # floor(log2 8) is 3
 
-    def _ceil(self, a):
-        return -self._floor(("neg", a))
-
-    def _fact(self, a):
+    def fact(self, a, step: int = 1):
         n = self.integer(a)
-        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS:
+        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS * step:
             raise Undefined("factorial")
-        return self.sized(Fraction(factorial(n)))
+        return self.sized(Fraction(factorial(n) if step == 1 else prod(range(n, 1, -step))))
 
-    def _fact2(self, a):
-        product = 1
-        for k in range(self.integer(a, 5000), 1, -2):
-            product *= k
-        return self.sized(Fraction(product))
-
-    def _binom(self, n, k):
+    def binom(self, n, k):
         n, k = self.integer(n), self.integer(k)
         if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
             raise Undefined("binomial")
         return self.sized(Fraction(comb(n, k)))
 
-    def _mod(self, a, b):
-        a, b = self.eval(a), self.eval(b)
-        if not isinstance(a, Fraction) or not isinstance(b, Fraction):
-            raise Undefined("mod")
-        return a % b
-
-    def _gcd(self, *args):
-        return Fraction(gcd(*(self.integer(arg, 10 ** 30) for arg in args)))
-
-    def _lcm(self, *args):
-        return self.sized(Fraction(lcm(*(self.integer(arg, 10 ** 30) for arg in args))))
-
-    def _min(self, *args):
-        return min((self.real(arg) for arg in args), key=lift)
-
-    def _max(self, *args):
-        return max((self.real(arg) for arg in args), key=lift)
+    def integers(self, args) -> list[int]:
+        return [self.integer(arg, 10 ** 30) for arg in args]
 
     # -- sums and products, limits and integrals
-    def _big(self, kind, name, low, high, body):
+    def big(self, kind, name, low, high, body):
         if high == ("const", "oo"):
-            if kind == "sum":
-                return self.series(name, low, body)
             return self.symbolic(("big", kind, name, low, high, body))
         low, high = self.integer(low, 10 ** 12), self.integer(high, 10 ** 12)
-        if (high - low) * 3 > self.steps:
+        if (high - low) * 3 > (self.steps if not self.env else self.steps // 8):
+            if self.env:
+                raise Undefined("too long a sum")
             return self.symbolic(("big", kind, name, num(low), num(high), body))
         total, outer = Fraction(kind == "prod"), self.env
         for k in range(low, high + 1):
@@ -339,27 +260,29 @@ class Evaluator:
         self.env = outer
         return total
 
-    def series(self, name, low, body):
-        """An infinite sum term by term, if its terms fall fast enough to bound the rest by a geometric series."""
-        start, total, sizes, outer = self.integer(low), mp.zero, [], self.env
-        for k in range(start, start + 600):
-            self.env = outer | {name: Fraction(k)}
-            term = lift(self.eval(body))
-            total = self.plus(total, term)
-            sizes.append(size(term))
-            ratios = [b / a if a else 1 for a, b in zip(sizes[-6:], sizes[-5:])]
-            if len(sizes) > 8 and max(ratios) < 0.7 and sizes[-1] < 1e-150:
-                self.env = outer
-                return total
-        self.env = outer
-        return self.symbolic(("big", "sum", name, low, ("const", "oo"), body))
-
-    def _int(self, *node):
-        return self.symbolic(("int", *node))
-
-    def _lim(self, *node):
-        return self.symbolic(("lim", *node))
-
     def symbolic(self, node: Node) -> Number:
         """The value of what needs sympy; the process that has it puts its own function here."""
         raise NeedsSympy
+
+
+_OPERATIONS = {
+    "num": lambda self, value, decimals: value,
+    "sym": lambda self, name: self.env[name],
+    "const": lambda self, name: _CONSTANTS[name],
+    "neg": lambda self, a: -self.eval(a),
+    "mul": lambda self, a, b: self.times(self.eval(a), self.eval(b)),
+    "div": lambda self, a, b: self.over(self.eval(a), self.eval(b)),
+    "mod": lambda self, a, b: Fraction(self.eval(a) % self.eval(b)),
+    "percent": lambda self, a: self.times(self.eval(a), Fraction(1, 100)),
+    "deg": lambda self, a: self.times(self.eval(a), mp.pi / 180) if self.degree else self.eval(a),
+    "log": lambda self, a: self.lg(a) if self.decimal_log else self.ln(a),
+    "abs": lambda self, a: abs(value) if isinstance(value := self.eval(a), Fraction) else size(value),
+    "ceil": lambda self, a: -self.floor(("neg", a)),
+    "fact2": lambda self, a: self.fact(a, 2),
+    "gcd": lambda self, *args: Fraction(gcd(*self.integers(args))),
+    "lcm": lambda self, *args: self.sized(Fraction(lcm(*self.integers(args)))),
+    "min": lambda self, *args: min(map(self.real, args), key=lift),
+    "max": lambda self, *args: max(map(self.real, args), key=lift),
+    "int": lambda self, *node: self.symbolic(("int", *node)),
+    "lim": lambda self, *node: self.symbolic(("lim", *node)),
+    **{name: getattr(Evaluator, name) for name in "add pow root ln lg floor fact binom big".split()}}
