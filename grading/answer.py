@@ -8,7 +8,7 @@ from functools import lru_cache
 from grading.equal import Judge
 from grading.parser import parse
 from grading.statement import named_value, settle
-from grading.tree import Node, Unreadable
+from grading.tree import Node, Undefined, Unreadable
 from grading.words import TEXT
 
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -16,7 +16,7 @@ _MARKUP = rf"\\(?:{'|'.join(TEXT)}|mathbf)(?![a-z])"
 _CHOICE = re.compile(rf"(?:{_MARKUP}\s*\{{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))"
                      r"(?:[).:]\s*\}?(?:\\?[ ~]+(?!.*(?:\b(?:or|and|not)\b|[A-J]\)))[^,;]*)?|\}?)",
                      re.IGNORECASE | re.DOTALL)
-_DATE = re.compile(r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*", re.IGNORECASE)
+_MONTH = re.compile(r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*")
 _cached_parse = lru_cache(maxsize=2048)(parse)
 
 
@@ -35,43 +35,35 @@ def _prose(text: str) -> str | None:
     return text if text.isalpha() else None
 
 
-def _same_choice(a: str, b: str) -> bool:
-    """C and \\textbf{(C)}\\ 12: one of them must be nothing but the letter."""
-    found, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
-    return bool(found and other) and found[1] == other[1] and found[1] in (_prose(a), _prose(b))
-
-
-def _same_prose(a: str, b: str) -> bool:
-    a, b = _prose(a), _prose(b)
-    if not a or not b or a == b:
-        return bool(a) and a == b
-    return len(a) > 2 and a.lower() == b.lower() and not (a.isupper() or b.isupper())
-
-
-def _same_date(a: str, b: str) -> bool:
-    """July 4 and 4 July."""
-    a, b = (sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower())) for text in (a, b))
-    return a == b and len(a) == 2 and bool(_DATE.fullmatch(a[1]))
+def _same_words(a: str, b: str) -> bool:
+    """East and east; C and \\textbf{(C)}\\ 12, if one is nothing but the letter; July 4 and 4 July."""
+    left, right = _prose(a), _prose(b)
+    if left and right and (left == right or len(left) > 2 and left.lower() == right.lower() and not (
+            left.isupper() or right.isupper())):
+        return True
+    choice, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
+    if choice and other and choice[1] == other[1] and choice[1] in (left, right):
+        return True
+    words, words2 = (sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower())) for text in (a, b))
+    return words == words2 and len(words) == 2 and bool(_MONTH.fullmatch(words[1]))
 
 
 def same(answer: str, gold: str) -> bool:
-    """Whether two answers are equal. Raises NeedsSympy."""
+    """Whether two answers are equal; not, if one is unreadable or has no value. Raises NeedsSympy."""
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return int(answer) == int(gold)
     if not _squash(answer) or not _squash(gold):
         return False
-    if _squash(answer) == _squash(gold):
-        return True
-    if max(len(answer), len(gold)) < 500 and any(rule(answer, gold) for rule in (_same_prose, _same_choice, _same_date)):
+    if _squash(answer) == _squash(gold) or max(len(answer), len(gold)) < 500 and _same_words(answer, gold):
         return True
     try:
         left, right = _tree(answer), _tree(gold)
         if (left[0] == "list") != (right[0] == "list"):
             left, right = _tree(answer, left[0] != "list"), _tree(gold, right[0] != "list")
         left, right = settle(left), settle(right)
-        named = right[0] in ("eq", "assign", "chain", "record", "less")
-        return Judge().same(right, left if named else named_value(left))
-    except (Unreadable, ArithmeticError, RecursionError):
+        stated = right[0] in ("eq", "assign", "chain", "record", "less")
+        return Judge().same(right, left if stated else named_value(left))
+    except (Unreadable, Undefined):
         return False
 
 
@@ -81,5 +73,5 @@ def readable(answer: str) -> bool:
         return True
     try:
         return bool(_tree(answer))
-    except (Unreadable, RecursionError):
+    except Unreadable:
         return False

@@ -15,11 +15,6 @@ from grading.value import Evaluator, is_close, lift, mp, size
 _INTEGERS = set("jklmnN")
 
 
-def _kind(node: Node) -> str:
-    """What decides how a settled tree is compared."""
-    return "region" if is_region(node) else "mat" if _as_matrix(node) else node[0]
-
-
 class Judge:
     """Compares two settled trees. One judge per answer: its evaluator's step budget bounds the whole comparison."""
 
@@ -30,10 +25,10 @@ class Judge:
         """Raises Undefined, Unreadable and NeedsSympy."""
         if a == b:
             return True
-        compare = {"chain": self.chain, "assign": self.assigned, "cong": self.congruence, "record": self.record,
+        compare = {"chain": self.chain, "assign": self.assigned, "residues": self.congruence, "record": self.record,
                    "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
-                   "list": self.listed, "tuple": self.tuple, "mat": self.matrix, "dots": self.never}
-        kinds = [_kind(a), _kind(b)]
+                   "list": self.listed, "tuple": self.tuple, "mat": self.matrix, "dots": lambda a, b: False}
+        kinds = ["region" if is_region(node) else "mat" if _as_matrix(node) else node[0] for node in (a, b)]
         for kind, method in compare.items():              # in this order: the first kind that either has decides
             if kind in kinds:
                 return method(a, b) if kinds[0] == kind else method(b, a)
@@ -41,9 +36,6 @@ class Judge:
 
     def both(self, a: Node, b: Node) -> bool:
         return self.same(settle(a), settle(b))
-
-    def never(self, a, b):
-        return False
 
     # -- names and statements
     def chain(self, a, b):
@@ -58,23 +50,11 @@ class Judge:
             return False
 
     def congruence(self, a, b):
-        (modulus, left, residues), single = self.residues(a), a[1][0] not in ("list", "rel")
-        if b[0] != "cong":
-            return single and self.same(a[1], b)
-        (modulus2, left2, residues2) = self.residues(b)
-        return (modulus, residues) == (modulus2, residues2) and (None in (left, left2) or self.same(left, left2))
-
-    def residues(self, node):
-        modulus, listed = self.exact(node[2]), settle(node[1])
-        items = listed[2] if listed[0] == "list" else (listed,)
-        left = next((item[1] for item in items if item[0] == "equiv"), None)
-        return modulus, left, {self.exact(item[2] if item[0] == "equiv" else item) % modulus for item in items}
-
-    def exact(self, node) -> Fraction:
-        value = self.evaluator.value(node, {})
-        if not isinstance(value, Fraction):
-            raise Undefined("not rational")
-        return value
+        _, modulus, residues, left = a
+        if b[0] != "residues":                                # 5 mod 7
+            return left is None and len(residues) == 1 and self.same(residues[0], b)
+        reduced = [{constant(residue) % modulus for residue in node[2]} for node in (a, b)]
+        return modulus == b[1] and reduced[0] == reduced[1] and (None in (left, b[3]) or self.same(left, b[3]))
 
     def assigned(self, a, b):
         if b[0] == "assign":
@@ -89,12 +69,13 @@ class Judge:
         if b[0] == "record":
             left, right = dict(a[1]), dict(b[1])
             return left.keys() == right.keys() and all(self.both(left[name], right[name]) for name in left)
-        values = [settle(value) for _, value in sorted(a[1], key=str)]
+        values = tuple(settle(value) for _, value in sorted(a[1], key=str))
         if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
-            return self.listed(("list", ",", values), b)   # x_1 = 2, x_2 = 3: roots, in any order
-        if b[0] != "list" and b[:2] != ("tuple", "("):
-            return False
-        return len(values) == len(b[2]) and all(self.same(value, settle(item)) for value, item in zip(values, b[2]))
+            return self.listed(("list", ",", values), b)  # x_1 = 2, x_2 = 3: roots, in any order
+        return (b[0] == "list" or b[:2] == ("tuple", "(")) and self.each(values, b[2])
+
+    def each(self, left, right) -> bool:
+        return len(left) == len(right) and all(map(self.both, left, right))
 
     def equation(self, a, b):
         return b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:])
@@ -116,14 +97,9 @@ class Judge:
         if b[0] not in ("list", "set"):
             return a[0] == "set" and len(a[1]) == 1 and self.same(a[1][0], b)
         left, right = (node[1] if node[0] == "set" else node[2] for node in (a, b))
-        as_lists = a[0] == b[0] == "list"
-        if as_lists and len(left) != len(right):
-            return False
+        once = a[0] == b[0] == "list"
         if max(len(left), len(right)) > MAX_LIST:
             return Counter(left) == Counter(right)
-        return self.matched(left, right, as_lists)
-
-    def matched(self, left, right, once: bool) -> bool:
         remaining = list(right)
         for item in left:
             partner = next((other for other in remaining if self.both(item, other)), None)
@@ -131,24 +107,20 @@ class Judge:
                 return False
             if once:
                 remaining.remove(partner)
-        return once or all(any(self.both(item, other) for item in left) for other in right)
+        return not remaining if once else all(any(self.both(item, other) for item in left) for other in right)
 
     def tuple(self, a, b):
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
-        if a[1] == "clock" == b[1]:                       # 2:10 is not 4:20
-            return a == b
-        if a[3] == ":" == b[3] and len(a[2]) == len(b[2]) and num(0) not in a[2] + b[2]:
-            return all(self.same(("mul", x, b[2][0]), ("mul", y, a[2][0])) for x, y in zip(a[2], b[2]))
-        return (a[1], a[3], len(a[2])) == (b[1], b[3], len(b[2])) and all(map(self.both, a[2], b[2]))
+        if a[3] == b[3] == ":" and (a[1], b[1]) != ("clock", "clock") and num(0) not in a[2] + b[2]:
+            return self.each([("mul", x, b[2][0]) for x in a[2]], [("mul", y, a[2][0]) for y in b[2]])     # 2:3 = 4:6
+        return (a[1], a[3]) == (b[1], b[3]) and self.each(a[2], b[2])
 
     def matrix(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
         if b[:2] == ("tuple", "(") and len(left[0]) == 1:
             right = [(item,) for item in b[2]]
-        if right is None or len(left) != len(right) or len(left[0]) != len(right[0]):
-            return False
-        return all(self.same(x, y) for row, row2 in zip(left, right) for x, y in zip(row, row2))
+        return bool(right) and len(left) == len(right) and all(map(self.each, left, right))
 
     def region(self, a, b):
         letters = names(a, b)
@@ -168,11 +140,9 @@ class Judge:
         if percent != percent2:
             plain, other = (left, right) if percent else (right, left)
             return self.same_value(plain, other) or self.same_value(("div", plain, num(100)), other)
-        readings = [(False, False)]
-        if has(left, "deg") != has(right, "deg"):
-            readings.append((True, False))
-        if has(left, "log") or has(right, "log"):
-            readings.append((False, True))
+        degree = has(left, "deg") != has(right, "deg")
+        log = has(left, "log") or has(right, "log")
+        readings = [(False, False)] + [(True, False)] * degree + [(False, True)] * log
         return any(self.same_value(left, right, *reading) for reading in readings)
 
     def same_value(self, a, b, degree=False, decimal_log=False):
@@ -187,8 +157,6 @@ class Judge:
             y, big2 = self.evaluator.value(b, {}), self.evaluator.rounded
         except Undefined:
             return False
-        if isinstance(x, Fraction) and isinstance(y, Fraction) and x == y:
-            return True
         if is_close(x, y, max(scale, self.evaluator.scale)):
             return not (big or big2)
         return _rounds_to(a, b, y) or _rounds_to(b, a, x)
@@ -206,6 +174,8 @@ class Judge:
                     x, unreal, scale = self.evaluator.value(a, env), self.evaluator.unreal, self.evaluator.scale
                     y = self.evaluator.value(b, env)
                 except Undefined:
+                    if attempt > 11 and not self.sampled:
+                        break
                     continue
                 if (unreal or self.evaluator.unreal) and not unreal_allowed:
                     continue
@@ -234,15 +204,14 @@ def _without_percent(node: Node) -> tuple[Node, bool]:
 
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter decimal expansion."""
-    if decimal[0] == "neg" or other[0] == "neg":
-        negated = [node[1] if node[0] == "neg" else ("neg", node) for node in (decimal, other)]
-        return negated[0][0] == "num" and _rounds_to(*negated, -value)
+    shift, sign, other_digits = 0, 1, other[0] == "num" and (other[2] or other[1].denominator == 1)
+    if decimal[0] == "neg":
+        sign, decimal = -1, decimal[1]
     if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)) and abs(constant(decimal[2][2]) or 999) < 400:
-        power = ("pow", *decimal[2][1:])
-        return _rounds_to(decimal[1], ("div", other, power), lift(value) / mp.mpf(10) ** int(constant(power[2])))
-    if decimal[0] != "num" or not decimal[2] or other[0] == "num" and (other[2] or other[1].denominator == 1):
+        shift, decimal = int(constant(decimal[2][2])), decimal[1]
+    if decimal[0] != "num" or not decimal[2] or other_digits:
         return False
-    scaled, written = lift(value) * mp.mpf(10) ** decimal[2], decimal[1] * 10 ** decimal[2]
+    scaled, written = sign * lift(value) * mp.mpf(10) ** (decimal[2] - shift), decimal[1] * 10 ** decimal[2]
     if written < 10 ** 9 or not mp.isfinite(scaled) or scaled.imag:
         return False
     return abs(scaled - lift(written)) <= 1 and abs(scaled - mp.nint(scaled)) > 1e-30
@@ -252,11 +221,8 @@ def _as_matrix(node: Node) -> tuple | None:
     """The rows of a matrix, also of a multiple of one."""
     if node[0] == "mat":
         return node[1]
-    if node[0] == "neg" and (rows := _as_matrix(node[1])):
-        return tuple(tuple(("neg", cell) for cell in row) for row in rows)
-    if node[0] in ("mul", "div"):
-        for scalar, matrix in ((node[2], node[1]), (node[1], node[2]))[:1 if node[0] == "div" else 2]:
-            rows = _as_matrix(matrix)
-            if rows and not has(scalar, "mat"):
-                return tuple(tuple((node[0], cell, scalar) for cell in row) for row in rows)
+    for k in range(1, len(node) if node[0] in ("neg", "mul") else 2 if node[0] == "div" else 0):
+        rows, scalars = _as_matrix(node[k]), node[1:k] + node[k + 1:]
+        if rows and not has(("list", *scalars), "mat"):
+            return tuple(tuple((node[0], cell, *scalars) for cell in row) for row in rows)
     return None

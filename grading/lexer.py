@@ -9,7 +9,7 @@ from grading.units import UNITS
 from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
 
 _LEX = re.compile(rf"""
-    (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;)+)
+    (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;|\\(?:left|right)(?![A-Za-z])\.?)+)
   | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*\{{\d{{1,50}}\}})
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
   | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?)
@@ -18,27 +18,32 @@ _LEX = re.compile(rf"""
   | (?P<based>(?=\d{{0,60}}[A-F])(?=[A-F]{{0,60}}\d)[\dA-F]{{2,60}}_\{{?1[1-6](?:\}}|(?!\d)))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
   | (?P<deg>\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z])))
-  | (?P<prime>\^\s*(?:\\prime(?![a-zA-Z])|\{{\s*(?:\\prime\s*)+\}}))
-  | (?P<double>\\\\(?=[A-Za-z]{{2}}))
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
-  | (?P<environment>\\(?:begin|end)\s*\{{[A-Za-z]+\*?\}})
+  | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
   | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
-  | (?P<space2>\\(?:left|right)(?![A-Za-z])\.?)
-  | (?P<text_group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
+  | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
   | (?P<escape>\\[{{}}$%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
   | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
 """, re.VERBOSE | re.ASCII)
-_ESCAPES = {"\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
-_OPERATORS = {"**": "^", "==": "="}
+_SIMPLE = {                                               # group -> its one token
+    **{name: lambda text, name=name: ("op", name) for name in ("deg", "row", "dots")},
+    "clock": lambda text: ("num", re.sub(r"\s", "", text)),
+    "based": lambda text: ("num", re.sub(r"[{}]", "", text)),
+    "scientific": lambda text: ("num", text),
+    "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
+    "blackboard": lambda text: ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])}
+_OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
+_OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
+_SYSTEMS = ("cases", "aligned", "align", "gathered", "split")
 _BARE_UNITS = set("m s g h L N J W".split())              # 5 m
 
 
 class Lexer:
-    """One method for each group of the expression above: it adds tokens, and tells where to go on if it is not at the
-    end of what it was given."""
+    """A method for each group of the expression above that is not simple: it adds tokens, and tells where to go on if
+    that is not the end of what it was given."""
 
     def __init__(self, text: str, as_list: bool):
         """as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
@@ -52,13 +57,14 @@ class Lexer:
         end, self.glued = len(self.text) if end is None else end, False
         while at < end:
             match = _LEX.match(self.text, at, end)
-            if not match:
-                raise Unreadable(f"unknown character at {at}")
-            self.in_text = in_text
-            to = getattr(self, match.lastgroup)(match.group(), match)
-            at, self.glued = match.end() if to is None else to, not match.lastgroup.startswith("space")
-            if len(self.tokens) > MAX_TOKENS:
-                raise Unreadable("too many tokens")
+            if not match or len(self.tokens) > MAX_TOKENS:
+                raise Unreadable(f"unknown character at {at}, or too many tokens")
+            group, text, to, self.in_text = match.lastgroup, match.group(), None, in_text
+            if group in _SIMPLE:
+                self.add(*_SIMPLE[group](text))
+            elif group != "space":
+                to = getattr(self, group)(text, match)
+            at, self.glued = match.end() if to is None else to, group != "space"
         return self.tokens
 
     def add(self, kind: str, value) -> None:
@@ -72,132 +78,75 @@ class Lexer:
         kind, value = self.tokens[-1][:2] if self.tokens else ("", "")
         return kind in ("num", "text") or kind == "op" and value in ("}", ")", "pi", "deg", "%")
 
-    def space(self, value, match):
-        pass
-
-    space2 = space                                         # \left, and the \right. that closes nothing
-
-    # -- numbers
-    def number(self, value, match):
-        if len(value) > MAX_DIGITS:
+    def number(self, text, match):
+        if len(text) > MAX_DIGITS:
             raise Unreadable("too many digits")
-        self.add("num", value)
-        return match.start() + len(value)
+        self.add("num", text)
+        return match.start() + len(text)
 
-    scientific = number
+    def thousands(self, text, match):
+        if text[0] == "0":
+            return self.number(re.match(r"\d+", text).group(), match)
+        self.number(re.sub(r"[^\d.]", "", text), match)
 
-    def clock(self, value, match):
-        self.add("num", re.sub(r"\s", "", value))
-
-    def based(self, value, match):
-        digits, _, base = value.partition("_")
-        self.add("num", f"{digits}_{base.strip('{}')}")
-
-    def thousands(self, value, match):
-        if value[0] == "0":
-            return self.number(re.match(r"\d+", value).group(), match)
-        self.number(re.sub(r"[^\d.]", "", value), match)
-
-    def comma(self, value, match):
+    def comma(self, text, match):
         listed = len(self.tokens) > 1 and self.tokens[-1][1] == "," and self.tokens[-2][0] == "num"
-        if ",0" not in value and (self.as_list or self.parens or listed):
-            return self.number(value[:value.index(",")], match)
-        self.thousands(value, match)
+        if ",0" not in text and (self.as_list or self.parens or listed):
+            return self.number(text[:text.index(",")], match)
+        self.thousands(text, match)
 
-    def repeating(self, value, match):
-        self.add("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", value))
-
-    # -- signs
-    def deg(self, value, match):
-        self.add("op", match.lastgroup)
-
-    dots = row = deg
-
-    def prime(self, value, match):
-        for _ in range(value.count("prime")):
-            self.add("op", "'")
-
-    def double(self, value, match):
-        if not self.environments:
-            return match.start() + 1                       # \\frac: an escape too many
-        self.add("op", "row")
-
-    def escape(self, value, match):
-        if value == "\\$":
-            self.money = True
-            return
-        self.add("op", _ESCAPES.get(value, "bad"))
-        self.parens += {"\\{": 1, "\\}": -1}.get(value, 0)
-
-    def operator(self, value, match):
-        if value == "&" and self.environments[-1:] == ["system"] or value == "." and self.in_text:
-            return                                         # what aligns, what abbreviates
-        if value == "!=" and self.glued:                   # 5!=120
+    def operator(self, text, match):
+        if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
+            return                                        # what aligns, what abbreviates
+        if text == "!=" and self.glued:                   # 5!=120
             self.add("op", "!")
-            value = "="
-        self.parens = max(0, self.parens + {"(": 1, "[": 1, ")": -1, "]": -1}.get(value, 0))
-        self.add("op", _OPERATORS.get(value, value))
+            text = "="
+        self.parens = max(0, self.parens + _OPENS.get(text, 0))
+        self.add("op", _OPERATORS.get(text, text))
 
-    def environment(self, value, match):
-        name = re.search(r"\{([A-Za-z]+)", value)[1]
-        name = "system" if name in ("cases", "aligned", "align", "gathered", "split") else name
-        if value[1] == "b":
-            self.environments.append(name)
-        elif self.environments:
-            self.environments.pop()
-        self.add("op", "begin" if value[1] == "b" else "end")
+    def escape(self, text, match):
+        self.money = self.money or text == "\\$"
+        if text != "\\$":
+            self.operator(text, match)
+
+    def environment(self, text, match):
+        name = "system" if match["name"] in _SYSTEMS else match["name"]
+        self.environments = self.environments + [name] if match["edge"] == "begin" else self.environments[:-1]
+        self.add("op", match["edge"])
         self.add("env", name)
 
-    # -- words
-    def letters(self, value, match):
-        low, rest = value.lower(), self.text[match.end():match.end() + 9].lstrip()[:1]
+    def letters(self, text, match):
+        low, next_char = text.lower(), self.text[match.end():match.end() + 9].lstrip()[:1]
+        bare = text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if low in WORDS:
             self.add("op", WORDS[low])
-        elif self.in_text:
-            self.word(value)
-        elif (value in UNITS or low in ("am", "pm")) and self.after_value() and (len(value) > 1 or not self.glued and value in _BARE_UNITS
-                                                        and rest in ("", "/", ",", ";")):
-            self.add("text", value)
-        elif low in PLAIN and value in (low, low.capitalize()):
+        elif self.in_text:                                # a single letter that is no unit is a variable
+            variable = len(text) == 1 and not (text in UNITS and self.after_value())
+            self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
+        elif self.after_value() and (bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))):
+            self.add("text", text)
+        elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
-        elif value in FUNCTIONS:
-            self.add("fn", FUNCTIONS[value])
-        elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", value):
+        elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
             self.add("fn", found[1])
             self.add("id", found[2])
-        elif self.is_word(value):
-            self.add("text", value)
-        else:
-            for letter in value:
+        elif text in FUNCTIONS or len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
+            self.add(*("fn", FUNCTIONS[text]) if text in FUNCTIONS else ("text", text))
+        else:                                             # short, capitals, or letters in their order: a product
+            for letter in text:
                 self.add("id", letter)
 
-    def word(self, value):
-        """A word inside \\text{...}: a single letter that is no unit is a variable."""
-        variable = len(value) == 1 and not (value in UNITS and self.after_value())
-        self.add(*("op", ":") if value == "to" else ("id" if variable else "text", value))
-
-    @staticmethod
-    def is_word(value: str) -> bool:
-        """Four letters and more are a word, unless they look like a product: capitals, or letters in their order."""
-        return len(value) > 3 and not value.isupper() and list(value) != sorted(set(value))
-
-    def blackboard(self, value, match):
-        letter = value.rstrip("} \t\n")[-1]
-        self.add(*("op", "reals") if letter == "R" else ("id", "set " + letter))
-
-    def command(self, value, match):
-        name = value[1:]
+    def command(self, text, match):
+        name = text[1:]
         if name not in COMMANDS:
             raise Unreadable("unknown command")
-        if name in ("Omega", "AA") and self.after_value():
-            self.add("text", name)
-        elif COMMANDS[name]:
-            self.add(*COMMANDS[name])
+        if COMMANDS[name]:
+            self.add(*("text", name) if name in ("Omega", "AA") and self.after_value() else COMMANDS[name])
 
-    def text_group(self, value, match):
+    def group(self, text, match):
         r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they spell."""
         content = match["inner"].strip().strip("~")
-        if content in FUNCTIONS and not self.after_value():
-            self.add("fn", FUNCTIONS[content])
-        else:
+        if content not in FUNCTIONS or self.after_value():
             self.run(match.start("inner"), match.end("inner"), True)
+        else:
+            self.add("fn", FUNCTIONS[content])

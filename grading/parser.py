@@ -12,14 +12,16 @@ from grading.units import UNITS, known, multiplier
 from grading.words import NUMBERS, PHRASES
 
 _RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
-_STARTS = ("(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots")
-_APPLIED = set("fghFGHPQ")                                 # P(x) is a value of P; n(n+1) is a product
+_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
+_SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
+_APPLIED = set("fghFGHPQ")                                # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array")
-_SIGNS = {"+": "add", "+-": "pm", "-+": "mp"}
+_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "system")
 _INFINITY = ("const", "oo")
 _ATOMS = {"pi": ("const", "pi"), "oo": _INFINITY, "empty": ("set", ()), "dots": ("dots",),
           "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")")}
+_STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
+_INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 _DEFINITION = re.compile(r"(?:\w+|Delta \w)(?: \^ \{ - 1 \})?(?: _ (?:\w+|\{ [\w ]+ \}))? \( \w+(?: , \w+)* \) =")
 
 
@@ -85,35 +87,34 @@ class Parser:
 
     def __init__(self, tokens: list[tuple], bound=(), depth: int = 0):
         """bound: the names that a sum or an integral binds."""
-        self.tokens = [*tokens, ("end", "", False)]
+        self.tokens = [*tokens, *[("end", "", False)] * 9]
         self.at, self.depth, self.bars, self.bound = 0, depth, 0, list(bound)
 
     # -- the stream
     def peek(self, ahead: int = 0):
-        return self.tokens[min(self.at + ahead, len(self.tokens) - 1)]
+        return self.tokens[self.at + ahead]
 
     def take(self):
         self.at += 1
-        return self.peek(-1)
+        return self.tokens[self.at - 1]
 
     def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value, _ = self.peek(ahead)
+        kind, value, _ = self.tokens[self.at + ahead]
         return kind == "op" and value in values
 
     def accept(self, *values) -> str | None:
         return self.take()[1] if self.is_op(*values) else None
 
     def expect(self, *values) -> str:
-        found = self.accept(*values)
-        if found is None:
+        if not self.is_op(*values):
             raise Unreadable(f"expected {values}")
-        return found
+        return self.take()[1]
 
     def nested(self, read, *args):
         """read, one level deeper; a bar inside brackets does not close one outside."""
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+        if self.depth > MAX_DEPTH or self.peek()[0] == "end":
+            raise Unreadable("nested too deeply, or not finished")
         bars, self.bars = self.bars, 0
         node = read(*args)
         self.bars = bars
@@ -161,12 +162,12 @@ class Parser:
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
 
     def side(self) -> Node:
-        """A side of a relation: f(x, y) before an equals sign is a name; a ratio; a set; a sum."""
+        """A side of a relation: f(x, y) before an equals sign, which is a name; a ratio; a set; a sum."""
         if self.peek()[0] == "id" and self.is_op("(", "_", "^", ahead=1):
             match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
-            if match:
-                words = match.group().split(" ")[:-1]
-                self.at += len(words)
+            words = match.group().split(" ")[:-1] if match else []
+            self.at += len(words)
+            if words:
                 return ("sym", "".join(word for word in words if word not in "{}"))
         parts = [self.sets()]
         while self.accept(":"):
@@ -175,27 +176,24 @@ class Parser:
 
     def sets(self) -> Node:
         node = self.sum()
-        if infix := self.accept("choose", "over"):
-            node = ("binom" if infix == "choose" else "div", node, self.sum())
-        while op := self.accept("cup", "cap", "minus"):
-            node = (op, node, self.sum())
+        while op := self.accept(*_SETS):
+            node = (_SETS[op], node, self.sum())
         return node
 
     # -- sums and products
     def sum(self) -> Node:
-        node, op = None, self.accept("+", "-", "+-", "-+") or "+"
+        node, op = None, self.accept(*_SIGNS) or "+"
         while op:
-            term = self.negated(self.product)
+            term = self.signed(self.product)
             term = ("neg", term) if op == "-" else term
-            if node or op in ("+-", "-+"):
-                term = (_SIGNS.get(op, "add"), node, term)
-            node, op = term, self.accept("+", "-", "+-", "-+")
+            node = (_SIGNS[op], node, term) if node or op in ("+-", "-+") else term
+            op = self.accept(*_SIGNS)
         return node
 
-    def negated(self, read) -> Node:
+    def signed(self, read) -> Node:
         """What read finds behind signs of its own."""
         if self.accept("-"):
-            return ("neg", self.nested(self.negated, read))
+            return ("neg", self.nested(self.signed, read))
         self.accept("+")
         return read()
 
@@ -203,7 +201,7 @@ class Parser:
         node = self.factor()
         while True:
             if self.accept("*"):
-                node = ("mul", node, self.negated(self.factor))
+                node = ("mul", node, self.signed(self.factor))
             elif self.accept("/"):
                 node = ("div", node, self.denominator())
             elif self.accept("mod"):
@@ -215,6 +213,13 @@ class Parser:
             else:
                 return node
 
+    def starts_atom(self) -> bool:
+        kind, value, _ = self.peek()
+        if kind != "op":
+            return kind in ("num", "id", "fn")
+        return value in _STARTS or value == "|" and not self.bars and (
+            self.depth > 0 or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:]))
+
     def juxtaposed(self, left: Node) -> Node:
         if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
             return ("add", left, self.product())
@@ -224,22 +229,15 @@ class Parser:
         right = self.power()
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
-        if right[0] == "rel" and right[1][1] == "in":      # a condition in brackets
+        if right[0] == "rel" and right[1][1] == "in":     # a condition in brackets
             return left
         if left[0] == "deg" and right[0] == "unit" and right[2] == "arcmin^1":
             return ("deg", ("add", left[1], ("div", right[1], num(60))))
         return ("mul", left, right)
 
-    def starts_atom(self) -> bool:
-        kind, value, _ = self.peek()
-        if kind != "op":
-            return kind in ("num", "id", "fn")
-        return value in _STARTS or value == "|" and not self.bars and (
-            self.depth > 0 or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:]))
-
     def denominator(self) -> Node:
         """t/RC: letters written as one word after a slash are one denominator."""
-        node = self.negated(self.factor)
+        node = self.signed(self.factor)
         while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
             node = ("mul", node, self.power())
         return node
@@ -266,11 +264,11 @@ class Parser:
             sign = -1 if self.accept("/") else 1
             self.accept("*")
             name = self.take()[1]
+            factor = multiplier(name)
+            power = constant(self.exponent()) if self.accept("^") else 1
             if name.lower() == "base" and not names:
                 node = self.based(node)
-                continue
-            power = constant(self.exponent()) if self.accept("^") else 1
-            if factor := multiplier(name):
+            elif factor:
                 node = ("mul", node, num(factor))
             elif power is None or not known(name):
                 raise Unreadable("prose after a value")
@@ -285,13 +283,13 @@ class Parser:
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = self.based(node) if op == "_" else self.raised(node) if op == "^" else self.signed(node, op)
+            node = self.based(node) if op == "_" else self.raised(node) if op == "^" else self.marked(node, op)
         return node
 
     def raised(self, base: Node) -> Node:
         exponent = self.exponent()
         if self.is_op("_") and base[0] == "sym" and "_" not in base[1]:
-            base = ("sym", base[1] + self.subscript())     # x^2_0
+            base = ("sym", base[1] + self.take()[1] + self.spelt())            # x^2_0
         return ("pow", base, exponent)
 
     def exponent(self) -> Node:
@@ -300,28 +298,23 @@ class Parser:
         if self.accept("-"):
             return ("neg", self.nested(self.exponent))
         self.accept("+")
-        if self.peek()[0] == "num":                        # v^2_0: the subscript is not the exponent's
+        if self.peek()[0] == "num":                       # v^2_0: the subscript is not the exponent's
             node = number(self.take()[1])
             return ("pow", node, self.nested(self.exponent)) if self.accept("^") else node
         return self.nested(self.power)
 
-    def signed(self, node: Node, sign: str) -> Node:
-        if sign == "!":
+    def marked(self, node: Node, mark: str) -> Node:
+        if mark == "!":
             return ("fact2" if self.accept("!") else "fact", node)
-        if sign == "'" and node[0] == "sym":
+        if mark == "'" and node[0] == "sym":
             return ("sym", node[1] + "'")
-        if sign == "'" and node[0] in ("num", "deg"):
+        if mark == "'" and node[0] in ("num", "deg"):
             return ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
-        if sign == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
+        if mark == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
             return ("unit", node, f"deg{self.take()[1]}^1")
-        if sign == "'" or sign == "%" and node[0] == "percent":
-            raise Unreadable("a sign too many")
-        return ("deg" if sign == "deg" else "percent", node)
-
-    def subscript(self) -> str:
-        """_{...} as a part of a name."""
-        self.expect("_")
-        return "_" + self.spelt()
+        if mark == "'" or mark == "%" and node[0] == "percent":
+            raise Unreadable("a mark too many")
+        return ("deg" if mark == "deg" else "percent", node)
 
     def based(self, node: Node) -> Node:
         """52_8: a number in another base."""
@@ -329,12 +322,10 @@ class Parser:
         base = int(word) if word.isdigit() and len(word) < 3 else NUMBERS.get(word, 0)
         if not 2 <= base <= 36 or node[0] != "num" or node[2] is not None or not 0 <= node[1] < 10 ** 4000:
             raise Unreadable("base")
-        return num(_integer(str(node[1]), base))           # a fraction has no such digits
+        return num(_integer(str(node[1]), base))          # a fraction has no such digits
 
     # -- atoms
     def argument(self) -> Node:
-        if self.is_op("{"):
-            return self.nested(self.atom)
         kind, value, glued = self.peek()
         if kind == "num" and value.isdigit() and len(value) > 1:      # \\frac12: the arguments are single digits
             self.tokens[self.at:self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
@@ -360,12 +351,13 @@ class Parser:
         if value == "Delta" and self.peek()[0] == "id":
             value += " " + self.take()[1]
         if self.is_op("_"):
-            value += self.subscript()
+            value += self.take()[1] + self.spelt()
         while self.accept("'"):
             value += "'"
-        if self.is_op("(") and (value.rstrip("'") in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
+        zero = self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)
+        if self.is_op("(") and (value.rstrip("'") in _APPLIED or zero):
             value += self.spelt()
-        if value == "C" and self.is_op("("):               # C(n, 2)
+        if value == "C" and self.is_op("("):              # C(n, 2)
             node = self.nested(self.atom)
             return ("binom", *node[2]) if node[0] == "tuple" and len(node[2]) == 2 else ("mul", ("sym", "C"), node)
         return ("sym", value)
@@ -394,8 +386,7 @@ class Parser:
             return ("set", ())
         end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
         conditions = self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end)
-        if conditions:                                     # {x | ...}, {x in R : ...}
-            self.at += end + 1
+        self.at += end + 1 if conditions else 0           # {x | ...}, {x in R : ...}
         node = self.sequence()
         self.expect("}}")
         return node if conditions else ("set", node[2] if node[0] == "list" else (node,))
@@ -409,12 +400,9 @@ class Parser:
         return (name, node)
 
     def matrix(self, _) -> Node:
-        kind = self.take()[1]
-        if kind not in (*_MATRICES, "system"):
-            raise Unreadable("environment")
+        kind, rows = self.take()[1], [[]]
         if kind == "array":
             self.nested(self.atom)
-        rows = [[]]
         while not self.accept("end"):
             rows[-1].append(self.relation())
             if self.accept("row", ",", "and"):
@@ -423,42 +411,35 @@ class Parser:
                 rows.append([])
             elif not self.accept("&") and not self.is_op("end"):
                 raise Unreadable("matrix")
-        rows = rows if rows[-1] else rows[:-1]
         self.take()
-        if kind == "system":                               # of equations
-            return ("list", ",", tuple(cell for row in rows for cell in row))
-        rows = [tuple(row) for row in rows]
-        if not rows or len(set(map(len, rows))) > 1:
+        rows = [tuple(row) for row in rows if row]
+        if kind not in _MATRICES or not rows or kind != "system" and len(set(map(len, rows))) > 1:
             raise Unreadable("matrix")
+        if kind == "system":                              # of equations
+            return ("list", ",", tuple(cell for row in rows for cell in row))
         return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
 
     # -- functions
     def function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             return ("div" if name == "frac" else "binom", self.argument(), self.argument())
-        if name in ("sum", "prod", "lim"):
-            return self.binding(name)
-        if name.startswith("accent"):                      # \dot{x}, \overline{AB}: a name
-            return ("sym", name[7:] + " " + self.spelt() + (self.subscript() if self.is_op("_") else ""))
-        return {"sqrt": self.root, "int": self.integral}.get(name, lambda: self.applied(name))()
-
-    def root(self) -> Node:
-        index = num(2)
-        if self.accept("["):
-            index = self.sum()
-            self.expect("]")
-        return ("root", self.argument() if self.is_op("{", "-") else self.nested(self.atom), index)
-
-    def bounds(self) -> tuple[Node | None, Node | None]:
-        """What stands below and above a sign, in either order."""
-        found = {}
+        if name == "sqrt":
+            index = num(2)
+            if self.accept("["):
+                index = self.sum()
+                self.expect("]")
+            return ("root", self.argument() if self.is_op("-") else self.nested(self.atom), index)
+        if name.startswith("accent"):                     # \\dot{x}, \\overline{AB}: a name
+            value = name[7:] + " " + self.spelt()
+            return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
+        bounds = {}                                       # below and above, in either order
         while mark := self.accept("_", "^"):
-            found[mark] = self.exponent() if mark == "^" else self.nested(self.atom)
-        return found.get("_"), found.get("^")
+            bounds[mark] = self.exponent() if mark == "^" else self.nested(self.atom)
+        read = {"sum": self.binding, "prod": self.binding, "lim": self.binding, "int": self.integral}
+        return read.get(name, self.applied)(name, bounds.get("_"), bounds.get("^"))
 
-    def applied(self, name: str) -> Node:
-        base, power = self.bounds()
-        if power == ("neg", num(1)) and name in ("sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"):
+    def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
+        if power == ("neg", num(1)) and name in _INVERTED:
             name, power = "arc" + name, None
         args = self.function_arguments()
         if base is not None and name != "log":
@@ -467,41 +448,36 @@ class Parser:
         return node if power is None else ("pow", node, power)
 
     def function_arguments(self) -> tuple:
-        if self.is_op("{{"):                               # max{a, b}
-            return self.atom()[1]
-        if self.is_op("(", "{", "["):
-            node = self.nested(self.bracket, self.take()[1])
-            return node[2] if node[0] in ("tuple", "list") else (node,)
+        if self.is_op("{{", "(", "{", "["):               # max{a, b}
+            node = self.nested(self.atom)
+            return node[1] if node[0] == "set" else node[2] if node[0] in ("tuple", "list") else (node,)
         negative = self.accept("-")
         node = self.power()
-        while self.starts_atom() and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
-            if self.is_op("("):
-                break
+        while self.starts_atom() and not self.is_op("(") and (
+                self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def binding(self, name: str) -> Node:
+    def binding(self, name: str, low: Node | None, high: Node | None) -> Node:
         """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
-        low, high = self.bounds()
         if low is None:
             return ("mul", ("sym", name), self.product())
-        if low[0] != "rel" or len(low[1]) != 3 or low[1][0][0] not in ("sym", "const"):
-            raise Unreadable("bound variable")
-        (_, variable), sign, start = low[1]
-        if sign != ("to" if name == "lim" else "=") or (high is None) != (name == "lim"):
+        sign = "to" if name == "lim" else "="
+        if low[0] != "rel" or low[1][1::2] != (sign,) or low[1][0][0] not in ("sym", "const") or (
+                high is None) != (name == "lim"):
             raise Unreadable("bounds")
+        (_, variable), _, start = low[1]
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
         return ("lim", variable, start, body) if name == "lim" else ("big", name, variable, start, high, body)
 
-    def integral(self) -> Node:
-        low, high = self.bounds()
+    def integral(self, _, low: Node | None, high: Node | None) -> Node:
         rest = self.tokens[self.at:]
-        end = next((k for k, token in enumerate(rest[:-1]) if token[:2] == ("id", "d") and rest[k + 1][0] == "id"), None)
-        if end is None or low is None or high is None:
+        ends = [k for k, token in enumerate(rest[:-1]) if token[:2] == ("id", "d") and rest[k + 1][0] == "id"]
+        if not ends or low is None or high is None:
             raise Unreadable("integral")
-        variable = rest[end + 1][1]
-        body = Parser(rest[:end] or [("num", "1", True)], [variable], self.depth).answer()
-        self.at += end + 2
+        variable = rest[ends[0] + 1][1]
+        body = Parser(rest[:ends[0]] or [("num", "1", True)], [variable], self.depth).answer()
+        self.at += ends[0] + 2
         return ("int", variable, low, high, body)

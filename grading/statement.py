@@ -1,14 +1,15 @@
 """What relations and plus-minus signs state.
 
 `settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts), ("record", ((name, value)
-...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b), or leaves what it was before.
+...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b), ("residues", modulus, items, left), or leaves what it
+was before.
 """
 
 from __future__ import annotations
 
 import itertools
 
-from grading.tree import Node, Unreadable, has, names, num, walk
+from grading.tree import Node, Unreadable, constant, has, names, num, walk
 from grading.units import hoisted
 
 _MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
@@ -23,7 +24,7 @@ def settle(node: Node) -> Node:
         items = _list(",", node[1]) if node[1] else ("list", ",", ())
         return ("set", items[2] if items[0] == "list" else (items,))
     if kind == "cong":
-        return node
+        return _residues(settle(node[1]), constant(node[2]))
     if kind in ("cup", "cap", "minus"):
         left, right = settle(node[1]), settle(node[2])
         points = kind == "cup" and left[0] == right[0] == "set"
@@ -36,6 +37,15 @@ def settle(node: Node) -> Node:
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
     return hoisted(node) if kind in ("add", "neg") and has(node, "unit") else node
+
+
+def _residues(listed: Node, modulus) -> Node:
+    items = listed[2] if listed[0] == "list" else (listed,)
+    left = next((item[1] for item in items if item[0] == "equiv"), None)
+    residues = tuple(item[2] if item[0] == "equiv" else item for item in items)
+    if not modulus or None in map(constant, residues):
+        raise Unreadable("residues")
+    return ("residues", modulus, residues, left)
 
 
 def _variants(node: Node) -> list[Node]:
@@ -103,8 +113,9 @@ def _relation(parts: tuple) -> Node:
     (operator, *others), (left, right, *more) = operators, operands
     if others or more or operator == "to" or operator == "in" and not is_name(left):
         raise Unreadable("mixed relations")
-    return {"in": settle(right), "equiv": ("equiv", left, right),
-            "mid": ("cong", ("rel", (right, "equiv", num(0))), left)}[operator]
+    if operator == "mid":
+        return _residues(("equiv", right, num(0)), constant(left))
+    return {"in": settle(right), "equiv": ("equiv", left, right)}[operator]
 
 
 def _less(left: Node, sign: str, right: Node) -> Node:

@@ -6,8 +6,9 @@ the time of the call, which other threads would see. Its exponents have no bound
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, isqrt, lcm, log2, prod
+from math import comb, factorial, gcd, lcm, log2, prod
 
 from mpmath import MPContext
 
@@ -50,31 +51,15 @@ def is_close(x: Number, y: Number, scale=mp.zero) -> bool:
     return difference <= TOLERANCE * max(size(x), size(y)) or difference <= noise < 1e-50
 
 
-def is_unreal(value) -> bool:
-    return isinstance(value, mp.mpc) and abs(value.imag) > 1e-50 * (1 + abs(value.real))
+def real(value: Number) -> Number:
+    """Raises Undefined for a number that has an imaginary part."""
+    if isinstance(value, Fraction) or not abs(value.imag) > 1e-50 * (1 + abs(value.real)):
+        return value if isinstance(value, Fraction) else value.real
+    raise Undefined("not real")
 
 
 def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
-
-
-def _exact_root(value: int, n: int) -> int | None:
-    """The exact n-th root of an integer >= 0, None if there is none."""
-    if n != 2 and (value.bit_length() > 1500 or n > 64):
-        return None
-    root = isqrt(value) if n == 2 else int(mp.nint(mp.root(value, n)))
-    return root if root ** n == value else None
-
-
-def _bounded(value: Number) -> Number:
-    """The value, if its exponents are in reach. Raises Undefined."""
-    if isinstance(value, Fraction):
-        return value
-    parts, most = ((value.real, value.imag), MAX_COMPLEX_EXPONENT) if isinstance(value, mp.mpc) else (
-        (value,), MAX_EXPONENT)
-    if any(abs(part._mpf_[2]) > most for part in parts):
-        raise Undefined("exponent out of reach")
-    return value
 
 
 class Evaluator:
@@ -99,31 +84,29 @@ class Evaluator:
         self.steps -= 1
         if self.steps < 0:
             raise Undefined("too many steps")
-        if kind in _FUNCTIONS or kind in _QUOTIENTS:
-            return _bounded(self.function(kind, *args))
-        return _bounded(_OPERATIONS[kind](self, *args))
-
-    def real(self, node: Node) -> Number:
-        value = self.eval(node)
-        if is_unreal(value):
-            raise Undefined("not real")
-        return value if isinstance(value, Fraction) else value.real
+        value = _OPERATIONS[kind](self, *args) if kind in _OPERATIONS else self.function(kind, *args)
+        if not isinstance(value, Fraction):
+            most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
+            if max(abs(part._mpf_[2]) for part in (value.real, value.imag)) > most:
+                raise Undefined("exponent out of reach")
+        return value
 
     def integer(self, node: Node, most: int = 10 ** 6) -> int:
-        value = self.eval(node)
-        if not isinstance(value, Fraction) or value.denominator != 1 or abs(value) > most:
-            raise Undefined("not a small integer")
-        return int(value)
-
-    def sized(self, value: Fraction) -> Number:
-        """Exact numbers beyond the cap are rounded."""
-        if _bits(value) <= MAX_BITS:
-            self.steps -= _bits(value) // 40
-            return value
-        self.rounded = True
-        return lift(value)
+        value = real(self.eval(node))
+        if abs(value) <= most and is_close(value, nearest := Fraction(int(mp.nint(lift(value))))):
+            return int(nearest)
+        raise Undefined("not a small integer")
 
     # -- arithmetic
+    def exact(self, operation, a: Number, b: Number) -> Number:
+        """Exact where both sides are; numbers beyond the cap are rounded."""
+        if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+            return operation(lift(a), lift(b))
+        value = operation(a, b)
+        self.steps -= min(_bits(value), MAX_BITS) // 40
+        self.rounded = self.rounded or _bits(value) > MAX_BITS
+        return value if _bits(value) <= MAX_BITS else lift(value)
+
     def add(self, a, b):
         terms = [b]                                       # a long sum leans left: walk down instead of recursing
         while a[0] == "add":
@@ -135,10 +118,8 @@ class Evaluator:
         return total
 
     def plus(self, a: Number, b: Number) -> Number:
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return self.sized(a + b)
-        a, b = lift(a), lift(b)
-        return self.noisy(a + b, max(size(a), size(b)))
+        total = self.exact(operator.add, a, b)
+        return total if isinstance(total, Fraction) else self.noisy(total, max(size(lift(a)), size(lift(b))))
 
     def noisy(self, value, before):
         """Remembers what cancelled if the value is much smaller than what it was made from."""
@@ -147,47 +128,30 @@ class Evaluator:
         return value
 
     def times(self, a: Number, b: Number) -> Number:
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return self.sized(a * b)
-        return lift(a) * lift(b)
+        return self.exact(operator.mul, a, b)
 
     def over(self, a: Number, b: Number) -> Number:
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return self.sized(a / b)
-        b = lift(b)
-        if size(b) <= self.scale * TOLERANCE:
+        if not isinstance(b, Fraction) and size(b) <= self.scale * TOLERANCE:
             raise Undefined("division by what rounds to zero")
-        return lift(a) / b
+        return self.exact(operator.truediv, a, b)
 
     def pow(self, a, b):
         return self.function("exp", b) if a == ("const", "e") else self.power(self.eval(a), self.eval(b))
 
     def power(self, a: Number, b: Number) -> Number:
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            if b.denominator == 1:
-                return self.integer_power(a, int(b))
-            roots = [_exact_root(part, b.denominator) for part in (a.numerator, a.denominator) if a >= 0]
-            if roots and None not in roots:
-                return self.integer_power(Fraction(*roots), b.numerator)
-        return self.rounded_power(lift(a), lift(b))
-
-    def integer_power(self, a: Fraction, n: int) -> Number:
-        if not a and n <= 0:
+        integer = isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1
+        if not a and not lift(b).real > 0:
             raise Undefined("0^0")
-        if abs(a) in (0, 1):
-            return a ** (n % 2 if a < 0 else 1)
-        if _bits(a) * abs(n) <= MAX_BITS:
-            return self.sized(a ** n)
-        self.rounded = True
-        return self.rounded_power(lift(a), lift(Fraction(n)))
-
-    def rounded_power(self, a, b) -> Number:
+        if integer and abs(a) in (0, 1):
+            return a ** (int(b) % 2 if a < 0 else 1)
+        if integer and _bits(a) * abs(b) <= MAX_BITS:
+            return self.exact(operator.pow, a, b)
+        self.rounded = self.rounded or integer
         self.steps -= 20
-        if not a:
-            raise Undefined("power of zero")
+        a, b = lift(a), lift(b)
         self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
         most = MAX_EXPONENT if not a.imag and not b.imag else MAX_COMPLEX_EXPONENT
-        if mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
+        if a and mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
             raise Undefined("power out of reach")
         return a ** b
 
@@ -217,13 +181,8 @@ class Evaluator:
         self.unreal = self.unreal or not value.imag and value.real < 0
         return self.noisy(mp.ln(value), mp.one)
 
-    def lg(self, a):
-        return self.over(self.ln(a), mp.ln(10))
-
     def floor(self, a):
-        value = self.real(a)
-        if isinstance(value, Fraction):
-            return Fraction(value.__floor__())
+        value = lift(real(self.eval(a)))
         if not abs(value) < 10 ** 40:
             raise Undefined("floor")
         nearest = mp.nint(value)
@@ -233,28 +192,26 @@ class Evaluator:
         n = self.integer(a)
         if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS * step:
             raise Undefined("factorial")
-        return self.sized(Fraction(factorial(n) if step == 1 else prod(range(n, 1, -step))))
+        return self.times(Fraction(factorial(n) if step == 1 else prod(range(n, 1, -step))), Fraction(1))
 
     def binom(self, n, k):
         n, k = self.integer(n), self.integer(k)
         if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
             raise Undefined("binomial")
-        return self.sized(Fraction(comb(n, k)))
+        return self.times(Fraction(comb(n, k)), Fraction(1))
 
-    def integers(self, args) -> list[int]:
+    def integers(self, *args) -> list[int]:
         return [self.integer(arg, 10 ** 30) for arg in args]
 
-    # -- sums and products, limits and integrals
     def big(self, kind, name, low, high, body):
-        if high == ("const", "oo"):
-            return self.symbolic(("big", kind, name, low, high, body))
-        low, high = self.integer(low, 10 ** 12), self.integer(high, 10 ** 12)
-        if (high - low) * 3 > (self.steps if not self.env else self.steps // 8):
+        """A sum or a product, term by term if that is not too long."""
+        start, end = self.integer(low, 10 ** 12), high != ("const", "oo") and self.integer(high, 10 ** 12)
+        if end is False or (end - start) * 3 > (self.steps // 8 if self.env else self.steps):
             if self.env:
                 raise Undefined("too long a sum")
-            return self.symbolic(("big", kind, name, num(low), num(high), body))
+            return self.symbolic(("big", kind, name, num(start), high, body))
         total, outer = Fraction(kind == "prod"), self.env
-        for k in range(low, high + 1):
+        for k in range(start, end + 1):
             self.env = outer | {name: Fraction(k)}
             total = (self.times if kind == "prod" else self.plus)(total, self.eval(body))
         self.env = outer
@@ -275,14 +232,15 @@ _OPERATIONS = {
     "mod": lambda self, a, b: Fraction(self.eval(a) % self.eval(b)),
     "percent": lambda self, a: self.times(self.eval(a), Fraction(1, 100)),
     "deg": lambda self, a: self.times(self.eval(a), mp.pi / 180) if self.degree else self.eval(a),
-    "log": lambda self, a: self.lg(a) if self.decimal_log else self.ln(a),
+    "lg": lambda self, a: self.over(self.ln(a), mp.ln(10)),
+    "log": lambda self, a: self.over(self.ln(a), mp.ln(10)) if self.decimal_log else self.ln(a),
     "abs": lambda self, a: abs(value) if isinstance(value := self.eval(a), Fraction) else size(value),
     "ceil": lambda self, a: -self.floor(("neg", a)),
     "fact2": lambda self, a: self.fact(a, 2),
-    "gcd": lambda self, *args: Fraction(gcd(*self.integers(args))),
-    "lcm": lambda self, *args: self.sized(Fraction(lcm(*self.integers(args)))),
-    "min": lambda self, *args: min(map(self.real, args), key=lift),
-    "max": lambda self, *args: max(map(self.real, args), key=lift),
+    "gcd": lambda self, *args: Fraction(gcd(*self.integers(*args))),
+    "lcm": lambda self, *args: self.times(Fraction(lcm(*self.integers(*args))), Fraction(1)),
+    "min": lambda self, *args: min((real(self.eval(arg)) for arg in args), key=lift),
+    "max": lambda self, *args: max((real(self.eval(arg)) for arg in args), key=lift),
     "int": lambda self, *node: self.symbolic(("int", *node)),
     "lim": lambda self, *node: self.symbolic(("lim", *node)),
-    **{name: getattr(Evaluator, name) for name in "add pow root ln lg floor fact binom big".split()}}
+    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact binom big".split()}}

@@ -53,6 +53,8 @@ _REWRITES = [(re.compile(pattern), text) for pattern, text in (
     (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
     (r"\$?\\?[£€¥](?=\s*\d)|\bUSD\s*(?=\d)", r"\\$"),
     (r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
+    (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
+    (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
     (r"¢", r"\\text{ cents}"),
     (r"\\mu\s*\\(?:text|mathrm)\s*\{\s*", r"\\text{mu"),
     (rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s*C_{_INDEX}", r"\\binom{\1}{\2}"),     # {}_5C_2
@@ -84,6 +86,8 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m[0].translate(_SCRIPT_DIGITS) + "}", text)
         text = text.translate(_TRANSLATION)
+    if "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)                                   # \\frac: an escape too many
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
