@@ -1,7 +1,5 @@
 """Two texts -> equal? What needs no tree (integers, the same text, words, letters of a choice), then what does."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Two trees -> equal? The rules are told in words at the top of reward.py."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from fractions import Fraction
@@ -27,7 +25,7 @@ class Judge:
             return True
         compare = {"chain": self.chain, "assign": self.assigned, "residues": self.congruence, "record": self.record,
                    "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
-                   "list": self.listed, "tuple": self.tuple, "mat": self.matrix, "dots": lambda a, b: False}
+                   "list": self.listed, "mat": self.matrix, "tuple": self.tuple, "dots": lambda a, b: False}
         kinds = ["region" if is_region(node) else "mat" if _as_matrix(node) else node[0] for node in (a, b)]
         for kind, method in compare.items():              # in this order: the first kind that either has decides
             if kind in kinds:
@@ -39,15 +37,8 @@ class Judge:
 
     # -- names and statements
     def chain(self, a, b):
-        """sqrt(4) = 2: the last value counts, if the others do not contradict it."""
-        last = a[1][-1]
-        return all(self.same_or_unknown(part, last) for part in a[1][:-1]) and self.same(settle(last), b)
-
-    def same_or_unknown(self, a, b):
-        try:
-            return bool(names(a)) != bool(names(b)) or has(a, "lim", "int", "big", "dots") or self.same(a, b)
-        except Undefined:
-            return False
+        """sqrt(4) = 2: the last value counts."""
+        return self.same(settle(a[1][-1]), b)
 
     def congruence(self, a, b):
         _, modulus, residues, left = a

@@ -1,7 +1,5 @@
 """Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op and env; glued: no space stands before it."""
 
-from __future__ import annotations
-
 import re
 
 from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
@@ -68,9 +66,6 @@ class Lexer:
         return self.tokens
 
     def add(self, kind: str, value) -> None:
-        if value == "mod" and self.tokens and self.tokens[-1][1] == "(":       # (mod 5) is \pmod{5}
-            self.tokens[-1:] = [("op", "pmod", True)]
-            value = "("
         self.tokens.append((kind, value, self.glued))
         self.glued = True
 
@@ -146,7 +141,7 @@ class Lexer:
     def group(self, text, match):
         r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they spell."""
         content = match["inner"].strip().strip("~")
-        if content not in FUNCTIONS or self.after_value():
+        if content not in FUNCTIONS or content in UNITS and self.after_value():
             self.run(match.start("inner"), match.end("inner"), True)
         else:
             self.add("fn", FUNCTIONS[content])

@@ -1,7 +1,5 @@
 """Tokens -> tree (the nodes: tree.py), by precedence, loosest first."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from functools import reduce
@@ -60,16 +58,6 @@ def number(text: str) -> Node:
     whole, point, decimals = mantissa.partition(".")
     node = num(Fraction(_integer(whole + decimals), 10 ** len(decimals)), len(decimals) if point else None)
     return ("mul", node, ("pow", num(10), num(_integer(exponent)))) if exponent else node
-
-
-def _mixed(whole: Node, part: Node) -> Node | None:
-    """The sum of an integer and a proper fraction of integers, None if part is anything else."""
-    if part[0] in ("percent", "deg"):
-        inner = _mixed(whole, part[1])
-        return inner and (part[0], inner)
-    if part[0] != "div" or any(side[0] != "num" or side[1].denominator > 1 for side in part[1:]):
-        return None
-    return num(whole[1] + part[1][1] / part[2][1]) if 0 < part[1][1] < part[2][1] else None
 
 
 def _determinant(rows: list[tuple]) -> Node:
@@ -198,10 +186,10 @@ class Parser:
         return read()
 
     def product(self) -> Node:
-        node = self.factor()
+        node = self.power()
         while True:
             if self.accept("*"):
-                node = ("mul", node, self.signed(self.factor))
+                node = ("mul", node, self.signed(self.power))
             elif self.accept("/"):
                 node = ("div", node, self.denominator())
             elif self.accept("mod"):
@@ -229,31 +217,13 @@ class Parser:
         right = self.power()
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
-        if right[0] == "rel" and right[1][1] == "in":     # a condition in brackets
-            return left
-        if left[0] == "deg" and right[0] == "unit" and right[2] == "arcmin^1":
-            return ("deg", ("add", left[1], ("div", right[1], num(60))))
         return ("mul", left, right)
 
     def denominator(self) -> Node:
         """t/RC: letters written as one word after a slash are one denominator."""
-        node = self.signed(self.factor)
+        node = self.signed(self.power)
         while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
             node = ("mul", node, self.power())
-        return node
-
-    def factor(self) -> Node:
-        """A power, or a mixed number (1\\frac45, 1 4/5): an integer before a proper fraction of integers."""
-        node = self.power()
-        kind, whole, _ = self.peek(-1)
-        if node[0] != "num" or kind != "num" or not whole.isdigit():
-            return node
-        if self.peek()[:2] == ("fn", "frac"):
-            part = self.power()
-            return _mixed(node, part) or ("mul", node, part)
-        if self.peek()[0] == "num" and self.is_op("/", ahead=1) and self.peek(2)[0] == "num":
-            part = ("div", number(self.take()[1]), number(self.take() and self.take()[1]))
-            return _mixed(node, part) or self.expect("a proper fraction")
         return node
 
     def unit(self, node: Node) -> Node:
@@ -293,19 +263,15 @@ class Parser:
         return ("pow", base, exponent)
 
     def exponent(self) -> Node:
-        if self.is_op("{"):
-            return self.nested(self.atom)
+        """One atom: in v^2_0 the subscript is not the exponent's."""
         if self.accept("-"):
             return ("neg", self.nested(self.exponent))
         self.accept("+")
-        if self.peek()[0] == "num":                       # v^2_0: the subscript is not the exponent's
-            node = number(self.take()[1])
-            return ("pow", node, self.nested(self.exponent)) if self.accept("^") else node
-        return self.nested(self.power)
+        return self.nested(self.atom)
 
     def marked(self, node: Node, mark: str) -> Node:
         if mark == "!":
-            return ("fact2" if self.accept("!") else "fact", node)
+            return ("fact", node)
         if mark == "'" and node[0] == "sym":
             return ("sym", node[1] + "'")
         if mark == "'" and node[0] in ("num", "deg"):
@@ -357,9 +323,6 @@ class Parser:
         zero = self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)
         if self.is_op("(") and (value.rstrip("'") in _APPLIED or zero):
             value += self.spelt()
-        if value == "C" and self.is_op("("):              # C(n, 2)
-            node = self.nested(self.atom)
-            return ("binom", *node[2]) if node[0] == "tuple" and len(node[2]) == 2 else ("mul", ("sym", "C"), node)
         return ("sym", value)
 
     def words(self, first: str) -> Node:
@@ -384,12 +347,9 @@ class Parser:
     def braces(self, _) -> Node:
         if self.accept("}}"):
             return ("set", ())
-        end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
-        conditions = self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end)
-        self.at += end + 1 if conditions else 0           # {x | ...}, {x in R : ...}
         node = self.sequence()
         self.expect("}}")
-        return node if conditions else ("set", node[2] if node[0] == "list" else (node,))
+        return ("set", node[2] if node[0] == "list" else (node,))
 
     def bars_group(self, opening: str) -> Node:
         closing, name = _BARS[opening]

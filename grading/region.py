@@ -1,7 +1,5 @@
 """Sets of reals: equal if they agree at every end point of either, between them and beyond them."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 from grading.tree import Node, Undefined, names, walk

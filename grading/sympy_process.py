@@ -4,8 +4,6 @@ It takes [answer, golds] and says whether one equals the other, both as JSON. It
 time, and ends when its parent does. It starts when it is first needed, and again when it has died or was too slow.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os
@@ -38,11 +36,15 @@ class Process(subprocess.Popen):
         other.close()
         self.ready = False
 
-    def reply(self, request: list, patience: float) -> bool | None:
-        """None if there is none in time. Raises OSError and EOFError if the process has ended."""
-        self.ready = self.ready or self.pipe.poll(START + patience) and bool(self.pipe.recv_bytes())
+    def starts(self, seconds: float) -> bool:
+        """Whether it is ready in that time. Raises OSError and EOFError if it has ended, as `reply` does."""
+        self.ready = self.ready or self.pipe.poll(seconds) and bool(self.pipe.recv_bytes())
+        return self.ready
+
+    def reply(self, request: list, seconds: float) -> bool | None:
+        """None if there is none in that time."""
         self.pipe.send_bytes(json.dumps(request).encode())
-        return json.loads(self.pipe.recv_bytes()) if self.ready and self.pipe.poll(CLOCK + patience) else None
+        return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(seconds) else None
 
 
 _lock, _running = threading.Lock(), []                    # at most one process
@@ -74,14 +76,17 @@ atexit.register(end)
 
 def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
     """Whether the answer equals one of the golds; no, if that takes longer than CLOCK and the caller's patience."""
-    reply = None
     with _lock:
+        wait, reply = CLOCK / 2 if _running else START, None
         try:
-            reply = running().reply([answer, golds], patience)
+            if not running().starts(wait + patience):
+                return False                              # too late for this answer, not for the next
+            reply = running().reply([answer, golds], CLOCK + patience)
         except (OSError, EOFError):                       # it has ended, or there is no process to be had
             pass
         if reply is None:
             end()
+            running()
     return bool(reply)
 
 

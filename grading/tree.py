@@ -7,8 +7,6 @@
 ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus); statement.py adds to them.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 MAX_TEXT, MAX_TOKENS, MAX_DEPTH, MAX_LIST = 20_000, 2_000, 40, 40  # of one answer

@@ -1,7 +1,5 @@
 """Units and counted things: what converts into what, what says nothing, and words that change the number."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 from grading.tree import Node, Unreadable, num
@@ -29,7 +27,7 @@ _NUMBERS = {"half": "1/2", "third": "1/3", "quarter": "1/4", "fourth": "1/4", "f
             "thousandth": "1/1000", "dozen": 12, "score": 20, "hundred": 100, "thousand": 1000, "lakh": 10 ** 5,
             "million": 10 ** 6, "crore": 10 ** 7, "billion": 10 ** 9, "trillion": 10 ** 12}
 _COUNTED = set("""
-    unit people person men women children mice geese feet sheep fish deer dice data square sq cubic any text approx in
+    unit people person men women children mice geese feet sheep fish deer dice data square sq cubic cu any text approx in
     of total each left more different full whole old tall long wide high deep away percent""".split())
 _NOT_COUNTED = set("""
     times plus minus is was has does always perhaps otherwise equals this others thus his its yes as zeros ones twos
@@ -56,8 +54,8 @@ def _dimensions(text: str) -> tuple[dict, Fraction]:
     text = " ".join(_SPEEDS.get(part.rpartition("^")[0], part) for part in text.split())
     for name, _, power in [part.rpartition("^") for part in text.split()]:
         low = name.lower()
-        if low in ("square", "sq", "cubic"):
-            power_of_next = 3 if low == "cubic" else 2
+        if low in ("square", "sq", "cubic", "cu"):
+            power_of_next = 3 if low[0] == "c" else 2
             continue
         singular = next((one for one in (name, low, low.removesuffix("s")) if one in UNITS), low.removesuffix("s"))
         power, power_of_next = int(power) * power_of_next, 1

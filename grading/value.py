@@ -4,11 +4,9 @@ mpmath computes in a context of our own, whose precision is never changed: its s
 the time of the call, which other threads would see. Its exponents have no bound, so each size is bounded here.
 """
 
-from __future__ import annotations
-
 import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, lcm, log2, prod
+from math import comb, factorial, gcd, lcm, log2
 
 from mpmath import MPContext
 
@@ -177,6 +175,8 @@ class Evaluator:
 
     def ln(self, a):
         value = lift(self.eval(a))
+        if not value:
+            raise Undefined("logarithm of zero")
         self.steps -= 20
         self.unreal = self.unreal or not value.imag and value.real < 0
         return self.noisy(mp.ln(value), mp.one)
@@ -188,11 +188,11 @@ class Evaluator:
         nearest = mp.nint(value)
         return Fraction(int(nearest if abs(value - nearest) < 1e-30 else mp.floor(value)))  # floor(log2 8) is 3
 
-    def fact(self, a, step: int = 1):
+    def fact(self, a):
         n = self.integer(a)
-        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS * step:
+        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS:
             raise Undefined("factorial")
-        return self.times(Fraction(factorial(n) if step == 1 else prod(range(n, 1, -step))), Fraction(1))
+        return self.times(Fraction(factorial(n)), Fraction(1))
 
     def binom(self, n, k):
         n, k = self.integer(n), self.integer(k)
@@ -236,7 +236,6 @@ _OPERATIONS = {
     "log": lambda self, a: self.over(self.ln(a), mp.ln(10)) if self.decimal_log else self.ln(a),
     "abs": lambda self, a: abs(value) if isinstance(value := self.eval(a), Fraction) else size(value),
     "ceil": lambda self, a: -self.floor(("neg", a)),
-    "fact2": lambda self, a: self.fact(a, 2),
     "gcd": lambda self, *args: Fraction(gcd(*self.integers(*args))),
     "lcm": lambda self, *args: self.times(Fraction(lcm(*self.integers(*args))), Fraction(1)),
     "min": lambda self, *args: min((real(self.eval(arg)) for arg in args), key=lift),

@@ -2,8 +2,6 @@ r"""The words of LaTeX and of plain text that an answer is made of: what each is
 
 A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word) or ("num", digits)."""
 
-from __future__ import annotations
-
 import re
 
 FUNCTIONS = {name: name for name in """
@@ -47,11 +45,18 @@ NUMBERS = {name: value for value, name in enumerate(
 PHRASES = {"all real numbers": "reals", "all reals": "reals", "real numbers": "reals", "none": "empty",
            "no solution": "empty", "no solutions": "empty", "no real solutions": "empty", "empty set": "empty"}
 
+def _mixed(match: re.Match) -> str:
+    """1\\frac45 and 1 4/5: an integer before a proper fraction of integers is a sum."""
+    whole, over, under = [text for text in match.groups() if text]
+    return f"({whole}+{over}/{under})" if 0 < int(over[:99]) < int(under[:99]) else match.group()
+
+
 # Spellings that are others in disguise.
+_GAP = r"(?:[\s$~]|\\[ ,;:!])*"
 _INDEX = r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})"
 _REWRITES = [(re.compile(pattern), text) for pattern, text in (
     (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
-    (r"\$?\\?[£€¥](?=\s*\d)|\bUSD\s*(?=\d)", r"\\$"),
+    (r"[£€¥]|\bUSD\b", r"\\$"),
     (r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
     (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
     (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
@@ -60,6 +65,13 @@ _REWRITES = [(re.compile(pattern), text) for pattern, text in (
     (rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s*C_{_INDEX}", r"\\binom{\1}{\2}"),     # {}_5C_2
     (r"(?<![\d.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),                           # 0.(36)
     (r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s*(?:\\[lc]?dots|\.\.\.)", r"\1\\overline{\2}"),  # 0.3636...
+    (rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s*(?:\{{(\d+)\}}|(\d))\s*(?:\{{(\d+)\}}|(\d))| (\d+)/(\d+)(?![\d.]))",
+     _mixed),
+    (r"(?<!\d)(\d+)\s*\^\s*\{?\\circ\}?\s*(\d+)'", r"(\1+\2/60)^\\circ"),                      # 60^\circ 30'
+    (r"\bC\((\w+),\s*(\w+)\)", r"\\binom{\1}{\2}"),
+    (r"\(\s*\\?(?:(?:text|mathrm)\s*\{)?\s*b?mod(?![a-z])\s*\}?", r"\\pmod("),           # (mod 5)
+    (r"(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s*\\in\s*\\mathbb\s*\{?[NZ]\}?\s*\)?$", ""),   # k\pi, k \in \mathbb{Z}
+    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),   # \{x : x > 2\}
     (r"(?<=\S)\s+\((?:\\approx\s*)?(\d*\.\d+)\)$", r"\\approx \1"),                    # \frac38 (0.375)
     (r"(?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$", r"\\text{ suns}"))]
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
@@ -67,7 +79,7 @@ _SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅
 _UNICODE = {
     "−–—‐‑": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
-    "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "′’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ",
+    "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "Å": r"\AA ", "′’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ",
     "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ", "⟨": r"\langle ",
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "π": r"\pi ",
@@ -82,12 +94,12 @@ _TRANSLATION |= dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x20
 
 def plain(text: str) -> str:
     """The text in the spelling that the lexer reads."""
-    text = text.strip("` \t\r\n").rstrip("`;,\\ \t\r\n")
+    text = re.sub(r"\s+", " ", text).strip("` ").rstrip("`;,\\ ")
     if not text.isascii():
         text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m[0].translate(_SCRIPT_DIGITS) + "}", text)
         text = text.translate(_TRANSLATION)
     if "\\begin" not in text:
-        text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)                                   # \\frac: an escape too many
+        text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)             # \\frac: an escape too many
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
