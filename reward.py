@@ -119,7 +119,7 @@ def _is_right(answer: str, gold, question: str, patience: float) -> bool:
 
 def form(text: str) -> str:
     """What is left of a formula without its markup: what two spellings of one form share."""
-    return re.sub(r"\\left|\\right|\\[dt](?=frac)|\\[,;! ]|[\s{}$.]", "", text)
+    return re.sub(r"\\left|\\right|(?<=\\)[dt](?=frac)|\\[,;! ]|[\s{}$.]", "", text)
 
 
 def is_echo(answer: str, question: str) -> bool:

@@ -25,7 +25,8 @@ class Judge:
             return True
         compare = {"chain": self.chain, "assign": self.assigned, "residues": self.congruence, "record": self.record,
                    "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
-                   "list": self.listed, "mat": self.matrix, "tuple": self.tuple, "dots": lambda a, b: False}
+                   "list": self.listed, "mat": self.matrix, "tuple": self.tuple, "dots": lambda a, b: False,
+                   "percent": self.percent}
         kinds = ["region" if is_region(node) else "mat" if _as_matrix(node) else node[0] for node in (a, b)]
         for kind, method in compare.items():              # in this order: the first kind that either has decides
             if kind in kinds:
@@ -126,15 +127,15 @@ class Judge:
         factor = ratio(a[2], b[2])
         return factor is not None and self.same(a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1])
 
+    def percent(self, a, b):
+        if b[0] == "percent":
+            return self.same(a[1], b[1])
+        return self.same_expression(a[1], b) or self.same_expression(("div", a[1], num(100)), b)
+
     def same_expression(self, a, b):
-        (left, percent), (right, percent2) = _without_percent(a), _without_percent(b)
-        if percent != percent2:
-            plain, other = (left, right) if percent else (right, left)
-            return self.same_value(plain, other) or self.same_value(("div", plain, num(100)), other)
-        degree = has(left, "deg") != has(right, "deg")
-        log = has(left, "log") or has(right, "log")
+        degree, log = has(a, "deg") != has(b, "deg"), has(a, "log") or has(b, "log")
         readings = [(False, False)] + [(True, False)] * degree + [(False, True)] * log
-        return any(self.same_value(left, right, *reading) for reading in readings)
+        return any(self.same_value(a, b, *reading) for reading in readings)
 
     def same_value(self, a, b, degree=False, decimal_log=False):
         self.evaluator.degree, self.evaluator.decimal_log = degree, decimal_log
@@ -185,12 +186,6 @@ def _sample(name: str, attempt: int, position: int) -> Fraction:
         return Fraction(attempt + 1 if attempt < 3 else rng.randint(*((1, 20), (20, 200), (200, 5000))[attempt % 3]))
     value = Fraction(rng.randint(300, 3000), 1009) * (1, 12, 12 ** 3)[attempt % 3]
     return -value if attempt >> min(position, 2) & 1 and name[0] in "xyz" else value
-
-
-def _without_percent(node: Node) -> tuple[Node, bool]:
-    if node[0] == "neg" and node[1][0] == "percent":
-        return ("neg", node[1][1]), True
-    return (node[1], True) if node[0] == "percent" else (node, False)
 
 
 def _rounds_to(decimal: Node, other: Node, value) -> bool:

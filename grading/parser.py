@@ -253,17 +253,10 @@ class Parser:
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = self.based(node) if op == "_" else self.raised(node) if op == "^" else self.marked(node, op)
+            node = self.based(node) if op == "_" else self.marked(node, op) if op != "^" else ("pow", node, self.exponent())
         return node
 
-    def raised(self, base: Node) -> Node:
-        exponent = self.exponent()
-        if self.is_op("_") and base[0] == "sym" and "_" not in base[1]:
-            base = ("sym", base[1] + self.take()[1] + self.spelt())            # x^2_0
-        return ("pow", base, exponent)
-
     def exponent(self) -> Node:
-        """One atom: in v^2_0 the subscript is not the exponent's."""
         if self.accept("-"):
             return ("neg", self.nested(self.exponent))
         self.accept("+")
@@ -392,11 +385,10 @@ class Parser:
         if name.startswith("accent"):                     # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
             return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
-        bounds = {}                                       # below and above, in either order
-        while mark := self.accept("_", "^"):
-            bounds[mark] = self.exponent() if mark == "^" else self.nested(self.atom)
+        low = self.nested(self.atom) if self.accept("_") else None
+        high = self.exponent() if self.accept("^") else None
         read = {"sum": self.binding, "prod": self.binding, "lim": self.binding, "int": self.integral}
-        return read.get(name, self.applied)(name, bounds.get("_"), bounds.get("^"))
+        return read.get(name, self.applied)(name, low, high)
 
     def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
         if power == ("neg", num(1)) and name in _INVERTED:

@@ -6,7 +6,7 @@ from grading.tree import Node, Undefined, names, walk
 from grading.value import Evaluator, lift, mp, real
 
 _GRID, _NEAR = 10 ** 60, Fraction(1, 10 ** 50)            # numbers have 60 decimals here; such close ones are equal
-_PROBES = [Fraction(x) for x in ("-1e9", "-1234.5", "-17", "-2.7", "-0.31", "0", "0.43", "1.9", "23", "4321.5", "1e9")]
+_PROBES = [Fraction(x) for x in ("-1e99", "-1234.5", "-17", "-2.7", "0", "1.9", "23", "4321.5", "1e99")]
 
 
 def is_region(node: Node) -> bool:
@@ -24,7 +24,7 @@ def _bound(node: Node) -> set[str]:
 class Region:
     def __init__(self, name: str | None, evaluator: Evaluator, env: dict):
         """name: the variable; env: values for all letters."""
-        self.name, self.evaluator, self.env, self.known, self.solved = name, evaluator, env, {}, True
+        self.name, self.evaluator, self.env, self.known = name, evaluator, env, {}
 
     def number(self, node: Node, x: Fraction | None = None) -> Fraction | float:
         """A real value, where the variable is x; an infinity is a float. Raises Undefined."""
@@ -34,7 +34,7 @@ class Region:
             value = real(self.evaluator.value(node, self.env if x is None else self.env | {self.name: x}))
             if mp.isfinite(value) and abs(value) > 10 ** 300:
                 raise Undefined("out of reach")
-            self.known[node] = _rounded(lift(value))
+            self.known[node] = Fraction(int(mp.nint(lift(value) * _GRID)), _GRID) if mp.isfinite(value) else float(value)
         return self.known[node]
 
     def ends(self, node: Node) -> list:
@@ -52,20 +52,13 @@ class Region:
         raise Undefined("no set of reals")
 
     def crossings(self, left: Node, right: Node) -> list:
-        """Where two sides meet, if their difference (of their squares, for distances) is quadratic or linear."""
-        bare = [side for side in (left, right) if side == ("sym", self.name)]
-        if bare and self.name not in names(*(rest := [side for side in (left, right) if side not in bare])):
-            return [self.number(side) for side in rest]
-        power = 2 if "abs" in (left[0], right[0]) else 1
-        at = [self.number(left, Fraction(x)) ** power - self.number(right, Fraction(x)) ** power for x in range(-1, 4)]
-        c, b, a = at[1], (at[2] - at[0]) / 2, (at[2] + at[0]) / 2 - at[1]
-        if any(abs(a * x * x + b * x + c - at[x + 1]) > _NEAR for x in (2, 3)):
-            self.solved = False
-            return []
-        if abs(a) < _NEAR:
-            return [-c / b] if abs(b) > _NEAR else []
-        root = mp.sqrt(max(0, lift(b * b - 4 * a * c)))
-        return [_rounded((sign * root - lift(b)) / lift(2 * a)) for sign in (1, -1)]
+        """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities too."""
+        constants = [self.number(side) for side in (left, right) if self.name not in names(side)]
+        if any(side == ("sym", self.name) for side in (left, right)) and constants:
+            return constants
+        value = {x: self.number(left, Fraction(x)) - self.number(right, Fraction(x)) for x in (-999, -998, 0, 1, 998, 999)}
+        lines = [(x, value[x], value[x + 1] - value[x]) for x in (-999, 0, 998)]
+        return [x - start / slope for x, start, slope in lines if slope]
 
     def contains(self, node: Node, x: Fraction) -> bool:
         kind = node[0]
@@ -84,10 +77,6 @@ class Region:
         if kind == "minus":
             return inside[0] and not inside[1]
         return all(inside) if conditions or kind == "cap" else any(inside)
-
-
-def _rounded(value) -> Fraction | float:
-    return Fraction(int(mp.nint(value * _GRID)), _GRID) if mp.isfinite(value) else float(value)
 
 
 def _holds(left, sign: str, right) -> bool:
@@ -109,8 +98,7 @@ def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bo
         except Undefined:
             continue
         compared += 1
-        probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])] + [x - 1 for x in ends[:1]]
-        probes += [ends[-1] + 1] if ends and left.solved and right.solved else _PROBES
+        probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])] + _PROBES
         if any(left.contains(a, x) != right.contains(b, x) for x in probes):
             return False
     return compared > 0

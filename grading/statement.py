@@ -34,7 +34,7 @@ def settle(node: Node) -> Node:
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
-    return hoisted(node) if kind in ("add", "neg") and has(node, "unit") else node
+    return hoisted(node) if kind in ("add", "neg") and has(node, "unit", "percent") else node
 
 
 def _residues(listed: Node, modulus) -> Node:

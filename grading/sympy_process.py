@@ -77,7 +77,7 @@ atexit.register(end)
 def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
     """Whether the answer equals one of the golds; no, if that takes longer than CLOCK and the caller's patience."""
     with _lock:
-        wait, reply = CLOCK / 2 if _running else START, None
+        wait, reply = CLOCK if _running else START, None
         try:
             if not running().starts(wait + patience):
                 return False                              # too late for this answer, not for the next

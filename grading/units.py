@@ -76,15 +76,13 @@ def ratio(text: str, text2: str) -> Fraction | None:
 
 
 def hoisted(node: Node) -> Node:
-    """A value with its unit outside: -(5 cm), 2 pi + 4 cm, 1 hour + 30 minutes. Raises Unreadable."""
+    """A value with its unit outside: -(5 cm), -(5%), 2 pi + 4 cm, 1 hour + 30 minutes. Raises Unreadable."""
     if node[0] == "neg":
         inner = hoisted(node[1])
-        return ("unit", ("neg", inner[1]), inner[2]) if inner[0] == "unit" else node
-    if node[0] != "add":
-        return node
-    left, right = hoisted(node[1]), hoisted(node[2])
-    if right[0] != "unit" or left[0] != "unit":
-        return ("unit", ("add", left, right[1]), right[2]) if right[0] == "unit" else node
+        return (inner[0], ("neg", inner[1]), *inner[2:]) if inner[0] in ("unit", "percent") else node
+    left, right = (hoisted(part) for part in node[1:]) if node[0] == "add" else (node, node)
+    if node[0] != "add" or right[0] != "unit" or left[0] != "unit":
+        return ("unit", ("add", left, right[1]), right[2]) if node[0] == "add" and right[0] == "unit" else node
     factor = ratio(right[2], left[2])
     if factor is None:
         raise Unreadable("a sum of different units")

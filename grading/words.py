@@ -60,6 +60,7 @@ _REWRITES = [(re.compile(pattern), text) for pattern, text in (
     (r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
     (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
     (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
+    (r"(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))", r"\2\1"),                    # \int^1_0
     (r"¢", r"\\text{ cents}"),
     (r"\\mu\s*\\(?:text|mathrm)\s*\{\s*", r"\\text{mu"),
     (rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s*C_{_INDEX}", r"\\binom{\1}{\2}"),     # {}_5C_2
