@@ -13,7 +13,7 @@ _LEX = re.compile(rf"""
   | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?)
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
-  | (?P<based>(?=\d{{0,60}}[A-F])(?=[A-F]{{0,60}}\d)[\dA-F]{{2,60}}_\{{?1[1-6](?:\}}|(?!\d)))
+  | (?P<based>(?=[A-F]{{0,60}}\d)[\dA-F]{{1,60}}_(?:\d{{1,2}}(?!\d)|\{{\(?\w{{1,7}}\)?\}}))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
   | (?P<deg>\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z])))
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
@@ -29,7 +29,7 @@ _LEX = re.compile(rf"""
 _SIMPLE = {                                               # group -> its one token
     **{name: lambda text, name=name: ("op", name) for name in ("deg", "row", "dots")},
     "clock": lambda text: ("num", re.sub(r"\s", "", text)),
-    "based": lambda text: ("num", re.sub(r"[{}]", "", text)),
+    "based": lambda text: ("num", re.sub(r"[{}()]", "", text)),
     "scientific": lambda text: ("num", text),
     "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
     "blackboard": lambda text: ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])}
@@ -48,7 +48,7 @@ class Lexer:
         if len(text) > MAX_TEXT:
             raise Unreadable("too long")
         self.text, self.as_list = plain(text), as_list
-        self.tokens, self.parens, self.environments, self.money = [], 0, [], False
+        self.tokens, self.parens, self.environments = [], 0, []
 
     def run(self, at: int = 0, end: int | None = None, in_text: bool = False) -> list[tuple]:
         """The tokens. Raises Unreadable."""
@@ -100,7 +100,6 @@ class Lexer:
         self.add("op", _OPERATORS.get(text, text))
 
     def escape(self, text, match):
-        self.money = self.money or text == "\\$"
         if text != "\\$":
             self.operator(text, match)
 

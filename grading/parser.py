@@ -1,6 +1,6 @@
 """Tokens -> tree (the nodes: tree.py), by precedence, loosest first."""
 
-import re
+from decimal import Decimal
 from fractions import Fraction
 from functools import reduce
 
@@ -20,44 +20,30 @@ _ATOMS = {"pi": ("const", "pi"), "oo": _INFINITY, "empty": ("set", ()), "dots": 
           "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")")}
 _STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
-_DEFINITION = re.compile(r"(?:\w+|Delta \w)(?: \^ \{ - 1 \})?(?: _ (?:\w+|\{ [\w ]+ \}))? \( \w+(?: , \w+)* \) =")
 
 
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
-    lexer = Lexer(text, as_list)
-    tokens = lexer.run()
-    if not tokens:
-        raise Unreadable("empty")
-    node = Parser(tokens).answer()
-    return ("unit", node, "dollar^1") if lexer.money and node[0] != "unit" else node
-
-
-def _integer(digits: str, base: int = 10) -> int:
-    """int(), in pieces that Python's limit on the length of numerals allows. Raises Unreadable."""
-    if len(digits) > 4000:
-        return _integer(digits[:-4000]) * 10 ** 4000 + _integer(digits[-4000:])
-    try:
-        return int(digits, base)
-    except ValueError:
-        raise Unreadable("digits") from None
+    return Parser(Lexer(text, as_list).run()).answer()
 
 
 def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, 4:20, A5_16, and 0.1(6), whose bracket recurs. Raises Unreadable."""
+    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises Unreadable."""
     if ":" in text:
         return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
     if "_" in text:
         digits, _, base = text.partition("_")
-        return num(_integer(digits, int(base)))
+        try:
+            return num(int(digits, NUMBERS.get(base.lower()) or int(base)))
+        except ValueError:
+            raise Unreadable("base") from None
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
         places = len(head.partition(".")[2])
         return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10 ** places))
     mantissa, _, exponent = text.lower().partition("e")
-    whole, point, decimals = mantissa.partition(".")
-    node = num(Fraction(_integer(whole + decimals), 10 ** len(decimals)), len(decimals) if point else None)
-    return ("mul", node, ("pow", num(10), num(_integer(exponent)))) if exponent else node
+    node = num(Decimal(mantissa), len(mantissa.partition(".")[2]) or None)     # int() refuses long numerals
+    return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
 
 
 def _determinant(rows: list[tuple]) -> Node:
@@ -150,13 +136,7 @@ class Parser:
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
 
     def side(self) -> Node:
-        """A side of a relation: f(x, y) before an equals sign, which is a name; a ratio; a set; a sum."""
-        if self.peek()[0] == "id" and self.is_op("(", "_", "^", ahead=1):
-            match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
-            words = match.group().split(" ")[:-1] if match else []
-            self.at += len(words)
-            if words:
-                return ("sym", "".join(word for word in words if word not in "{}"))
+        """A side of a relation: a ratio, a set, a sum."""
         parts = [self.sets()]
         while self.accept(":"):
             parts.append(self.sets())
@@ -191,7 +171,7 @@ class Parser:
             if self.accept("*"):
                 node = ("mul", node, self.signed(self.power))
             elif self.accept("/"):
-                node = ("div", node, self.denominator())
+                node = ("div", node, self.signed(self.power))
             elif self.accept("mod"):
                 node = ("mod", node, self.power())
             elif self.peek()[0] == "text":
@@ -219,13 +199,6 @@ class Parser:
             return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
         return ("mul", left, right)
 
-    def denominator(self) -> Node:
-        """t/RC: letters written as one word after a slash are one denominator."""
-        node = self.signed(self.power)
-        while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
-            node = ("mul", node, self.power())
-        return node
-
     def unit(self, node: Node) -> Node:
         """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
         names = []
@@ -236,9 +209,7 @@ class Parser:
             name = self.take()[1]
             factor = multiplier(name)
             power = constant(self.exponent()) if self.accept("^") else 1
-            if name.lower() == "base" and not names:
-                node = self.based(node)
-            elif factor:
+            if factor:
                 node = ("mul", node, num(factor))
             elif power is None or not known(name):
                 raise Unreadable("prose after a value")
@@ -249,11 +220,11 @@ class Parser:
     # -- powers
     def power(self) -> Node:
         node, levels = self.atom(), self.depth
-        while op := self.accept("^", "!", "%", "deg", "'") or self.is_op("_") and node[0] == "num" and self.accept("_"):
+        while op := self.accept("^", "!", "%", "deg", "'"):
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = self.based(node) if op == "_" else self.marked(node, op) if op != "^" else ("pow", node, self.exponent())
+            node = ("pow", node, self.exponent()) if op == "^" else self.marked(node, op)
         return node
 
     def exponent(self) -> Node:
@@ -262,26 +233,13 @@ class Parser:
         self.accept("+")
         return self.nested(self.atom)
 
-    def marked(self, node: Node, mark: str) -> Node:
-        if mark == "!":
-            return ("fact", node)
+    @staticmethod
+    def marked(node: Node, mark: str) -> Node:
         if mark == "'" and node[0] == "sym":
             return ("sym", node[1] + "'")
-        if mark == "'" and node[0] in ("num", "deg"):
-            return ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
-        if mark == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
-            return ("unit", node, f"deg{self.take()[1]}^1")
         if mark == "'" or mark == "%" and node[0] == "percent":
             raise Unreadable("a mark too many")
-        return ("deg" if mark == "deg" else "percent", node)
-
-    def based(self, node: Node) -> Node:
-        """52_8: a number in another base."""
-        word = self.spelt().strip("()").lower()
-        base = int(word) if word.isdigit() and len(word) < 3 else NUMBERS.get(word, 0)
-        if not 2 <= base <= 36 or node[0] != "num" or node[2] is not None or not 0 <= node[1] < 10 ** 4000:
-            raise Unreadable("base")
-        return num(_integer(str(node[1]), base))          # a fraction has no such digits
+        return ({"!": "fact", "%": "percent", "deg": "deg"}[mark], node)
 
     # -- atoms
     def argument(self) -> Node:
@@ -307,14 +265,11 @@ class Parser:
     def name(self, value: str) -> Node:
         if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
             return ("const", value)
-        if value == "Delta" and self.peek()[0] == "id":
-            value += " " + self.take()[1]
         if self.is_op("_"):
             value += self.take()[1] + self.spelt()
         while self.accept("'"):
             value += "'"
-        zero = self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)
-        if self.is_op("(") and (value.rstrip("'") in _APPLIED or zero):
+        if self.is_op("(") and value.rstrip("'") in _APPLIED:
             value += self.spelt()
         return ("sym", value)
 

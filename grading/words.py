@@ -54,27 +54,38 @@ def _mixed(match: re.Match) -> str:
 # Spellings that are others in disguise.
 _GAP = r"(?:[\s$~]|\\[ ,;:!])*"
 _INDEX = r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})"
-_REWRITES = [(re.compile(pattern), text) for pattern, text in (
-    (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
-    (r"[£€¥]|\bUSD\b", r"\\$"),
-    (r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
-    (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", "''"),
-    (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
-    (r"(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))", r"\2\1"),                    # \int^1_0
-    (r"¢", r"\\text{ cents}"),
-    (r"\\mu\s*\\(?:text|mathrm)\s*\{\s*", r"\\text{mu"),
-    (rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s*C_{_INDEX}", r"\\binom{\1}{\2}"),     # {}_5C_2
-    (r"(?<![\d.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),                           # 0.(36)
-    (r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s*(?:\\[lc]?dots|\.\.\.)", r"\1\\overline{\2}"),  # 0.3636...
-    (rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s*(?:\{{(\d+)\}}|(\d))\s*(?:\{{(\d+)\}}|(\d))| (\d+)/(\d+)(?![\d.]))",
+_REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in (          # needle: what it needs at all
+    ("color", r"\\(?:text)?color\s?\{[^{}]*\}", ""),
+    ("USD", r"\bUSD\b", r"\\$"),
+    ("$", r"\\\$\s?((?:\d|[.,]\d|\{,\}|,?\\!)+)", r"\1\\text{ dollars}"),
+    ("¢", "¢", r"\\text{ cents}"),
+    ("_", r"_\s?\{\\text\s?\{(\w+)\}\}", r"_{\1}"),
+    ("base ", r"\s?(?:\\text\s?\{)?\s?\bbase\s?\}?\s?(\w+)\}?", r"_{\1}"),                # 101 base two
+    (")_", r"\((\w+)\)_", r"\1_"),
+    ("^", r"(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))", r"\2\1"),               # \int^1_0
+    ("C", rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s?C_{_INDEX}", r"\\binom{\1}{\2}"),  # {}_5C_2
+    ("C(", r"\bC\((\w+),\s?(\w+)\)", r"\\binom{\1}{\2}"),
+    ("=", r"(^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)", r"\1\\bar{\2(\3)}"),   # N(n) =
+    ("Delta", r"\\Delta\s?([a-zA-Z])", r"\\bar{\\Delta \1}"),
+    ("(0)", r"([A-Z])\(0\)", r"\\bar{\1(0)}"),
+    ("/", r"/([A-Z]{2,3})(?![A-Za-z])", r"/(\1)"),                                      # t/RC
+    ("circ", r"(?<!\d)(\d+)\s?\^\s?\{?\\circ\}?\s?(\d+)'", r"(\1+\2/60)^\\circ"),        # 60^\circ 30'
+    ("", r"(?:\^\s?\{?\s?\\circ\s?\}?|\\degree)\s?(?:\\(?:text|mathrm)\s?\{)?\s?([CF])\b\}?", r"\\text{ deg\1}"),
+    ("prime", r"\^\s?\{\s?\\prime\s?\\prime\s?\}", "''"),
+    ("prime", r"\^\s?(?:\\prime(?![a-zA-Z])|\{\s?\\prime\s?\})", "'"),
+    ("'", r"(?<=\d)''", r"\\text{ arcsec}"),
+    ("'", r"(?<=\d)'", r"\\text{ arcmin}"),
+    ("m", r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
+    ("mu", r"\\mu\s?\\(?:text|mathrm)\s?\{\s?", r"\\text{mu"),
+    (".", r"(?<![\d.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),                        # 0.(36)
+    (".", r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s?(?:\\[lc]?dots|\.\.\.)", r"\1\\overline{\2}"),   # 0.3636...
+    (".", r"(?<=\S)\s\((?:\\approx\s?)?(\d*\.\d+)\)$", r"\\approx \1"),                  # \frac38 (0.375)
+    ("", rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s?(?:\{{(\d+)\}}|(\d))\s?(?:\{{(\d+)\}}|(\d))| (\d+)/(\d+)(?![\d.]))",
      _mixed),
-    (r"(?<!\d)(\d+)\s*\^\s*\{?\\circ\}?\s*(\d+)'", r"(\1+\2/60)^\\circ"),                      # 60^\circ 30'
-    (r"\bC\((\w+),\s*(\w+)\)", r"\\binom{\1}{\2}"),
-    (r"\(\s*\\?(?:(?:text|mathrm)\s*\{)?\s*b?mod(?![a-z])\s*\}?", r"\\pmod("),           # (mod 5)
-    (r"(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s*\\in\s*\\mathbb\s*\{?[NZ]\}?\s*\)?$", ""),   # k\pi, k \in \mathbb{Z}
-    (r"^\\\{\s*\w\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),   # \{x : x > 2\}
-    (r"(?<=\S)\s+\((?:\\approx\s*)?(\d*\.\d+)\)$", r"\\approx \1"),                    # \frac38 (0.375)
-    (r"(?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$", r"\\text{ suns}"))]
+    ("mod", r"\(\s?\\?(?:(?:text|mathrm)\s?\{)?\s?b?mod(?![a-z])\s?\}?", r"\\pmod("),    # (mod 5)
+    ("mathbb", r"(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s?\\in\s?\\mathbb\s?\{?[NZ]\}?\s?\)?$", ""),
+    ("\\{", r"^\\\{\s?\w\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),      # \{x : x > 2\}
+    ("odot", r"(?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$", r"\\text{ suns}"))]
 _SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
 _SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _UNICODE = {
@@ -86,7 +97,8 @@ _UNICODE = {
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "π": r"\pi ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
     "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
-    "Δ": r"\Delta ", "Ω": r"\Omega ", "Φ": r"\Phi ", "Σ": r"\Sigma "}
+    "Δ": r"\Delta ", "Ω": r"\Omega ", "Φ": r"\Phi ", "Σ": r"\Sigma ",
+    "£€¥": r"\$"}
 _TRANSLATION = {ord(char): text for chars, text in _UNICODE.items() for char in chars}
 _TRANSLATION |= {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}                                  # full width
 _TRANSLATION |= dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F),
@@ -101,6 +113,6 @@ def plain(text: str) -> str:
         text = text.translate(_TRANSLATION)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)             # \\frac: an escape too many
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+    for needle, pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text) if needle in text else text
     return text
