@@ -23,10 +23,12 @@ class Judge:
         """Raises Undefined, Unreadable and NeedsSympy."""
         if a == b:
             return True
-        compare = {"chain": self.chain, "assign": self.assigned, "residues": self.congruence, "record": self.record,
-                   "eq": self.equation, "region": self.region, "unit": self.unit, "set": self.listed,
-                   "list": self.listed, "mat": self.matrix, "tuple": self.tuple, "dots": lambda a, b: False,
-                   "percent": self.percent}
+        compare = {
+            "chain": lambda a, b: self.same(settle(a[1][-1]), b),               # sqrt(4) = 2: the last value counts
+            "assign": self.assigned, "residues": self.congruence, "record": self.record,
+            "eq": lambda a, b: b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:]), "region": self.region,
+            "unit": self.unit, "set": self.listed, "list": self.listed, "mat": self.matrix, "tuple": self.tuple,
+            "dots": lambda a, b: False, "percent": self.percent}
         kinds = ["region" if is_region(node) else "mat" if _as_matrix(node) else node[0] for node in (a, b)]
         for kind, method in compare.items():              # in this order: the first kind that either has decides
             if kind in kinds:
@@ -37,13 +39,9 @@ class Judge:
         return self.same(settle(a), settle(b))
 
     # -- names and statements
-    def chain(self, a, b):
-        """sqrt(4) = 2: the last value counts."""
-        return self.same(settle(a[1][-1]), b)
-
     def congruence(self, a, b):
         _, modulus, residues, left = a
-        if b[0] != "residues":                                # 5 mod 7
+        if b[0] != "residues":                            # 5 mod 7
             return left is None and len(residues) == 1 and self.same(residues[0], b)
         reduced = [{constant(residue) % modulus for residue in node[2]} for node in (a, b)]
         return modulus == b[1] and reduced[0] == reduced[1] and (None in (left, b[3]) or self.same(left, b[3]))
@@ -68,9 +66,6 @@ class Judge:
 
     def each(self, left, right) -> bool:
         return len(left) == len(right) and all(map(self.both, left, right))
-
-    def equation(self, a, b):
-        return b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:])
 
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""

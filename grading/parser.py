@@ -59,10 +59,9 @@ def _determinant(rows: list[tuple]) -> Node:
 class Parser:
     """Raises Unreadable."""
 
-    def __init__(self, tokens: list[tuple], bound=(), depth: int = 0):
-        """bound: the names that a sum or an integral binds."""
+    def __init__(self, tokens: list[tuple]):
         self.tokens = [*tokens, *[("end", "", False)] * 9]
-        self.at, self.depth, self.bars, self.bound = 0, depth, 0, list(bound)
+        self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
 
     # -- the stream
     def peek(self, ahead: int = 0):
@@ -331,6 +330,9 @@ class Parser:
     def function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             return ("div" if name == "frac" else "binom", self.argument(), self.argument())
+        if name == "int":                                 # \\int{0}{1}{x^2}{x}, see words.py
+            (low, high), body = (self.argument(), self.argument()), self.argument()
+            return ("int", self.spelt(), low, high, body)
         if name == "sqrt":
             index = num(2)
             if self.accept("["):
@@ -342,8 +344,7 @@ class Parser:
             return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
         low = self.nested(self.atom) if self.accept("_") else None
         high = self.exponent() if self.accept("^") else None
-        read = {"sum": self.binding, "prod": self.binding, "lim": self.binding, "int": self.integral}
-        return read.get(name, self.applied)(name, low, high)
+        return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
 
     def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
         if power == ("neg", num(1)) and name in _INVERTED:
@@ -378,13 +379,3 @@ class Parser:
         body = self.product()
         self.bound.pop()
         return ("lim", variable, start, body) if name == "lim" else ("big", name, variable, start, high, body)
-
-    def integral(self, _, low: Node | None, high: Node | None) -> Node:
-        rest = self.tokens[self.at:]
-        ends = [k for k, token in enumerate(rest[:-1]) if token[:2] == ("id", "d") and rest[k + 1][0] == "id"]
-        if not ends or low is None or high is None:
-            raise Unreadable("integral")
-        variable = rest[ends[0] + 1][1]
-        body = Parser(rest[:ends[0]] or [("num", "1", True)], [variable], self.depth).answer()
-        self.at += ends[0] + 2
-        return ("int", variable, low, high, body)

@@ -34,7 +34,8 @@ class Region:
             value = real(self.evaluator.value(node, self.env if x is None else self.env | {self.name: x}))
             if mp.isfinite(value) and abs(value) > 10 ** 300:
                 raise Undefined("out of reach")
-            self.known[node] = Fraction(int(mp.nint(lift(value) * _GRID)), _GRID) if mp.isfinite(value) else float(value)
+            rounded = mp.nint(lift(value) * _GRID)
+            self.known[node] = Fraction(int(rounded), _GRID) if mp.isfinite(value) else float(value)
         return self.known[node]
 
     def ends(self, node: Node) -> list:
@@ -56,9 +57,8 @@ class Region:
         constants = [self.number(side) for side in (left, right) if self.name not in names(side)]
         if any(side == ("sym", self.name) for side in (left, right)) and constants:
             return constants
-        value = {x: self.number(left, Fraction(x)) - self.number(right, Fraction(x)) for x in (-999, -998, 0, 1, 998, 999)}
-        lines = [(x, value[x], value[x + 1] - value[x]) for x in (-999, 0, 998)]
-        return [x - start / slope for x, start, slope in lines if slope]
+        value = lambda x: self.number(left, Fraction(x)) - self.number(right, Fraction(x))
+        return [x - value(x) / slope for x in (-999, 0, 998) if (slope := value(x + 1) - value(x))]
 
     def contains(self, node: Node, x: Fraction) -> bool:
         kind = node[0]

@@ -27,8 +27,8 @@ _NUMBERS = {"half": "1/2", "third": "1/3", "quarter": "1/4", "fourth": "1/4", "f
             "thousandth": "1/1000", "dozen": 12, "score": 20, "hundred": 100, "thousand": 1000, "lakh": 10 ** 5,
             "million": 10 ** 6, "crore": 10 ** 7, "billion": 10 ** 9, "trillion": 10 ** 12}
 _COUNTED = set("""
-    unit people person men women children mice geese feet sheep fish deer dice data square sq cubic cu any text approx in
-    of total each left more different full whole old tall long wide high deep away percent""".split())
+    unit people person men women children mice geese feet sheep fish deer dice data square sq cubic cu any text approx
+    in of total each left more different full whole old tall long wide high deep away percent""".split())
 _NOT_COUNTED = set("""
     times plus minus is was has does always perhaps otherwise equals this others thus his its yes as zeros ones twos
     tens""".split())

@@ -53,8 +53,9 @@ def _mixed(match: re.Match) -> str:
 
 # Spellings that are others in disguise.
 _GAP = r"(?:[\s$~]|\\[ ,;:!])*"
+_GROUP = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\w)"
 _INDEX = r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})"
-_REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in (          # needle: what it needs at all
+_REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in (    # needle: without it there is no match
     ("color", r"\\(?:text)?color\s?\{[^{}]*\}", ""),
     ("USD", r"\bUSD\b", r"\\$"),
     ("$", r"\\\$\s?((?:\d|[.,]\d|\{,\}|,?\\!)+)", r"\1\\text{ dollars}"),
@@ -63,9 +64,12 @@ _REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in ( 
     ("base ", r"\s?(?:\\text\s?\{)?\s?\bbase\s?\}?\s?(\w+)\}?", r"_{\1}"),                # 101 base two
     (")_", r"\((\w+)\)_", r"\1_"),
     ("^", r"(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))", r"\2\1"),               # \int^1_0
+    ("int", rf"\\int\s?_{_GROUP}\s?\^{_GROUP}(.{{0,500}}?)(?:\\,)?\s?(?:d|\\mathrm\s?\{{d\}})([a-z])(?![a-z])",
+     r"\\int{\1}{\2}{\3}{\4}"),
     ("C", rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s?C_{_INDEX}", r"\\binom{\1}{\2}"),  # {}_5C_2
     ("C(", r"\bC\((\w+),\s?(\w+)\)", r"\\binom{\1}{\2}"),
-    ("=", r"(^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)", r"\1\\bar{\2(\3)}"),   # N(n) =
+    ("=", r"(^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)",              # N(n) =
+     r"\1\\bar{\2(\3)}"),
     ("Delta", r"\\Delta\s?([a-zA-Z])", r"\\bar{\\Delta \1}"),
     ("(0)", r"([A-Z])\(0\)", r"\\bar{\1(0)}"),
     ("/", r"/([A-Z]{2,3})(?![A-Za-z])", r"/(\1)"),                                      # t/RC
@@ -78,10 +82,10 @@ _REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in ( 
     ("m", r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
     ("mu", r"\\mu\s?\\(?:text|mathrm)\s?\{\s?", r"\\text{mu"),
     (".", r"(?<![\d.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),                        # 0.(36)
-    (".", r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s?(?:\\[lc]?dots|\.\.\.)", r"\1\\overline{\2}"),   # 0.3636...
+    (".", r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s?(?:\\[lc]?dots|\.\.\.)", r"\1\\overline{\2}"),  # 0.3636...
     (".", r"(?<=\S)\s\((?:\\approx\s?)?(\d*\.\d+)\)$", r"\\approx \1"),                  # \frac38 (0.375)
-    ("", rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s?(?:\{{(\d+)\}}|(\d))\s?(?:\{{(\d+)\}}|(\d))| (\d+)/(\d+)(?![\d.]))",
-     _mixed),
+    ("", rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s?(?:\{{(\d+)\}}|(\d))\s?(?:\{{(\d+)\}}|(\d))"
+         r"| (\d+)/(\d+)(?![\d.]))", _mixed),
     ("mod", r"\(\s?\\?(?:(?:text|mathrm)\s?\{)?\s?b?mod(?![a-z])\s?\}?", r"\\pmod("),    # (mod 5)
     ("mathbb", r"(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s?\\in\s?\\mathbb\s?\{?[NZ]\}?\s?\)?$", ""),
     ("\\{", r"^\\\{\s?\w\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$", r"\1"),      # \{x : x > 2\}
@@ -91,8 +95,8 @@ _SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅
 _UNICODE = {
     "−–—‐‑": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
-    "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "Å": r"\AA ", "′’": "'", "″": "''", "≡": r"\equiv ", "∖": r"\setminus ",
-    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "Å": r"\AA ", "′’": "'", "″": "''", "≡": r"\equiv ",
+    "∖": r"\setminus ", "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ", "⟨": r"\langle ",
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "π": r"\pi ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
