@@ -100,7 +100,8 @@ def _relation(parts: tuple) -> Node:
     if operators == {"="}:
         return _equation(operands)
     if operators <= _MIRRORED.keys():
-        return ("less", tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2)))
+        pairs = [parts[k:k + 3] for k in range(0, len(parts) - 2, 2)]
+        return ("less", tuple((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b) for a, sign, b in pairs))
     (operator, *others), (left, right, *more) = operators, operands
     if others or more or operator == "to" or operator == "in" and not is_name(left):
         raise Unreadable("mixed relations")
@@ -109,25 +110,18 @@ def _relation(parts: tuple) -> Node:
     return {"in": settle(right), "equiv": ("equiv", left, right)}[operator]
 
 
-def _less(left: Node, sign: str, right: Node) -> Node:
-    return (right, _MIRRORED[sign], left) if ">" in sign else (left, sign, right)
-
-
 def _equation(operands: tuple) -> Node:
     first, last = operands[0], operands[-1]
+    if len(operands) == 2 and is_name(last) and not is_name(first):
+        first, last = last, first
     if is_name(first):
-        return _named(first, last if len(operands) == 2 else ("chain", operands[1:]))
-    if len(operands) == 2 and is_name(last):
-        return _named(last, first)
+        value = last if len(operands) == 2 else ("chain", operands[1:])
+        if first[:2] == ("tuple", "(") and value[0] == "tuple" and len(first[2]) == len(value[2]):
+            return ("record", tuple(zip(first[2], value[2])))
+        return ("eq" if first in walk(value) else "assign", first, value)
     if all(operand[0] == "num" for operand in operands):
         raise Unreadable("a tautology or a contradiction")
     return ("eq", first, last) if len(operands) == 2 and names(*operands) else ("chain", operands)
-
-
-def _named(name: Node, value: Node) -> Node:
-    if name[:2] == ("tuple", "(") and value[0] == "tuple" and len(name[2]) == len(value[2]):
-        return ("record", tuple(zip(name[2], value[2])))
-    return ("eq", name, value) if name in walk(value) else ("assign", name, value)
 
 
 def named_value(node: Node) -> Node:

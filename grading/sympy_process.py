@@ -20,7 +20,8 @@ from grading.answer import same
 from grading.tree import Node, Undefined
 from grading.value import Evaluator, Number, mp
 
-CLOCK, START, MEMORY = 0.7, 10.0, 900 << 20               # seconds for one answer, for its start; bytes
+CLOCK, MEMORY = 0.7, 900 << 20                            # seconds for one answer; bytes
+START, RESTART = 10.0, 1.0                                # seconds that one answer waits for it to be ready
 PATIENCE = 60.0                                           # seconds more that a caller may wait on a crowded machine
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PROGRAM = f"import sys; sys.path.insert(0, {_ROOT!r}); from grading.sympy_process import serve; serve()"
@@ -77,7 +78,7 @@ atexit.register(end)
 def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
     """Whether the answer equals one of the golds; no, if that takes longer than CLOCK and the caller's patience."""
     with _lock:
-        wait, reply = CLOCK if _running else START, None
+        wait, reply = RESTART if _running else START, None
         try:
             if not running().starts(wait + patience):
                 return False                              # too late for this answer, not for the next

@@ -30,8 +30,8 @@ _COUNTED = set("""
     unit people person men women children mice geese feet sheep fish deer dice data square sq cubic cu any text approx
     in of total each left more different full whole old tall long wide high deep away percent""".split())
 _NOT_COUNTED = set("""
-    times plus minus is was has does always perhaps otherwise equals this others thus his its yes as zeros ones twos
-    tens""".split())
+    times plus minus is was has does always perhaps otherwise equals this others thus his its yes as fails exceeds
+    negatives inverses reciprocals zeros ones twos threes fours fives sixes sevens eights nines tens""".split())
 
 
 def multiplier(word: str) -> Fraction | None:
@@ -77,12 +77,14 @@ def ratio(text: str, text2: str) -> Fraction | None:
 
 def hoisted(node: Node) -> Node:
     """A value with its unit outside: -(5 cm), -(5%), 2 pi + 4 cm, 1 hour + 30 minutes. Raises Unreadable."""
-    if node[0] == "neg":
-        inner = hoisted(node[1])
-        return (inner[0], ("neg", inner[1]), *inner[2:]) if inner[0] in ("unit", "percent") else node
-    left, right = (hoisted(part) for part in node[1:]) if node[0] == "add" else (node, node)
-    if node[0] != "add" or right[0] != "unit" or left[0] != "unit":
-        return ("unit", ("add", left, right[1]), right[2]) if node[0] == "add" and right[0] == "unit" else node
+    if node[0] not in ("neg", "add"):
+        return node
+    *rest, last = map(hoisted, node[1:])
+    if last[0] == "percent" and not rest or last[0] == "unit" and (not rest or rest[0][0] != "unit"):
+        return (last[0], (node[0], *rest, last[1]), *last[2:])
+    if last[0] != "unit":
+        return node
+    left, right = rest[0], last
     factor = ratio(right[2], left[2])
     if factor is None:
         raise Unreadable("a sum of different units")

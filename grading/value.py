@@ -200,9 +200,6 @@ class Evaluator:
             raise Undefined("binomial")
         return self.times(Fraction(comb(n, k)), Fraction(1))
 
-    def integers(self, *args) -> list[int]:
-        return [self.integer(arg, 10 ** 30) for arg in args]
-
     def big(self, kind, name, low, high, body):
         """A sum or a product, term by term if that is not too long."""
         start, end = self.integer(low, 10 ** 12), high != ("const", "oo") and self.integer(high, 10 ** 12)
@@ -236,8 +233,8 @@ _OPERATIONS = {
     "log": lambda self, a: self.over(self.ln(a), mp.ln(10)) if self.decimal_log else self.ln(a),
     "abs": lambda self, a: abs(value) if isinstance(value := self.eval(a), Fraction) else size(value),
     "ceil": lambda self, a: -self.floor(("neg", a)),
-    "gcd": lambda self, *args: Fraction(gcd(*self.integers(*args))),
-    "lcm": lambda self, *args: self.times(Fraction(lcm(*self.integers(*args))), Fraction(1)),
+    "gcd": lambda self, *args: Fraction(gcd(*[self.integer(arg, 10 ** 30) for arg in args])),
+    "lcm": lambda self, *args: Fraction(lcm(*[self.integer(arg, 10 ** 30) for arg in args])),
     "min": lambda self, *args: min((real(self.eval(arg)) for arg in args), key=lift),
     "max": lambda self, *args: max((real(self.eval(arg)) for arg in args), key=lift),
     "int": lambda self, *node: self.symbolic(("int", *node)),

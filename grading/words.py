@@ -45,6 +45,7 @@ NUMBERS = {name: value for value, name in enumerate(
 PHRASES = {"all real numbers": "reals", "all reals": "reals", "real numbers": "reals", "none": "empty",
            "no solution": "empty", "no solutions": "empty", "no real solutions": "empty", "empty set": "empty"}
 
+
 def _mixed(match: re.Match) -> str:
     """1\\frac45 and 1 4/5: an integer before a proper fraction of integers is a sum."""
     whole, over, under = [text for text in match.groups() if text]
@@ -55,7 +56,7 @@ def _mixed(match: re.Match) -> str:
 _GAP = r"(?:[\s$~]|\\[ ,;:!])*"
 _GROUP = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\w)"
 _INDEX = r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})"
-_REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in (    # needle: without it there is no match
+_REWRITES = [(needle, re.compile(pattern), text) for needle, pattern, text in (    # needle: no match without it
     ("color", r"\\(?:text)?color\s?\{[^{}]*\}", ""),
     ("USD", r"\bUSD\b", r"\\$"),
     ("$", r"\\\$\s?((?:\d|[.,]\d|\{,\}|,?\\!)+)", r"\1\\text{ dollars}"),
@@ -96,8 +97,8 @@ _UNICODE = {
     "−–—‐‑": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": r"\div ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
     "√": r"\sqrt ", "∅": r"\emptyset ", "°º": r"\degree ", "Å": r"\AA ", "′’": "'", "″": "''", "≡": r"\equiv ",
-    "∖": r"\setminus ", "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ", "⟨": r"\langle ",
+    "∖": r"\setminus ", "…": r"\ldots ", "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ",", "。": ".", "\u00a0": " ", "⟨": r"\langle ",
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "π": r"\pi ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
     "μ": r"\mu ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "ρ": r"\rho ", "ε": r"\epsilon ",
