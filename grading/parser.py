@@ -207,7 +207,7 @@ class Parser:
             self.accept("*")
             name = self.take()[1]
             factor = multiplier(name)
-            power = constant(self.exponent()) if self.accept("^") else 1
+            power = constant(self.signed(self.atom)) if self.accept("^") else 1
             if factor:
                 node = ("mul", node, num(factor))
             elif power is None or not known(name):
@@ -223,14 +223,8 @@ class Parser:
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = ("pow", node, self.exponent()) if op == "^" else self.marked(node, op)
+            node = ("pow", node, self.signed(self.atom)) if op == "^" else self.marked(node, op)
         return node
-
-    def exponent(self) -> Node:
-        if self.accept("-"):
-            return ("neg", self.nested(self.exponent))
-        self.accept("+")
-        return self.nested(self.atom)
 
     @staticmethod
     def marked(node: Node, mark: str) -> Node:
@@ -245,9 +239,7 @@ class Parser:
         kind, value, glued = self.peek()
         if kind == "num" and value.isdigit() and len(value) > 1:      # \\frac12: the arguments are single digits
             self.tokens[self.at:self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
-        if self.accept("-"):
-            return ("neg", self.nested(self.argument))
-        return self.nested(self.atom)
+        return self.signed(self.atom)
 
     def atom(self) -> Node:
         kind, value, _ = self.take()
@@ -255,7 +247,7 @@ class Parser:
             return _ATOMS[value]
         if kind in ("num", "id", "text"):
             return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.braces, "begin": self.matrix,
+        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.bracket, "begin": self.matrix,
                 **dict.fromkeys(_BARS, self.bars_group)}.get(value)
         if kind == "fn" or kind == "op" and read:
             return self.nested(self.function if kind == "fn" else read, value)
@@ -282,21 +274,18 @@ class Parser:
         return ("sym", first if len(names) == 1 and len(first) == 1 else "text " + phrase)
 
     def bracket(self, opening: str) -> Node:
+        if opening == "{{" and self.accept("}}"):
+            return ("set", ())
         node = self.sequence()
-        closing = self.expect("}") if opening == "{" else self.expect(")", "]")
+        closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
         items = node[2] if node[0] == "list" else (node,)
+        if opening == "{{":
+            return ("set", items)
         if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
             return node
         if node[0] != "list" or node[1] == "or" or opening + closing in ("(]", "[)") and len(items) != 2:
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
-
-    def braces(self, _) -> Node:
-        if self.accept("}}"):
-            return ("set", ())
-        node = self.sequence()
-        self.expect("}}")
-        return ("set", node[2] if node[0] == "list" else (node,))
 
     def bars_group(self, opening: str) -> Node:
         closing, name = _BARS[opening]
@@ -338,12 +327,12 @@ class Parser:
             if self.accept("["):
                 index = self.sum()
                 self.expect("]")
-            return ("root", self.argument() if self.is_op("-") else self.nested(self.atom), index)
+            return ("root", self.signed(self.atom), index)
         if name.startswith("accent"):                     # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
             return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
-        low = self.nested(self.atom) if self.accept("_") else None
-        high = self.exponent() if self.accept("^") else None
+        low = self.atom() if self.accept("_") else None
+        high = self.signed(self.atom) if self.accept("^") else None
         return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
 
     def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
