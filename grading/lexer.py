@@ -1,211 +1,146 @@
 """Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op and env; glued: no space stands before it."""
 
-from __future__ import annotations
-
 import re
 
 from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
 from grading.units import UNITS
-from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, UNICODE, WORDS
+from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
 
-_SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
-_SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_LEX = re.compile(r"""
-    (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;)+)
-  | (?P<repeating>\d{0,50}\.\d{0,50}\\(?:overline|bar|dot)\s*\{\d{1,50}\})
-  | (?P<thousands>\d{1,3}(?:(?:,\\!\s*|\{,\}\s*|\\[,;:\ ]|~|\ )\d{3})+(?!\d)(?:\.\d+)?)
-  | (?P<comma>[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)
-  | (?P<scientific>(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})[eE][-+]?\d+(?![A-Za-z\d]))
+_LEX = re.compile(rf"""
+    (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;|\\(?:left|right)(?![A-Za-z])\.?)+)
+  | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*\{{\d{{1,50}}\}})
+  | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
+  | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?)
+  | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
+  | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
+  | (?P<based>(?=[A-F]{{0,60}}\d)[\dA-F]{{1,60}}_(?:\d{{1,2}}(?!\d)|\{{\(?\w{{1,7}}\)?\}}))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
-  | (?P<deg>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z])))
-  | (?P<prime>\^\s*(?:\\prime(?![a-zA-Z])|\{\s*(?:\\prime\s*)+\}))
-  | (?P<double>\\\\(?=[A-Za-z]{2}))
-  | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?)
-  | (?P<environment>\\(?:begin|end)\s*\{[A-Za-z]+\*?\})
-  | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{?\s*[A-Z]\s*\}?)
-  | (?P<edge>\\(?:left|right)(?![A-Za-z])\.?)
+  | (?P<deg>\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z])))
+  | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
+  | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
+  | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
+  | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
-  | (?P<escape>\\[{}$%&_\#|])
+  | (?P<escape>\\[{{}}$%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
-  | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!'%&.])
+  | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
 """, re.VERBOSE | re.ASCII)
+_SIMPLE = {                                               # group -> its one token
+    **{name: lambda text, name=name: ("op", name) for name in ("deg", "row", "dots")},
+    "clock": lambda text: ("num", re.sub(r"\s", "", text)),
+    "based": lambda text: ("num", re.sub(r"[{}()]", "", text)),
+    "scientific": lambda text: ("num", text),
+    "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
+    "blackboard": lambda text: ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])}
+_OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
+_OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
+_SYSTEMS = ("cases", "aligned", "align", "gathered", "split")
+_BARE_UNITS = set("m s g h L N J W".split())              # 5 m
 
 
 class Lexer:
-    """One method for each group of the expression above: it adds tokens and tells where to go on."""
+    """A method for each group of the expression above that is not simple: it adds tokens, and tells where to go on if
+    that is not the end of what it was given."""
 
     def __init__(self, text: str, as_list: bool):
         """as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
-        if not text.isascii():
-            text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m[0].translate(_SCRIPT_DIGITS) + "}", text)
-            text = text.translate(UNICODE)
         if len(text) > MAX_TEXT:
             raise Unreadable("too long")
-        self.text, self.as_list = text, as_list
-        self.tokens, self.parens, self.matrix, self.text_end, self.money = [], 0, 0, [], False
-        self.closing = self.closing_braces()
+        self.text, self.as_list = plain(text), as_list
+        self.tokens, self.parens, self.environments = [], 0, []
 
-    def closing_braces(self) -> dict[int, int]:
-        opened, closing = [], {}
-        for match in _BRACES.finditer(self.text):
-            if match.group() == "{":
-                opened.append(match.start())
-            elif match.group() == "}" and opened:
-                closing[opened.pop()] = match.start()
-        return closing
-
-    def run(self) -> list[tuple]:
+    def run(self, at: int = 0, end: int | None = None, in_text: bool = False) -> list[tuple]:
         """The tokens. Raises Unreadable."""
-        at, self.glued = 0, False
-        while at < len(self.text):
-            match = _LEX.match(self.text, at)
-            if not match:
-                raise Unreadable(f"unknown character at {at}")
-            end = getattr(self, match.lastgroup)(match.group(), match.start())
-            at, self.glued = match.end() if end is None else end, match.lastgroup != "space"
-            if len(self.tokens) > MAX_TOKENS:
-                raise Unreadable("too many tokens")
+        end, self.glued = len(self.text) if end is None else end, False
+        while at < end:
+            match = _LEX.match(self.text, at, end)
+            if not match or len(self.tokens) > MAX_TOKENS:
+                raise Unreadable(f"unknown character at {at}, or too many tokens")
+            group, text, to, self.in_text = match.lastgroup, match.group(), None, in_text
+            if group in _SIMPLE:
+                self.add(*_SIMPLE[group](text))
+            elif group != "space":
+                to = getattr(self, group)(text, match)
+            at, self.glued = match.end() if to is None else to, group != "space"
         return self.tokens
 
     def add(self, kind: str, value) -> None:
-        if value == "mod" and self.tokens and self.tokens[-1][1] == "(":       # (mod 5) is \\pmod{5}
-            self.tokens[-1:] = [("op", "pmod", True)]
-            value = "("
         self.tokens.append((kind, value, self.glued))
         self.glued = True
 
-    def after(self, *kinds: str) -> bool:
-        return bool(self.tokens) and self.tokens[-1][0] in kinds
+    def after_value(self) -> bool:
+        kind, value = self.tokens[-1][:2] if self.tokens else ("", "")
+        return kind in ("num", "text") or kind == "op" and value in ("}", ")", "pi", "deg", "%")
 
-    def space(self, value, at):
-        pass
-
-    edge = space                                           # \left, and the \right. that closes nothing
-
-    # -- numbers
-    def number(self, value, at):
-        if len(value) > MAX_DIGITS:
+    def number(self, text, match):
+        if len(text) > MAX_DIGITS:
             raise Unreadable("too many digits")
-        self.add("num", value)
-        return at + len(value)
+        self.add("num", text)
+        return match.start() + len(text)
 
-    scientific = number
+    def thousands(self, text, match):
+        if text[0] == "0":
+            return self.number(re.match(r"\d+", text).group(), match)
+        self.number(re.sub(r"[^\d.]", "", text), match)
 
-    def thousands(self, value, at):
-        if value[0] == "0":
-            return self.number(re.match(r"\d+", value).group(), at)
-        self.number(re.sub(r"[^\d.]", "", value), at)
+    def comma(self, text, match):
+        listed = len(self.tokens) > 1 and self.tokens[-1][1] == "," and self.tokens[-2][0] == "num"
+        if ",0" not in text and (self.as_list or self.parens or listed):
+            return self.number(text[:text.index(",")], match)
+        self.thousands(text, match)
 
-    def comma(self, value, at):
-        if ",0" not in value and (self.as_list or self.parens or self.after_comma()):
-            return self.number(value[:value.index(",")], at)
-        self.thousands(value, at)
-
-    def after_comma(self) -> bool:
-        return len(self.tokens) > 1 and self.tokens[-1][1] == "," and self.tokens[-2][0] == "num"
-
-    def repeating(self, value, at):
-        self.add("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", value))
-
-    # -- signs
-    def deg(self, value, at):
-        self.add("op", "deg")
-
-    def dots(self, value, at):
-        self.add("op", "dots")
-
-    def row(self, value, at):
-        self.add("op", "row")
-
-    def prime(self, value, at):
-        for _ in range(value.count("prime")):
-            self.add("op", "'")
-
-    def double(self, value, at):
-        if not self.matrix:
-            return at + 1                                  # \\frac: an escape too many
-        self.add("op", "row")
-
-    def escape(self, value, at):
-        if value == "\\$":
-            self.money = True
-            return
-        self.add("op", {"\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}.get(value, "bad"))
-        self.parens += {"\\{": 1, "\\}": -1}.get(value, 0)
-
-    def operator(self, value, at):
-        if value in "{}" and self.text_end:
-            if value == "}" and at >= self.text_end[-1]:
-                self.text_end.pop()
-            return
-        if value == "!=" and self.glued:                   # 5!=120
+    def operator(self, text, match):
+        if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
+            return                                        # what aligns, what abbreviates
+        if text == "!=" and self.glued:                   # 5!=120
             self.add("op", "!")
-            value = "="
-        self.parens = max(0, self.parens + {"(": 1, "[": 1, ")": -1, "]": -1}.get(value, 0))
-        self.add("op", {"**": "^", "==": "="}.get(value, value))
+            text = "="
+        self.parens = max(0, self.parens + _OPENS.get(text, 0))
+        self.add("op", _OPERATORS.get(text, text))
 
-    # -- words
-    def letters(self, value, at):
-        low = value.lower()
+    def escape(self, text, match):
+        if text != "\\$":
+            self.operator(text, match)
+
+    def environment(self, text, match):
+        name = "system" if match["name"] in _SYSTEMS else match["name"]
+        self.environments = self.environments + [name] if match["edge"] == "begin" else self.environments[:-1]
+        self.add("op", match["edge"])
+        self.add("env", name)
+
+    def letters(self, text, match):
+        low, next_char = text.lower(), self.text[match.end():match.end() + 9].lstrip()[:1]
+        bare = text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if low in WORDS:
             self.add("op", WORDS[low])
-        elif self.text_end:
-            self.add("text", value)
-        elif value in UNITS and len(value) > 1 and (self.after("num", "text") or self.tokens[-1:] and
-                                                    self.tokens[-1][1] in ("}", ")")):
-            self.add("text", value)
-        elif low in PLAIN and value in (low, low.capitalize()):
+        elif self.in_text:                                # a single letter that is no unit is a variable
+            variable = len(text) == 1 and not (text in UNITS and self.after_value())
+            self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
+        elif self.after_value() and (bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))):
+            self.add("text", text)
+        elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
-        elif value in FUNCTIONS:
-            self.add("fn", FUNCTIONS[value])
-        elif match := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", value):
-            self.add("fn", match[1])
-            self.add("id", match[2])
-        elif self.is_word(value):
-            self.add("text", value)
-        else:
-            for letter in value:
+        elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
+            self.add("fn", found[1])
+            self.add("id", found[2])
+        elif text in FUNCTIONS or len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
+            self.add(*("fn", FUNCTIONS[text]) if text in FUNCTIONS else ("text", text))
+        else:                                             # short, capitals, or letters in their order: a product
+            for letter in text:
                 self.add("id", letter)
 
-    @staticmethod
-    def is_word(value: str) -> bool:
-        """Four letters and more are a word, unless they look like a product: capitals, or letters in their order."""
-        return len(value) > 3 and not value.isupper() and list(value) != sorted(set(value))
-
-    def environment(self, value, at):
-        self.matrix += 1 if value[1] == "b" else -1
-        self.add("op", "begin" if value[1] == "b" else "end")
-        self.add("env", re.search(r"\{([A-Za-z]+)", value)[1])
-
-    def blackboard(self, value, at):
-        letter = value.rstrip("} \t\n")[-1]
-        self.add(*("op", "reals") if letter == "R" else ("id", "set " + letter))
-
-    def command(self, value, at):
-        name = value[1:]
-        if name in TEXT:
-            return self.text_group(name, at + len(value))
+    def command(self, text, match):
+        name = text[1:]
         if name not in COMMANDS:
             raise Unreadable("unknown command")
         if COMMANDS[name]:
-            self.add(*COMMANDS[name])
+            self.add(*("text", name) if name in ("Omega", "AA") and self.after_value() else COMMANDS[name])
 
-    def text_group(self, name, at):
-        r"""\text{...}: its letters are words. \mathrm{e}, \operatorname{lcm} and the like are what they spell."""
-        start = at + len(self.text[at:at + 50]) - len(self.text[at:at + 50].lstrip())
-        end = self.closing.get(start)
-        if end is None or self.text_end:
-            return at
-        content = self.text[start + 1:end].strip().strip("~")
-        after_number = self.after("num") or any(token[0] == "text" for token in self.tokens)
-        letter = len(content) == 1 and content.isalpha() and (content in "ie" or not after_number)
-        if name in ("mathrm", "operatorname", "textrm", "text") and content in FUNCTIONS and not after_number:
+    def group(self, text, match):
+        r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they spell."""
+        content = match["inner"].strip().strip("~")
+        if content not in FUNCTIONS or content in UNITS and self.after_value():
+            self.run(match.start("inner"), match.end("inner"), True)
+        else:
             self.add("fn", FUNCTIONS[content])
-            return end + 1
-        if letter and name in ("mathrm", "operatorname"):
-            self.add("id", content)
-            return end + 1
-        self.text_end.append(end)
-        return start + 1

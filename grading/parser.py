@@ -1,63 +1,49 @@
 """Tokens -> tree (the nodes: tree.py), by precedence, loosest first."""
 
-from __future__ import annotations
-
-import re
+from decimal import Decimal
 from fractions import Fraction
 from functools import reduce
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, num
-from grading.units import COUNTS, NOT_UNITS
-from grading.words import BASES
+from grading.units import UNITS, known, multiplier
+from grading.words import NUMBERS, PHRASES
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", ":", "to"}
-_STARTS = {"(", "[", "{", "{{", "lfloor", "lceil", "pi", "oo", "begin", "empty", "reals", "dots"}
-_APPLIED = set("fghFGHPQ")                                 # P(x) is a value of P; n(n+1) is a product
+_RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
+_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
+_SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
+_APPLIED = set("fghFGHPQ")                                # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array")
-_SIGNS = {"-": "neg", "+-": "pm", "-+": "mp"}
-_DEFINITION = re.compile(r"(?:\w+|Delta \w)(?: \^ \{ - 1 \})?(?: _ (?:\w+|\{ [\w ]+ \}))? \( \w+(?: , \w+)* \) =")
+_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "system")
+_INFINITY = ("const", "oo")
+_ATOMS = {"pi": ("const", "pi"), "oo": _INFINITY, "empty": ("set", ()), "dots": ("dots",),
+          "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")")}
+_STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
+_INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
-    lexer = Lexer(text.strip().rstrip("\\").strip(), as_list)
-    tokens = lexer.run()
-    if not tokens:
-        raise Unreadable("empty")
-    try:
-        node = Parser(tokens).answer()
-    except RecursionError:
-        raise Unreadable("the caller is nested too deeply") from None
-    return ("unit", node, "dollar^1") if lexer.money and node[0] != "unit" else node
-
-
-def integer(digits: str) -> int:
-    """int(), in pieces that Python's limit on the length of numerals allows."""
-    return int(digits) if len(digits) < 4000 else integer(digits[:-3000]) * 10 ** 3000 + int(digits[-3000:])
+    return Parser(Lexer(text, as_list).run()).answer()
 
 
 def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, and 0.1(6), whose bracket recurs."""
+    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises Unreadable."""
+    if ":" in text:
+        return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
+    if "_" in text:
+        digits, _, base = text.partition("_")
+        try:
+            return num(int(digits, NUMBERS.get(base.lower()) or int(base)))
+        except ValueError:
+            raise Unreadable("base") from None
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
         places = len(head.partition(".")[2])
         return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10 ** places))
     mantissa, _, exponent = text.lower().partition("e")
-    whole, point, decimals = mantissa.partition(".")
-    digits = len((whole + decimals).lstrip("0")) if point else None
-    node = num(Fraction(integer(whole + decimals), 10 ** len(decimals)), digits)
-    if len(exponent) > 12:
-        raise Unreadable("exponent")
-    return ("mul", node, ("pow", num(10), num(int(exponent)))) if exponent else node
-
-
-def _mixed(whole: Node, part: Node) -> Node | None:
-    """The sum of an integer and a proper fraction of integers, None if part is anything else."""
-    if part[0] != "div" or any(side[0] != "num" or side[1].denominator > 1 for side in part[1:]):
-        return None
-    return num(whole[1] + part[1][1] / part[2][1]) if 0 < part[1][1] < part[2][1] else None
+    node = num(Decimal(mantissa), len(mantissa.partition(".")[2]) or None)     # int() refuses long numerals
+    return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
 
 
 def _determinant(rows: list[tuple]) -> Node:
@@ -71,37 +57,37 @@ def _determinant(rows: list[tuple]) -> Node:
 
 
 class Parser:
-    def __init__(self, tokens: list[tuple], bound=(), depth: int = 0):
-        """bound: the names that a sum or an integral binds."""
-        self.tokens = [*tokens, ("end", "", False)]
-        self.at, self.depth, self.bars, self.bound = 0, depth, 0, list(bound)
+    """Raises Unreadable."""
+
+    def __init__(self, tokens: list[tuple]):
+        self.tokens = [*tokens, *[("end", "", False)] * 9]
+        self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
 
     # -- the stream
     def peek(self, ahead: int = 0):
-        return self.tokens[min(self.at + ahead, len(self.tokens) - 1)]
+        return self.tokens[self.at + ahead]
 
     def take(self):
         self.at += 1
         return self.tokens[self.at - 1]
 
     def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value, _ = self.peek(ahead)
+        kind, value, _ = self.tokens[self.at + ahead]
         return kind == "op" and value in values
 
     def accept(self, *values) -> str | None:
         return self.take()[1] if self.is_op(*values) else None
 
     def expect(self, *values) -> str:
-        found = self.accept(*values)
-        if found is None:
+        if not self.is_op(*values):
             raise Unreadable(f"expected {values}")
-        return found
+        return self.take()[1]
 
     def nested(self, read, *args):
         """read, one level deeper; a bar inside brackets does not close one outside."""
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+        if self.depth > MAX_DEPTH or self.peek()[0] == "end":
+            raise Unreadable("nested too deeply, or not finished")
         bars, self.bars = self.bars, 0
         node = read(*args)
         self.bars = bars
@@ -115,7 +101,7 @@ class Parser:
             kind, value, _ = self.take()
             if kind == "end":
                 raise Unreadable("unbalanced")
-            words.append(str(value))
+            words.append(value)
             depth += (kind == "op" and value in ("(", "{")) - (kind == "op" and value in (")", "}"))
             if depth <= 0:
                 return "".join(words[1:-1] if words[0] == "{" else words)
@@ -138,262 +124,168 @@ class Parser:
                 joiner = second
             joiners.add(joiner)
             items.append(self.relation())
-        if len(items) == 1:
-            return items[0]
-        return ("list", "or" if "or" in joiners else ",", tuple(items))
+        return items[0] if len(items) == 1 else ("list", "or" if "or" in joiners else ",", tuple(items))
 
     def relation(self) -> Node:
         self.accept("~")
-        parts = [self.definition() or self.sets()]
+        parts = [self.side()]
         while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
             operator = self.take()[1]
-            parts += ["mid" if operator == "|" else operator, self.definition() or self.sets()]
+            parts += ["mid" if operator == "|" else operator, self.side()]
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
 
-    def definition(self) -> Node | None:
-        """f(x, y) before an equals sign is a name."""
-        if self.peek()[0] != "id" or not self.is_op("(", "_", "^", ahead=1):
-            return None
-        match = _DEFINITION.match(" ".join(str(token[1]) for token in self.tokens[self.at:self.at + 30]))
-        if not match:
-            return None
-        words = match.group().split(" ")[:-1]
-        self.at += len(words)
-        return ("sym", "".join(word for word in words if word not in "{}"))
+    def side(self) -> Node:
+        """A side of a relation: a ratio, a set, a sum."""
+        parts = [self.sets()]
+        while self.accept(":"):
+            parts.append(self.sets())
+        return parts[0] if len(parts) == 1 else ("tuple", ":", tuple(parts), ":")
 
     def sets(self) -> Node:
         node = self.sum()
-        if infix := self.accept("choose", "over"):
-            node = ("binom" if infix == "choose" else "div", node, self.sum())
-        while op := self.accept("cup", "cap", "minus"):
-            node = (op, node, self.sum())
+        while op := self.accept(*_SETS):
+            node = (_SETS[op], node, self.sum())
         return node
 
     # -- sums and products
     def sum(self) -> Node:
-        op = self.accept("+", "-", "+-", "-+")
-        node = self.product()
-        node = {"-": ("neg", node), "+-": ("pm", None, node), "-+": ("mp", None, node)}.get(op, node)
-        while op := self.accept("+", "-", "+-", "-+"):
-            right = self.term()
-            node = ("add", node, ("neg", right)) if op == "-" else ({"+": "add"}.get(op) or _SIGNS[op], node, right)
+        node, op = None, self.accept(*_SIGNS) or "+"
+        while op:
+            term = self.signed(self.product)
+            term = ("neg", term) if op == "-" else term
+            node = (_SIGNS[op], node, term) if node or op in ("+-", "-+") else term
+            op = self.accept(*_SIGNS)
         return node
 
-    def term(self) -> Node:
+    def signed(self, read) -> Node:
+        """What read finds behind signs of its own."""
         if self.accept("-"):
-            return ("neg", self.product())
+            return ("neg", self.nested(self.signed, read))
         self.accept("+")
-        return self.product()
+        return read()
 
     def product(self) -> Node:
-        node = self.factor()
+        node = self.power()
         while True:
             if self.accept("*"):
-                node = ("mul", node, self.signed())
+                node = ("mul", node, self.signed(self.power))
             elif self.accept("/"):
-                node = ("div", node, self.denominator())
+                node = ("div", node, self.signed(self.power))
             elif self.accept("mod"):
                 node = ("mod", node, self.power())
             elif self.peek()[0] == "text":
                 node = self.unit(node)
             elif self.starts_atom():
-                if self.peek()[0] == "num" and self.tokens[self.at - 1][0] == "num":
-                    raise Unreadable("two numbers side by side")
-                node = self.juxtaposed(node, self.power())
+                node = self.juxtaposed(node)
             else:
                 return node
-
-    @staticmethod
-    def juxtaposed(left: Node, right: Node) -> Node:
-        if right[0] == "tuple" and left[0] in ("tuple", "list"):
-            return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
-        return ("mul", left, right)
 
     def starts_atom(self) -> bool:
         kind, value, _ = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        return value in _STARTS or value == "|" and not self.bars and (self.depth > 0 or self.closing_bar())
+        return value in _STARTS or value == "|" and not self.bars and (
+            self.depth > 0 or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:]))
 
-    def closing_bar(self) -> bool:
-        return any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:])
-
-    def signed(self) -> Node:
-        if self.accept("-"):
-            return ("neg", self.signed())
-        self.accept("+")
-        return self.factor()
-
-    def denominator(self) -> Node:
-        """t/RC: letters written as one word after a slash are one denominator."""
-        node = self.signed()
-        while node[0] in ("sym", "mul") and self.peek()[0] == "id" and self.peek()[2]:
-            node = ("mul", node, self.power())
-        return node
-
-    def factor(self) -> Node:
-        """A power, or a mixed number (1\\frac45, 1 4/5): an integer before a proper fraction of integers."""
-        node = self.power()
-        kind, whole, _ = self.tokens[self.at - 1]
-        if node[0] != "num" or kind != "num" or not whole.isdigit():
-            return node
-        if self.peek()[:2] == ("fn", "frac"):
-            part = self.power()
-            return _mixed(node, part) or ("mul", node, part)
-        if self.peek()[0] == "num" and self.is_op("/", ahead=1) and self.peek(2)[0] == "num":
-            part = ("div", number(self.take()[1]), number(self.take() and self.take()[1]))
-            return _mixed(node, part) or self.expect("a proper fraction")
-        return node
+    def juxtaposed(self, left: Node) -> Node:
+        if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
+            return ("add", left, self.product())
+        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)        # 2^6 3^5
+        if self.peek()[0] == self.peek(-1)[0] == "num" and not powers:
+            raise Unreadable("two numbers side by side")
+        right = self.power()
+        if right[0] == "tuple" and left[0] in ("tuple", "list"):
+            return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
+        return ("mul", left, right)
 
     def unit(self, node: Node) -> Node:
-        """kcal m^{-2} yr^{-1}, square inches, any text."""
+        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
         names = []
-        while self.peek()[0] == "text" or names and self.is_op("*", "/") and self.peek(1)[0] == "text":
+        while self.peek()[0] == "text" or names and self.is_op("*", "/") and (
+                self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS):
             sign = -1 if self.accept("/") else 1
             self.accept("*")
             name = self.take()[1]
-            power = constant(self.exponent()) if self.accept("^") else 1
-            if power is None or name.lower() in NOT_UNITS:
+            factor = multiplier(name)
+            power = constant(self.signed(self.atom)) if self.accept("^") else 1
+            if factor:
+                node = ("mul", node, num(factor))
+            elif power is None or not known(name):
                 raise Unreadable("prose after a value")
-            if name.lower() in COUNTS:
-                node = ("mul", node, num(COUNTS[name.lower()]))
             else:
                 names.append(f"{name}^{int(sign * power)}")
-        if len(names) > 4:
-            raise Unreadable("prose after a value")
         return ("unit", node, " ".join(names)) if names else node
 
     # -- powers
     def power(self) -> Node:
-        node = self.postfix(self.atom())
-        while True:
-            if self.is_op("_") and node[0] == "num":
-                node = self.based(node)
-            elif self.accept("^"):
-                node = ("pow", node, self.exponent())
-                if self.is_op("_") and node[1][0] == "sym" and "_" not in node[1][1]:
-                    node = ("pow", ("sym", node[1][1] + self.subscript()), node[2])
-            elif self.is_op("!", "%", "deg", "'"):
-                node = self.postfix(node)
-            else:
-                return node
-
-    def exponent(self) -> Node:
-        if self.is_op("{"):
-            return self.nested(self.atom)
-        if self.accept("-"):
-            return ("neg", self.nested(self.exponent))
-        self.accept("+")
-        if self.peek()[0] == "num":                        # v^2_0: the subscript is not the exponent's
-            node = number(self.take()[1])
-            return ("pow", node, self.nested(self.exponent)) if self.accept("^") else node
-        return self.nested(self.power)
-
-    def postfix(self, node: Node) -> Node:
-        while op := self.accept("!", "%", "deg", "'"):
-            if op == "!":
-                node = ("fact2" if self.accept("!") else "fact", node)
-            elif op == "'" and node[0] == "sym":
-                node = ("sym", node[1] + "'")
-            elif op == "'":
-                if node[0] not in ("num", "deg"):
-                    raise Unreadable("prime")
-                node = ("unit", node, "arcsec^1" if self.accept("'") else "arcmin^1")
-            elif op == "deg" and self.peek()[0] in ("id", "text") and self.peek()[1] in ("C", "F"):
-                node = ("unit", node, f"deg{self.take()[1]}^1")
-            else:
-                node = ("deg" if op == "deg" else "percent", node)
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
+        node, levels = self.atom(), self.depth
+        while op := self.accept("^", "!", "%", "deg", "'"):
+            levels += 1
+            if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
+            node = ("pow", node, self.signed(self.atom)) if op == "^" else self.marked(node, op)
         return node
 
-    def subscript(self) -> str:
-        """_{...} as a part of a name."""
-        self.expect("_")
-        return "_" + self.spelt()
-
-    def based(self, node: Node) -> Node:
-        """52_8: a number in another base."""
-        word = self.subscript()[1:].lower()
-        base = int(word) if word.isdigit() and len(word) < 3 else BASES.get(word, 0)
-        if not 2 <= base <= 36 or node[2] is not None or node[1].denominator > 1:
-            raise Unreadable("base")
-        try:
-            return num(int(str(node[1]), base))
-        except ValueError:
-            raise Unreadable("digit") from None
+    @staticmethod
+    def marked(node: Node, mark: str) -> Node:
+        if mark == "'" and node[0] == "sym":
+            return ("sym", node[1] + "'")
+        if mark == "'" or mark == "%" and node[0] == "percent":
+            raise Unreadable("a mark too many")
+        return ({"!": "fact", "%": "percent", "deg": "deg"}[mark], node)
 
     # -- atoms
     def argument(self) -> Node:
-        if self.is_op("{"):
-            return self.nested(self.atom)
         kind, value, glued = self.peek()
         if kind == "num" and value.isdigit() and len(value) > 1:      # \\frac12: the arguments are single digits
             self.tokens[self.at:self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
-        if self.accept("-"):
-            return ("neg", self.nested(self.argument))
-        return self.nested(self.atom)
+        return self.signed(self.atom)
 
     def atom(self) -> Node:
         kind, value, _ = self.take()
+        if kind == "op" and value in _ATOMS:
+            return _ATOMS[value]
         if kind in ("num", "id", "text"):
             return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        if kind == "fn":
-            return self.nested(self.function, value)
-        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.braces, "begin": self.matrix,
+        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.bracket, "begin": self.matrix,
                 **dict.fromkeys(_BARS, self.bars_group)}.get(value)
-        if kind == "op" and read:
-            return self.nested(read, value)
-        if kind == "op" and value in ("pi", "oo"):
-            return ("const", value)
-        if kind == "op" and value == "empty":
-            return ("set", ())
-        if kind == "op" and value == "reals":
-            return ("tuple", "(", (("neg", ("const", "oo")), ("const", "oo")), ")")
-        if kind == "op" and value == "dots":
-            return ("dots",)
+        if kind == "fn" or kind == "op" and read:
+            return self.nested(self.function if kind == "fn" else read, value)
         raise Unreadable(f"unexpected {value!r}")
 
     def name(self, value: str) -> Node:
         if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
             return ("const", value)
-        if value == "Delta" and self.peek()[0] == "id":
-            value += " " + self.take()[1]
         if self.is_op("_"):
-            value += self.subscript()
-        if self.is_op("(") and (value in _APPLIED or self.peek(1)[:2] == ("num", "0") and self.is_op(")", ahead=2)):
-            value += self.spelt()
+            value += self.take()[1] + self.spelt()
         while self.accept("'"):
             value += "'"
+        if self.is_op("(") and value.rstrip("'") in _APPLIED:
+            value += self.spelt()
         return ("sym", value)
 
     def words(self, first: str) -> Node:
         names = [first]
         while self.peek()[0] == "text":
             names.append(self.take()[1])
-        return ("sym", names[0] if len(names) == 1 and len(first) == 1 else "text " + " ".join(names).lower())
+        phrase = " ".join(names).lower()
+        if phrase in PHRASES or phrase in NUMBERS:
+            return _ATOMS[PHRASES[phrase]] if phrase in PHRASES else num(NUMBERS[phrase])
+        return ("sym", first if len(names) == 1 and len(first) == 1 else "text " + phrase)
 
     def bracket(self, opening: str) -> Node:
+        if opening == "{{" and self.accept("}}"):
+            return ("set", ())
         node = self.sequence()
-        closing = self.expect("}") if opening == "{" else self.expect(")", "]")
+        closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
         items = node[2] if node[0] == "list" else (node,)
+        if opening == "{{":
+            return ("set", items)
         if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
             return node
         if node[0] != "list" or node[1] == "or" or opening + closing in ("(]", "[)") and len(items) != 2:
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
-
-    def braces(self, _) -> Node:
-        if self.accept("}}"):
-            return ("set", ())
-        end = 1 if not self.is_op("in", ahead=1) else 3 if self.is_op("reals", ahead=2) else 0
-        conditions = self.peek()[0] == "id" and end and self.is_op("|", "mid", ":", ahead=end)
-        if conditions:                                     # {x | ...}, {x in R : ...}
-            self.at += end + 1
-        node = self.sequence()
-        self.expect("}}")
-        return node if conditions else ("set", node[2] if node[0] == "list" else (node,))
 
     def bars_group(self, opening: str) -> Node:
         closing, name = _BARS[opening]
@@ -404,67 +296,47 @@ class Parser:
         return (name, node)
 
     def matrix(self, _) -> Node:
-        kind = self.take()[1]
-        if kind in ("cases", "aligned"):
-            return self.system()
-        if kind not in _MATRICES:
-            raise Unreadable("environment")
+        kind, rows = self.take()[1], [[]]
         if kind == "array":
             self.nested(self.atom)
-        rows, row = [], []
-        while row or not self.is_op("end"):
-            row.append(self.sets())
-            if self.accept("&"):
-                continue
-            rows.append(tuple(row))
-            row = []
-            if not self.accept("row"):
-                break
-        self.end_environment()
-        if not rows or len({len(row) for row in rows}) != 1:
-            raise Unreadable("matrix")
-        return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
-
-    def system(self) -> Node:
-        """The rows of a system of equations, as a list."""
-        rows = [self.relation()]
-        while self.accept("row", ",", "&"):
-            if not self.is_op("end", "row"):
-                rows.append(self.relation())
-        self.end_environment()
-        return ("list", ",", tuple(rows))
-
-    def end_environment(self) -> None:
-        self.expect("end")
+        while not self.accept("end"):
+            rows[-1].append(self.relation())
+            if self.accept("row", ",", "and"):
+                while self.accept("row"):
+                    pass
+                rows.append([])
+            elif not self.accept("&") and not self.is_op("end"):
+                raise Unreadable("matrix")
         self.take()
+        rows = [tuple(row) for row in rows if row]
+        if kind not in _MATRICES or not rows or kind != "system" and len(set(map(len, rows))) > 1:
+            raise Unreadable("matrix")
+        if kind == "system":                              # of equations
+            return ("list", ",", tuple(cell for row in rows for cell in row))
+        return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
 
     # -- functions
     def function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             return ("div" if name == "frac" else "binom", self.argument(), self.argument())
-        if name in ("sum", "prod", "lim"):
-            return self.binding(name)
-        if name == "angle" or name.startswith("accent"):
-            return self.decorated(name)
-        return {"sqrt": self.root, "int": self.integral}.get(name, lambda: self.applied(name))()
+        if name == "int":                                 # \\int{0}{1}{x^2}{x}, see words.py
+            (low, high), body = (self.argument(), self.argument()), self.argument()
+            return ("int", self.spelt(), low, high, body)
+        if name == "sqrt":
+            index = num(2)
+            if self.accept("["):
+                index = self.sum()
+                self.expect("]")
+            return ("root", self.signed(self.atom), index)
+        if name.startswith("accent"):                     # \\dot{x}, \\overline{AB}: a name
+            value = name[7:] + " " + self.spelt()
+            return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
+        low = self.atom() if self.accept("_") else None
+        high = self.signed(self.atom) if self.accept("^") else None
+        return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
 
-    def root(self) -> Node:
-        index = num(2)
-        if self.accept("["):
-            index = self.sum()
-            self.expect("]")
-        return ("root", self.argument() if self.is_op("{", "-") else self.nested(self.atom), index)
-
-    def bounds(self) -> tuple[Node | None, Node | None]:
-        """What stands below and above a sign, in either order."""
-        found = {}
-        while mark := self.accept("_", "^"):
-            found[mark] = self.exponent() if mark == "^" else self.nested(self.atom)
-        return found.get("_"), found.get("^")
-
-    def applied(self, name: str) -> Node:
-        base, power = self.bounds()
-        if power == ("neg", num(1)) and name in ("sin", "cos", "tan", "cot"):
+    def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
+        if power == ("neg", num(1)) and name in _INVERTED:
             name, power = "arc" + name, None
         args = self.function_arguments()
         if base is not None and name != "log":
@@ -473,50 +345,26 @@ class Parser:
         return node if power is None else ("pow", node, power)
 
     def function_arguments(self) -> tuple:
-        if self.is_op("{{"):                               # max{a, b}
-            return self.atom()[1]
-        if self.is_op("(", "{", "["):
-            node = self.nested(self.bracket, self.take()[1])
-            return node[2] if node[0] in ("tuple", "list") else (node,)
+        if self.is_op("{{", "(", "{", "["):               # max{a, b}
+            node = self.nested(self.atom)
+            return node[1] if node[0] == "set" else node[2] if node[0] in ("tuple", "list") else (node,)
         negative = self.accept("-")
         node = self.power()
-        while self.starts_atom() and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
-            if self.is_op("("):
-                break
+        while self.starts_atom() and not self.is_op("(") and (
+                self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def decorated(self, name: str) -> Node:
-        """\\angle ABC, \\dot{x}, \\overline{AB}: a name."""
-        if name != "angle":
-            return ("sym", name[7:] + " " + self.spelt() + (self.subscript() if self.is_op("_") else ""))
-        words = []
-        while self.peek()[0] == "id" or self.is_op("_"):
-            words.append(self.subscript() if self.is_op("_") else self.take()[1])
-        if not words:
-            raise Unreadable("angle")
-        return ("sym", "angle " + "".join(words))
-
-    def binding(self, name: str) -> Node:
-        """A sum, a product or a limit, with its bound name."""
-        low, high = self.bounds()
-        if not low or low[0] != "rel" or len(low[1]) != 3 or low[1][0][0] not in ("sym", "const"):
-            raise Unreadable("bound variable")
-        (_, variable), sign, start = low[1]
-        if sign != ("to" if name == "lim" else "=") or (high is None) != (name == "lim"):
+    def binding(self, name: str, low: Node | None, high: Node | None) -> Node:
+        """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
+        if low is None:
+            return ("mul", ("sym", name), self.product())
+        sign = "to" if name == "lim" else "="
+        if low[0] != "rel" or low[1][1::2] != (sign,) or low[1][0][0] not in ("sym", "const") or (
+                high is None) != (name == "lim"):
             raise Unreadable("bounds")
+        (_, variable), _, start = low[1]
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
         return ("lim", variable, start, body) if name == "lim" else ("big", name, variable, start, high, body)
-
-    def integral(self) -> Node:
-        low, high = self.bounds()
-        rest = self.tokens[self.at:]
-        end = next((k for k, token in enumerate(rest[:-1]) if token[:2] == ("id", "d") and rest[k + 1][0] == "id"), None)
-        if end is None or low is None or high is None:
-            raise Unreadable("integral")
-        variable = rest[end + 1][1]
-        body = Parser(rest[:end] or [("num", "1", True)], [variable], self.depth).answer()
-        self.at += end + 2
-        return ("int", variable, low, high, body)

@@ -1,16 +1,16 @@
 """What relations and plus-minus signs state.
 
 `settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts), ("record", ((name, value)
-...)), ("eq", a, b), ("less", ((a, strict, b)...)), ("noteq", a, b), ("equiv", a, b), or leaves what it was before.
+...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b), ("residues", modulus, items, left), or leaves what it
+was before.
 """
-
-from __future__ import annotations
 
 import itertools
 
-from grading.tree import Node, Unreadable, names, num, walk
+from grading.tree import Node, Unreadable, constant, has, names, num, walk
+from grading.units import hoisted
 
-ORDERS = {"<", "<=", ">", ">="}
+_MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
 
 
 def settle(node: Node) -> Node:
@@ -22,9 +22,11 @@ def settle(node: Node) -> Node:
         items = _list(",", node[1]) if node[1] else ("list", ",", ())
         return ("set", items[2] if items[0] == "list" else (items,))
     if kind == "cong":
-        return node
+        return _residues(settle(node[1]), constant(node[2]))
     if kind in ("cup", "cap", "minus"):
-        return (kind, settle(node[1]), settle(node[2]))
+        left, right = settle(node[1]), settle(node[2])
+        points = kind == "cup" and left[0] == right[0] == "set"
+        return ("set", left[1] + right[1]) if points else (kind, left, right)
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
@@ -32,7 +34,16 @@ def settle(node: Node) -> Node:
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
-    return node
+    return hoisted(node) if kind in ("add", "neg") and has(node, "unit", "percent") else node
+
+
+def _residues(listed: Node, modulus) -> Node:
+    items = listed[2] if listed[0] == "list" else (listed,)
+    left = next((item[1] for item in items if item[0] == "equiv"), None)
+    residues = tuple(item[2] if item[0] == "equiv" else item for item in items)
+    if not modulus or None in map(constant, residues):
+        raise Unreadable("residues")
+    return ("residues", modulus, residues, left)
 
 
 def _variants(node: Node) -> list[Node]:
@@ -47,21 +58,19 @@ def _variants(node: Node) -> list[Node]:
 
 
 def _signed(node: Node, choice) -> Node:
-    if node[0] in ("pm", "mp"):
+    if node and node[0] in ("pm", "mp"):
         sign = next(choice) * (1 if node[0] == "pm" else -1)
         left = node[1] and _signed(node[1], choice)
         right = _signed(node[2], choice)
         right = right if sign > 0 else ("neg", right)
         return ("add", left, right) if left else right
-    return tuple(_signed(part, choice) if isinstance(part, tuple) and part else part for part in node)
+    return tuple(_signed(part, choice) if isinstance(part, tuple) else part for part in node)
 
 
 def _list(joiner: str, nodes) -> Node:
     items = []
-    for node in (settle(node) for node in nodes if not _is_condition(node)):
+    for node in map(settle, nodes):
         items += node[2] if node[0] == "list" else (node,)
-    if not items:
-        raise Unreadable("conditions only")
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
     if len(named) == len(items) > 1 and len(distinct) == len(items):
@@ -71,17 +80,13 @@ def _list(joiner: str, nodes) -> Node:
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
 
-def _is_condition(node: Node) -> bool:
-    """k in Z, after a comma."""
-    return node[0] == "rel" and node[1][1] == "in" and node[1][2][0] == "sym" and node[1][2][1].startswith("set ")
-
-
 def is_name(node: Node) -> bool:
-    """x, x_1, f(x), a tuple of names, dy/dx, a segment AB."""
+    """x, x_1, f(x), a tuple or a ratio of names, dy/dx, a polygon ABC."""
     if node[0] == "div":
         return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
     if node[0] == "mul":
-        return all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
+        return all(part[0] in ("sym", "mul") and part[1][0].isupper() or is_name(part) and part[0] == "mul"
+                   for part in node[1:])
     return node[0] == "sym" and not node[1].startswith("text") or node[0] == "tuple" and all(map(is_name, node[2]))
 
 
@@ -94,34 +99,35 @@ def _relation(parts: tuple) -> Node:
         return settle(parts[0]) if first == 1 else _relation(parts[:first])
     if operators == {"="}:
         return _equation(operands)
-    if operators <= ORDERS:
-        pairs = tuple(_less(*parts[k:k + 3]) for k in range(0, len(parts) - 2, 2))
-        return ("less", pairs[::-1] if operators <= {">", ">="} else pairs)
-    if operators == {":"}:
-        return ("tuple", ":", tuple(operands), ":")
+    if operators <= _MIRRORED.keys():
+        pairs = [parts[k:k + 3] for k in range(0, len(parts) - 2, 2)]
+        return ("less", tuple((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b) for a, sign, b in pairs))
     (operator, *others), (left, right, *more) = operators, operands
     if others or more or operator == "to" or operator == "in" and not is_name(left):
         raise Unreadable("mixed relations")
-    return {"in": settle(right), "!=": ("noteq", left, right), "equiv": ("equiv", left, right),
-            "mid": ("cong", ("rel", (right, "equiv", num(0))), left)}[operator]
-
-
-def _less(left: Node, operator: str, right: Node) -> Node:
-    return (left, operator in "<>", right) if operator[0] == "<" else (right, operator in "<>", left)
+    if operator == "mid":
+        return _residues(("equiv", right, num(0)), constant(left))
+    return {"in": settle(right), "equiv": ("equiv", left, right)}[operator]
 
 
 def _equation(operands: tuple) -> Node:
     first, last = operands[0], operands[-1]
+    if len(operands) == 2 and is_name(last) and not is_name(first):
+        first, last = last, first
     if is_name(first):
-        return _named(first, last if len(operands) == 2 else ("chain", operands[1:]))
-    if len(operands) == 2 and is_name(last):
-        return _named(last, first)
+        value = last if len(operands) == 2 else ("chain", operands[1:])
+        if first[:2] == ("tuple", "(") and value[0] == "tuple" and len(first[2]) == len(value[2]):
+            return ("record", tuple(zip(first[2], value[2])))
+        return ("eq" if first in walk(value) else "assign", first, value)
     if all(operand[0] == "num" for operand in operands):
         raise Unreadable("a tautology or a contradiction")
     return ("eq", first, last) if len(operands) == 2 and names(*operands) else ("chain", operands)
 
 
-def _named(name: Node, value: Node) -> Node:
-    if name[0] == "tuple" and value[0] == "tuple" and len(name[2]) == len(value[2]):
-        return ("record", tuple(zip(name[2], value[2])))
-    return ("eq", name, value) if name in walk(value) else ("assign", name, value)
+def named_value(node: Node) -> Node:
+    """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it is."""
+    if node[:2] == ("tuple", ":") and node[2][0][0] == "sym" and len(node[2]) == 2:
+        return settle(node[2][1])                         # Answer: 5
+    if node[0] == "eq" and bool(names(node[1])) != bool(names(node[2])):
+        return settle(node[2] if names(node[1]) else node[1])
+    return node

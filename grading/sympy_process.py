@@ -1,11 +1,8 @@
 """sympy in a process of its own, for limits, integrals and infinite sums.
 
-It takes [answer, golds] and gives [format, accuracy], both as JSON. It imports sympy, limits its own memory and
-processor time, and ends when its parent does. It starts when it is first needed; one that has died or hangs is
-replaced. An answer that needs it while it is still starting, or for longer than CLOCK, counts as wrong.
+It takes [answer, golds] and says whether one equals the other, both as JSON. It limits its own memory and processor
+time, and ends when its parent does. It starts when it is first needed, and again when it has died or was too slow.
 """
-
-from __future__ import annotations
 
 import atexit
 import json
@@ -15,53 +12,43 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from grading.answer import readable, same
-from grading.tree import Node, Undefined, names
+from grading.answer import same
+from grading.tree import Node, Undefined
 from grading.value import Evaluator, Number, mp
 
 CLOCK, MEMORY = 0.7, 900 << 20                            # seconds for one answer; bytes
+START, RESTART = 10.0, 1.0                                # seconds that one answer waits for it to be ready
 PATIENCE = 60.0                                           # seconds more that a caller may wait on a crowded machine
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PROGRAM = f"import sys; sys.path.insert(0, {_ROOT!r}); from grading.sympy_process import serve; serve()"
 
 
-# ----------------------------------------------------------------------------------------------------- the parent's side
+class Process(subprocess.Popen):
+    """The other end of the pipe is inherited; its number is the program's argument."""
 
-class Process:
     def __init__(self):
         self.pipe, other = Pipe()
-        self.process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(other.fileno())],
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, pass_fds=[other.fileno()])
-        self.ready = False
+        super().__init__([sys.executable, "-c", _PROGRAM, str(other.fileno())], pass_fds=[other.fileno()],
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         other.close()
+        self.ready = False
 
-    def reply(self, deadline: float):
-        """The next message, None if there is none in time."""
-        return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(max(0, deadline - time.monotonic())) else None
-
-    def starts(self, deadline: float) -> bool:
-        self.ready = self.ready or self.reply(deadline) == "ready"
+    def starts(self, seconds: float) -> bool:
+        """Whether it is ready in that time. Raises OSError and EOFError if it has ended, as `reply` does."""
+        self.ready = self.ready or self.pipe.poll(seconds) and bool(self.pipe.recv_bytes())
         return self.ready
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+    def reply(self, request: list, seconds: float) -> bool | None:
+        """None if there is none in that time."""
+        self.pipe.send_bytes(json.dumps(request).encode())
+        return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(seconds) else None
 
 
 _lock, _running = threading.Lock(), []                    # at most one process
-
-
-def _forget() -> None:
-    """A forked child must not talk to its parent's process."""
-    global _lock, _running
-    _lock, _running = threading.Lock(), []
 
 
 def running() -> Process:
@@ -72,58 +59,60 @@ def running() -> Process:
 
 def end() -> None:
     while _running:
-        _running.pop().end()
+        process = _running.pop()
+        process.pipe.close()
+        process.kill()
+        process.wait()
+
+
+def _forget() -> None:
+    """A forked child must not talk to its parent's process."""
+    global _lock, _running
+    _lock, _running = threading.Lock(), []
 
 
 os.register_at_fork(after_in_child=_forget)
 atexit.register(end)
 
 
-def ask(answer: str, golds: list[str], patience: float = 0.0) -> list | None:
-    """[format, accuracy] as the process sees it, None without an answer in CLOCK seconds (plus patience)."""
-    deadline, lock = time.monotonic() + CLOCK, _lock
-    if not lock.acquire(timeout=CLOCK + patience):
-        return None
-    try:
-        process = running()
-        in_time = process.starts(deadline + patience) and (patience or deadline - time.monotonic() > CLOCK / 2)
-        if not in_time:                                   # it started too late for this answer, not for the next
-            return None
-        process.pipe.send_bytes(json.dumps([answer, golds]).encode())
-        reply = process.reply(time.monotonic() + CLOCK + patience if patience else deadline)
+def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
+    """Whether the answer equals one of the golds; no, if that takes longer than CLOCK and the caller's patience."""
+    with _lock:
+        wait, reply = RESTART if _running else START, None
+        try:
+            if not running().starts(wait + patience):
+                return False                              # too late for this answer, not for the next
+            reply = running().reply([answer, golds], CLOCK + patience)
+        except (OSError, EOFError):                       # it has ended, or there is no process to be had
+            pass
         if reply is None:
             end()
             running()
-        return reply
-    except (OSError, EOFError):                           # it has ended, or there is no process to be had
-        end()
-        return None
-    finally:
-        lock.release()
+    return bool(reply)
 
-
-# ------------------------------------------------------------------------------------------------------ the other side
 
 def serve() -> None:
-    """Answers until the other end of the pipe, whose number is the program's argument, is closed."""
+    """The process's program: answers until the other end of the pipe is closed."""
     Evaluator.symbolic = _symbolic
     for number in (signal.SIGINT, signal.SIGTERM):        # meant for its parent, which may have answers yet to grade
         signal.signal(number, signal.SIG_IGN)
     import sympy  # noqa: F401  before the limit and before "ready", so that the clock measures only the work
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pipe, reply = Connection(int(sys.argv[1])), "ready"
+    pipe = Connection(int(sys.argv[1]))
+    for text in (r"\sum_{n=0}^{\infty} \frac{1}{n!}", r"\int_0^1 x^2 dx", r"\lim_{x \to 0} \frac{\sin x}{x}"):
+        same(text, "0.5")                                 # so that sympy has loaded what it loads late
+    pipe.send_bytes(b"ready")
     while True:
-        pipe.send_bytes(json.dumps(reply).encode())
         try:
             answer, golds = json.loads(pipe.recv_bytes())
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_PROF, CLOCK)       # of processor time: the signal it sends ends this process
-        reply = [float(readable(answer)), float(any(same(answer, gold) for gold in golds))]
+        pipe.send_bytes(json.dumps(any(same(answer, gold) for gold in golds)).encode())
 
 
 def _symbolic(evaluator: Evaluator, node: Node) -> Number:
-    """The value of a limit, integral or sum."""
+    """The value of a limit, integral or sum. What is too large for sympy is so for this process, which then ends."""
     parts = _to_sympy(node, evaluator.env).doit().evalf(mp.dps).as_real_imag()
     if not all(part.is_Float or part.is_Rational for part in parts):
         raise Undefined("no number")
@@ -132,48 +121,26 @@ def _symbolic(evaluator: Evaluator, node: Node) -> Number:
 
 
 _CALLED = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling", "ln": "log",
-           "binom": "binomial", "fact": "factorial", "neg": "Mul", "pow": "Pow", "add": "Add", "mul": "Mul"}
+           "binom": "binomial", "fact": "factorial", "pow": "Pow", "add": "Add", "mul": "Mul", "sum": "Sum",
+           "prod": "Product", "int": "Integral", "lim": "Limit"}
 _CALLED |= {name: name for name in "floor log sin cos tan cot sec csc sinh cosh exp".split()}
 
 
 def _to_sympy(node: Node, env: dict):
-    """The sympy expression of a tree. env maps names to Fractions and bound names to symbols. Only nodes and numbers
-    are handed to sympy, a constant power or factorial only after the guards of value.py have passed it."""
+    """The sympy expression of a tree, of nodes and numbers only. env maps names to Fractions and to bound symbols."""
     import sympy
     kind, *parts = node
-    if kind in ("pow", "fact", "num", "binom") and (value := _guarded(node, env)) is not None:
-        return value
-    if kind == "sym":
-        value = env[parts[0]]
-        return sympy.Rational(value.numerator, value.denominator) if isinstance(value, Fraction) else value
+    if kind in ("num", "sym"):
+        value = parts[0] if kind == "num" else env[parts[0]]
+        return sympy.Rational(*value.as_integer_ratio()) if isinstance(value, Fraction) else value
     if kind == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[parts[0]]
     if kind in ("big", "int", "lim"):
-        name, *bounds, body = parts[1:] if kind == "big" else parts
-        symbol = sympy.Dummy(name, integer=True) if kind == "big" else sympy.Dummy(name)
+        (kind, name, *bounds), body = (parts if kind == "big" else node)[:-1], node[-1]
+        symbol = sympy.Dummy(name, integer=kind in ("sum", "prod") or None)
         bounds, body = [_to_sympy(bound, env) for bound in bounds], _to_sympy(body, env | {name: symbol})
-        if kind == "lim":
-            return sympy.Limit(body, symbol, *bounds)
-        return {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[
-            parts[0] if kind == "big" else kind](body, (symbol, *bounds))
+        return getattr(sympy, _CALLED[kind])(body, *((symbol, *bounds) if kind == "lim" else [(symbol, *bounds)]))
     args = [_to_sympy(part, env) for part in parts]
-    if kind in ("div", "root"):
-        return args[0] / args[1] if kind == "div" else args[0] ** (1 / args[1])
-    if kind not in _CALLED:
-        raise Undefined(f"{kind} in a limit, integral or sum")
-    return getattr(sympy, _CALLED[kind])(*args, *[-1] * (kind == "neg"))
-
-
-def _guarded(node: Node, env: dict):
-    """The number that a constant node is, if it is rational. Raises Undefined if it is out of reach."""
-    import sympy
-    evaluator = Evaluator()
-    try:
-        value = evaluator.value(node, {name: value for name, value in env.items() if isinstance(value, Fraction)})
-    except Undefined:
-        if not any(isinstance(env.get(name), sympy.Symbol) for name in names(node)):
-            raise
-        return None
-    if evaluator.rounded:
-        raise Undefined("out of reach")
-    return sympy.Rational(value.numerator, value.denominator) if isinstance(value, Fraction) else None
+    if kind in ("div", "root", "neg"):
+        return -args[0] if kind == "neg" else args[0] / args[1] if kind == "div" else args[0] ** (1 / args[1])
+    return getattr(sympy, _CALLED[kind])(*args)            # KeyError, which has no value: a function not in the table

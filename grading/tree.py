@@ -1,13 +1,11 @@
 """The tree of an answer: nested tuples (kind, ...), the caps on its size, and the errors of those who read it.
 
-("num", value, significant digits of a decimal or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"), ("dots",),
+("num", value, decimals as written or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"), ("dots",),
 (operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor ceil binom mod, and functions,
 ("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body),
-("unit", a, names), ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
+("unit", a, "m^1 s^-2"), ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
 ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus); statement.py adds to them.
 """
-
-from __future__ import annotations
 
 from fractions import Fraction
 
@@ -29,8 +27,8 @@ class NeedsSympy(Exception):
     """Only a computer algebra system can tell the value."""
 
 
-def num(value, digits: int | None = None) -> Node:
-    return ("num", Fraction(value), digits)
+def num(value, decimals: int | None = None) -> Node:
+    return ("num", Fraction(value), decimals)
 
 
 def constant(node: Node) -> Fraction | None:

@@ -756,16 +756,10 @@ GAPS = {
     (r"12", r"\text{The answer is } 12"),
     (r"12", r"12 \text{ (approx)}"),
     (r"xy=1", r"y=\frac1x"),
-    (r"\sinh^{-1} x", r"\ln(x+\sqrt{x^2+1})"),
-    (r"1234_5", r"1234 \text{ base } 5"),
-    (r"1234_5", r"1234_{(5)}"),
-    (r"30", r"30\text{¢}"),
     (r"n \equiv 3 \pmod{5}", r"3 \bmod 5"),
     (r"n \equiv 0,1 \pmod 4", r"n \equiv 1 \pmod 4 \text{ or } n\equiv 0 \pmod 4"),
-    (r"x:y = 2:3", r"2:3"),
     (r"(0,\infty)", r"\mathbb{R}^+"),
     (r"x \equiv 5 \pmod{8}", r"x = 8k+5"),
-    (r"9:00 \text{ AM}", r"9:00 AM"),
 }
 
 
@@ -800,7 +794,7 @@ def cases(name: str) -> list[dict]:
     return [json.loads(line) for line in shared(f"graders/{name}").read_text().splitlines()]
 
 
-def benchmarks() -> dict[str, list[data.Problem]]:
+def benchmarks() -> dict[str, list]:
     mirror = shared("upstream")
     return {name: data.load(name, mirror=str(mirror)) for name in data.download.FILES}
 
@@ -1041,8 +1035,8 @@ NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin
 @pytest.fixture
 def warm():
     """The id of a sympy process that has started, however slow the machine."""
-    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
-    return sympy_process.running().process.pid
+    assert sympy_process.ask("1", ["1"], patience=120.0) is True
+    return sympy_process.running().pid
 
 
 def test_limits_integrals_and_long_sums(warm):
@@ -1066,21 +1060,21 @@ def test_a_poisoned_process_is_replaced_and_good_answers_follow(warm):
     assert time.monotonic() - started < 10
     assert not Path(f"/proc/{warm}").exists()                      # killed and reaped
     assert grade(box("\\frac{\\sqrt{3}}{3}"), "\\frac{1}{\\sqrt{3}}")
-    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) is True
     assert grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])
 
 
 def test_a_killed_process_is_replaced(warm):
     os.kill(warm, signal.SIGKILL)
     grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])               # may be lost
-    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) is True
 
 
 def test_the_process_has_limits_on_memory_and_processor_time(warm):
     limits = Path(f"/proc/{warm}/limits").read_text()
     assert re.search(rf"Max address space\s+{sympy_process.MEMORY} ", limits)
     started = time.monotonic()                                     # nobody waits less than two minutes for this answer
-    assert sympy_process.ask(SLOW, ["2"], patience=120.0) is None and time.monotonic() - started < 60
+    assert sympy_process.ask(SLOW, ["2"], patience=120.0) is False and time.monotonic() - started < 60
     assert not Path(f"/proc/{warm}").exists()
 
 
@@ -1099,17 +1093,17 @@ def test_any_thread_and_several_graders_at_once(warm):
 def test_a_forked_child_grades_with_a_process_of_its_own(warm):
     child = os.fork()
     if not child:
-        own = sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
-        own = own and sympy_process.running().process.pid != warm
+        own = sympy_process.ask("1", ["1"], patience=120.0)
+        own = own and sympy_process.running().pid != warm
         sympy_process.end()
         os._exit(0 if own else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert sympy_process.ask("1", ["1"], patience=120.0) == [1.0, 1.0]
+    assert sympy_process.ask("1", ["1"], patience=120.0) is True
 
 
 def test_no_process_outlives_a_killed_parent():
     program = ("import time\nfrom grading import sympy_process\nsympy_process.ask('1', ['1'], patience=120.0)\n"
-               "print(sympy_process.running().process.pid, flush=True)\ntime.sleep(60)")
+               "print(sympy_process.running().pid, flush=True)\ntime.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         process = int(parent.stdout.readline())
         parent.kill()
