@@ -14,7 +14,6 @@ ids), settings.json and summary.json; the same command goes on where it was stop
 `summarize` on held-out problems while it trains. Several GPUs: torchrun --nproc-per-node 8 -- eval.py … (the lone --
 keeps torchrun from reading --n as its own).
 """
-import argparse
 import math
 import re
 import statistics
@@ -31,13 +30,14 @@ import engine
 import results
 import reward
 from data import Problem, UserError
+from data.overlap import contaminated
 from engine.console import exit_code, say
-from engine.flags import ranged, wrong_flag
+from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
 from engine.forward import response_logprobs
 from engine.processes import is_main, leave, on_main, spread, stream
 from results.paper import CONTEXT, PUBLISHED, TASKS
-from results.tables import MIN_COUNT, group, report
+from results.tables import MIN_COUNT, group, mean, report
 
 REFLECTION_TOKENS = 256                                          # after a forced reflection, as in GEC
 
@@ -173,12 +173,6 @@ def summarize(records: list[Record]) -> dict:
     return numbers
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """None where there is nothing to average; of truth values it is the share that is true."""
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate, from n >= k samples, of the chance that one of k samples is right (Chen et al. 2021)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -197,25 +191,6 @@ def majority(votes: list[tuple[str | None, bool]]) -> float:
         wrong[next(same, answer)] += count
     ahead = right > 0 and right >= max(wrong.values(), default=0)
     return 1 / (1 + list(wrong.values()).count(right)) if ahead else 0.0
-
-
-def shingles(question: str) -> set[str]:
-    """The 12-character pieces of a question without figures ([asy]), forum tags, LaTeX commands, spaces and signs."""
-    text = re.sub(r"(?s)\[asy\].*?(\[/asy\]|$)", " ", question.lower())
-    text = re.sub(r"[^a-z0-9]", "", re.sub(r"\[/?\w+\]|\\[a-z]+", " ", text))
-    return {text[i:i + 12] for i in range(max(1, len(text) - 11))}
-
-
-def contaminated(problems: list[Problem], training: list[Problem]) -> set[str]:
-    """Sources of the problems that (nearly) stand in the training set: at least 0.42 of the pieces of the two questions
-    are common to both (Jaccard). On the paper's files that is 6 of MATH-500 and 8 of OlympiadBench, with a gap: the
-    least similar of the 14 shares 0.47 (the same figure, another question), the most similar of the others 0.37."""
-    known = [shingles(p.question) for p in training]
-
-    def stands_there(pieces: set[str]) -> bool:
-        common = [(len(pieces & other), len(pieces) + len(other)) for other in known]
-        return any(both >= 0.42 * (total - both) for both, total in common)
-    return {p.source for p in problems if stands_there(shingles(p.question))}
 
 
 # --- Figure 3: entropy -----------------------------------------------------------------------------------------------
@@ -316,23 +291,20 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
     rows, whole = read_lines(lines)
     try:
         changed = [f"{name} was {before[name]!r}, is {value!r}" for name, value in settings.items()
-                   if name != "tasks" and before[name] != value]
-        changed += [f"the problems of {task} have changed" for task, problems in settings["tasks"].items()
-                    if before["tasks"].get(task, problems) != problems]
-        tasks = {**before["tasks"], **settings["tasks"]}
+                   if before.get(name, value) != value]
         records = [Record(**row) for row in rows]
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, AttributeError):
         raise UserError(f"--out {out}: holds files that eval.py did not write; give another --out") from None
     if changed:
         raise UserError(f"--out {out}: holds results of other settings ({'; '.join(changed)}); give another --out, or "
                         "delete the folder")
-    write_json(file, {**settings, "tasks": tasks})
+    write_json(file, {**before, **settings})
     with open(lines, "ab") as f:
         f.truncate(whole)
     return {r.key(): r for r in records}
 
 
-def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: argparse.Namespace, stored: dict,
+def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: "Flags", stored: dict,
              name: str) -> list[Record]:
     """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
     limits = Limits(flags.max_new_tokens, flags.context, flags.seed, flags.top_p)
@@ -354,7 +326,7 @@ def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, fla
 
 # --- The evaluation of a model ---------------------------------------------------------------------------------------
 
-def run(flags: argparse.Namespace) -> None:
+def run(flags: "Flags") -> None:
     """Evaluate one model: tables to the screen, responses.jsonl and summary.json to --out."""
     out, mirror = Path(flags.out), flags.mirror or None
     tasks = {task: data.load(task, mirror) for task in dict.fromkeys(flags.tasks)}
@@ -366,13 +338,14 @@ def run(flags: argparse.Namespace) -> None:
     settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
                     seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
                     entropy=flags.entropy,
-                    tasks={name: digest(repr(asdict(p)).encode() for p in task) for name, task in tasks.items()})
+                    **{f"problems of {name}": digest(repr(asdict(p)).encode() for p in task)
+                       for name, task in tasks.items()})
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
     found, rows = {}, drafts(policy, problems, flags.n)
-    for T in dict.fromkeys(flags.temperatures):
+    for T in dict.fromkeys(flags.temperature):
         records = complete(policy, rows, T, flags, stored, f"T = {T:g}")
         forced = forced_drafts(policy, rows, records) if flags.reflect else []
         forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
@@ -396,7 +369,7 @@ def fingerprint(policy: engine.Policy) -> str:
 
 
 def analyse(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str] | None,
-            flags: argparse.Namespace) -> dict:
+            flags: "Flags") -> dict:
     """Everything that was asked for at one temperature, as it goes into summary.json."""
     result = scores(records)
     if removed is not None:
@@ -418,37 +391,39 @@ def scores(records: list[Record]) -> dict:
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-def parse_flags(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag
-    add, natural = parser.add_argument, ranged(int, 1)
-    add("--model", required=True, help="`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
-    add("--tasks", nargs="+", default=list(TASKS), help="sets, tiny:STEPS[:SPLIT], JSON/JSONL files [the paper's five]")
-    add("--limit", type=natural, help="only the first problems of each task [all]")
-    add("--out", help="folder of results, to go on with [runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED]")
-    add("--n", type=natural, default=1, help="responses per problem [1]")
-    add("--temperature", type=ranged(float, 0), help="sampling temperature; 0: greedy [0.1]")
-    add("--temperatures", type=ranged(float, 0), nargs="+", help="several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2)")
-    add("--top-p", type=ranged(float, 1e-6, 1), default=1.0, help="nucleus sampling [1]")
-    add("--max-new-tokens", type=natural, default=3000, help="tokens per response [3000]")
-    add("--context", type=natural, default=CONTEXT, help="prompt and response together [4096]")
-    add("--seed", type=ranged(int, 0), default=0, help="seed of the sampling [0]")
-    add("--compare", choices=list(PUBLISHED), metavar="ROW", help=f"a published row beside: {' '.join(PUBLISHED)}")
-    add("--entropy", action="store_true", help="entropy against correctness, and by token (Figure 3)")
-    add("--reflect", action="store_true", help="self-reflection, and one forced on each wrong response (Figure 2)")
-    add("--exclude-contaminated", action="store_true", help="also report without problems of the training set")
-    add("--template", choices=["auto", "qwen", "llama"], default="auto", help="prompt form [auto]")
-    add("--batch", type=natural, default=256, help="responses between two writes to --out [256]")
-    add("--max-rows", type=natural, help="rows sampled at a time [as many as fit the memory]")
-    add("--mirror", help="a folder or base address that holds the downloads instead of their public addresses")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--trust-remote-code", action="store_true", help="allow a model to bring its own code")
-    flags = parser.parse_args(argv)
-    if flags.temperature is not None and flags.temperatures:
-        parser.error("--temperature and --temperatures: give one of the two")
-    flags.temperatures = flags.temperatures or [0.1 if flags.temperature is None else flags.temperature]
-    if flags.entropy and 0 in flags.temperatures:
+@dataclass
+class Flags:
+    model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
+    tasks: list[str] = flag(list(TASKS), "sets, tiny:STEPS[:SPLIT], JSON/JSONL files", names="TASK")
+    limit: int = flag(None, "only the first problems of each task; None: all", 1)
+    out: str = flag("", "folder of results, to go on with; runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED")
+    n: int = flag(1, "responses per problem", 1)
+    temperature: list[float] = flag([0.1], "of sampling, several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2); 0: greedy", 0,
+                                    names="T")
+    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
+    max_new_tokens: int = flag(3000, "tokens per response", 1)
+    context: int = flag(CONTEXT, "prompt and response together", 1)
+    seed: int = flag(0, "seed of the sampling", 0)
+    compare: str = flag("", "a published row beside", choices=["", *PUBLISHED])
+    entropy: bool = flag(False, "entropy against correctness, and by token (Figure 3)")
+    reflect: bool = flag(False, "self-reflection, and one forced on each wrong response (Figure 2)")
+    exclude_contaminated: bool = flag(False, "also report without problems of the training set")
+    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
+    batch: int = flag(256, "responses between two writes to --out", 1)
+    max_rows: int = flag(None, "rows sampled at a time; None: as many as fit the memory", 1)
+    mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    parser = make_parser(Flags, {}, description=__doc__, usage="python eval.py --model MODEL [flags]")
+    flags = Flags(**vars(parser.parse_args(argv)))
+    check_ranges(flags)
+    for name in ("model", "tasks", "temperature"):
+        if not getattr(flags, name):
+            parser.error(f"--{name}: must be given")
+    if flags.entropy and 0 in flags.temperature:
         parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
     model = Path(flags.model)
     usual = model.parent / "eval" if model.name == "final" else Path("evals") / f"{model.name}-seed{flags.seed}"

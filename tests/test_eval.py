@@ -18,6 +18,7 @@ import data
 import engine
 import eval as evaluation
 from data import Problem
+from data.overlap import contaminated
 from eval import Record
 from results import tables
 from rollout import Sample
@@ -223,7 +224,7 @@ def test_other_weights_or_problems_are_refused(tmp_path, tiny, capsys):
     assert evaluation.main(arguments) == 0
     assert f"| {own} |" in capsys.readouterr().out, "a file of one's own is a task"
     own.write_text('{"question": "Mia has 3 cards. How many?", "answer": 5}\n' * 2)
-    assert evaluation.main(arguments) == 2 and "have changed" in capsys.readouterr().err
+    assert evaluation.main(arguments) == 2 and f"problems of {own} was" in capsys.readouterr().err
     before = evaluation.fingerprint(tiny)
     weight = next(iter(tiny.model.parameters()))
     with torch.no_grad():
@@ -307,14 +308,14 @@ def test_contamination_ignores_layout_but_not_numbers():
     same = long.replace(" ", "\n").replace("$", "") + "\n[i]Author[/i][asy]draw(A);[/asy]"
     other = "Find the number of primes $p$ below $1000$ for which $p+2$ is a prime as well."
     problems = [problem(q, 1, source=f"a:{i}") for i, q in enumerate([long, same, other, "how  many", ""])]
-    assert evaluation.contaminated(problems, training) == {"a:0", "a:1", "a:3"}
+    assert contaminated(problems, training) == {"a:0", "a:1", "a:3"}
 
 
 @needs_files
 def test_contamination_finds_the_14_problems():
     training = data.load("deepscaler-hard-1k", str(UPSTREAM))
     problems = [p for task in evaluation.TASKS for p in data.load(task, str(UPSTREAM))]
-    found = evaluation.contaminated(problems, training)
+    found = contaminated(problems, training)
     assert {source for source in found if source.startswith("math:")} == {
         f"math:{i + 1}" for i in (80, 110, 285, 352, 412, 475)}
     assert sum(source.startswith("olympiad_bench:") for source in found) == 8 and len(found) == 14
@@ -381,7 +382,7 @@ def test_temperatures_are_evaluated_one_by_one(tmp_path):
     arguments = command(tmp_path, "--entropy")
     arguments[arguments.index("--temperature"):][:2] = []
     at = arguments.index("--temperature")
-    arguments[at:at + 2] = ["--temperatures", "0.1", "1.2"]
+    arguments[at:at + 2] = ["--temperature", "0.1", "1.2"]
     assert evaluation.main(arguments) == 0
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     assert list(results) == ["0.1", "1.2"] and len(lines(tmp_path)) == 20

@@ -228,16 +228,6 @@ def test_flags_in_words(flag, value, said):
     assert runs.words(flag, value) == said
 
 
-def test_runs_of_before_config_json_told_what_was_changed_are_never_mixed_up(tmp_path):
-    paths = [make_run(tmp_path / name, "grpo", 0, lr=lr) for name, lr in (("a", 1e-4), ("b", 1e-5))]
-    for path in paths:
-        config = json.loads((path / "config.json").read_text())
-        del config["changed"]
-        (path / "config.json").write_text(json.dumps(config))
-    labels = labels_of(paths)
-    assert labels["a"] != labels["b"] and "lr 1e-05" in labels["b"]
-
-
 def test_other_folders_are_searched_or_skipped_with_a_note(tmp_path, capsys):
     make_run(tmp_path / "runs" / "tiny" / "a", "grpo", 0)
     make_run(tmp_path / "runs" / "b", "grpo", 1)
