@@ -42,6 +42,31 @@ from results.tables import MIN_COUNT, group, mean, report
 REFLECTION_TOKENS = 256                                          # after a forced reflection, as in GEC
 
 
+@dataclass
+class Flags:
+    model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
+    tasks: list[str] = flag(list(TASKS), "sets, tiny:STEPS[:SPLIT], JSON/JSONL files", names="TASK")
+    limit: int = flag(None, "only the first problems of each task; None: all", 1)
+    out: str = flag("", "folder of results, to go on with; runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED")
+    n: int = flag(1, "responses per problem", 1)
+    temperature: list[float] = flag([0.1], "of sampling, several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2); 0: greedy", 0,
+                                    names="T")
+    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
+    max_new_tokens: int = flag(3000, "tokens per response", 1)
+    context: int = flag(CONTEXT, "prompt and response together", 1)
+    seed: int = flag(0, "seed of the sampling", 0)
+    compare: str = flag("", "a published row beside", choices=["", *PUBLISHED])
+    entropy: bool = flag(False, "entropy against correctness, and by token (Figure 3)")
+    reflect: bool = flag(False, "self-reflection, and one forced on each wrong response (Figure 2)")
+    exclude_contaminated: bool = flag(False, "also report without problems of the training set")
+    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
+    batch: int = flag(256, "responses between two writes to --out", 1)
+    max_rows: int = flag(None, "rows sampled at a time; None: as many as fit the memory", 1)
+    mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+
+
 # --- Protocol: problems in, records out ------------------------------------------------------------------------------
 
 @dataclass
@@ -80,19 +105,11 @@ class Draft:
         return task, int(row), self.sample, temperature, self.phrase
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a response depends on besides the weights, the prompt, its index and the temperature."""
-    max_new_tokens: int = 3000
-    context: int = CONTEXT
-    seed: int = 0
-    top_p: float = 1.0
-
-
 def evaluate(policy: engine.Policy, problems: list[Problem], n: int = 1, temperature: float = 0.1,
              max_new_tokens: int = 3000, seed: int = 0, top_p: float = 1.0) -> list[Record]:
     """n graded responses to each problem, problem-major; every process works on a share and gets all of them."""
-    return respond(policy, drafts(policy, problems, n), temperature, Limits(max_new_tokens, CONTEXT, seed, top_p))
+    return respond(policy, drafts(policy, problems, n), temperature,
+                   Flags(max_new_tokens=max_new_tokens, seed=seed, top_p=top_p))
 
 
 def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
@@ -100,16 +117,16 @@ def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft
     return [Draft(p, sample, prompt) for p, prompt in zip(problems, prompts) for sample in range(n)]
 
 
-def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limits: Limits,
+def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags,
             entropy: bool = False) -> list[Record]:
     """Sample and grade each draft, in order; with `entropy` also compute its tokens' entropies. Every process works on
     a share. Prompt and response together fit the context and the model's own maximum."""
-    longest = min(limits.context, policy.context())
+    longest = min(flags.context, policy.context())
     prompts = [d.prompt + d.start for d in drafts]
-    most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]
+    most = [REFLECTION_TOKENS if d.phrase else flags.max_new_tokens for d in drafts]
     samples = policy.sample(prompts, [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)],
-                            [stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts], temperature,
-                            limits.top_p)
+                            [stream(flags.seed, d.problem.source, d.sample, d.phrase) for d in drafts], temperature,
+                            flags.top_p)
     rows = [(d.start + s.ids)[:max(0, longest - len(d.prompt))] for d, s in zip(drafts, samples)]
     texts = [policy.decode(ids) for ids in rows]
     scores = spread(list(zip(texts, drafts)), lambda mine: reward.score_all(
@@ -208,21 +225,20 @@ def entropy_report(records: list[Record]) -> dict:
     within = []
     for rs in group(scored, lambda r: (r.task, r.problem)).values():
         P = statistics.fmean(r.entropy for r in rs)
-        within += [(r.entropy / P if P > 0 else 1.0, 1.0, r.accuracy == 1) for r in rs] if len(rs) > 1 else []
-    overall = split([(r.entropy, average, r.accuracy == 1) for r in scored])
-    return dict(average=average, overall=overall, within=split(within) if within else None)
+        within += [(r.entropy / P if P > 0 else 1.0, r.accuracy == 1) for r in rs] if len(rs) > 1 else []
+    overall = split([(r.entropy, r.accuracy == 1) for r in scored], average)
+    return dict(average=average, overall=overall, within=split(within, 1.0) if within else None)
 
 
-def split(rows: list[tuple[float, float, bool]]) -> dict:
-    """Of (P, average, right) rows: counts, mean P of right and wrong ones, their ratio (wrong / right), and the shares
-    of right ones above and of wrong ones below the average (equal is neither). None where there is no such response."""
-    right = [(p, a) for p, a, correct in rows if correct]
-    wrong = [(p, a) for p, a, correct in rows if not correct]
-    mean_right, mean_wrong = mean(p for p, _ in right), mean(p for p, _ in wrong)
+def split(rows: list[tuple[float, bool]], average: float) -> dict:
+    """Of (P, right) rows: counts, mean P of right and wrong ones, their ratio (wrong / right), and the shares of right
+    ones above and of wrong ones below the average (equal is neither). None where there is no such response."""
+    right, wrong = [p for p, correct in rows if correct], [p for p, correct in rows if not correct]
+    mean_right, mean_wrong = mean(right), mean(wrong)
     return dict(correct=len(right), wrong=len(wrong), mean_correct=mean_right, mean_wrong=mean_wrong,
                 ratio=mean_wrong / mean_right if mean_right and mean_wrong is not None else None,
-                correct_above=mean(p > a and not math.isclose(p, a) for p, a in right),
-                wrong_below=mean(p < a and not math.isclose(p, a) for p, a in wrong))
+                correct_above=mean(p > average and not math.isclose(p, average) for p in right),
+                wrong_below=mean(p < average and not math.isclose(p, average) for p in wrong))
 
 
 def token_table(records: list[Record], min_count: int = MIN_COUNT) -> list[tuple[int, float, int]]:
@@ -304,17 +320,16 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
     return {r.key(): r for r in records}
 
 
-def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: "Flags", stored: dict,
+def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags, stored: dict,
              name: str) -> list[Record]:
     """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
-    limits = Limits(flags.max_new_tokens, flags.context, flags.seed, flags.top_p)
     todo = [d for d in drafts if d.key(temperature) not in stored]
     if 0 < len(todo) < len(drafts):
         say(f"{name}: {len(drafts) - len(todo)} of {len(drafts)} responses were there already")
     started = time.perf_counter()
     for first in range(0, len(todo), flags.batch):
         batch = todo[first:first + flags.batch]
-        records = respond(policy, batch, temperature, limits, flags.entropy and not batch[0].phrase)
+        records = respond(policy, batch, temperature, flags, flags.entropy and not batch[0].phrase)
         stored.update((r.key(), r) for r in records)
         append(Path(flags.out) / "responses.jsonl", map(asdict, records))
         left = len(todo) - first - len(batch)
@@ -326,20 +341,16 @@ def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, fla
 
 # --- The evaluation of a model ---------------------------------------------------------------------------------------
 
-def run(flags: "Flags") -> None:
+def run(flags: Flags) -> None:
     """Evaluate one model: tables to the screen, responses.jsonl and summary.json to --out."""
-    out, mirror = Path(flags.out), flags.mirror or None
-    tasks = {task: data.load(task, mirror) for task in dict.fromkeys(flags.tasks)}
+    out = Path(flags.out)
+    tasks = {task: data.load(task, flags.mirror or None) for task in dict.fromkeys(flags.tasks)}
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code)
     problems = [p for task in tasks.values() for p in task[:flags.limit]]
-    removed = None
-    if flags.exclude_contaminated:
-        removed = contaminated(problems, data.load("deepscaler-hard-1k", mirror))
-    settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
-                    seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
-                    entropy=flags.entropy,
-                    **{f"problems of {name}": digest(repr(asdict(p)).encode() for p in task)
-                       for name, task in tasks.items()})
+    training = data.load("deepscaler-hard-1k", flags.mirror or None) if flags.exclude_contaminated else []
+    settings = {key: getattr(flags, key) for key in ("seed", "max_new_tokens", "context", "top_p", "entropy")}
+    settings |= dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")))
+    settings |= {f"problems of {task}": digest(repr(asdict(p)).encode() for p in tasks[task]) for task in tasks}
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
@@ -350,7 +361,7 @@ def run(flags: "Flags") -> None:
         forced = forced_drafts(policy, rows, records) if flags.reflect else []
         forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
         if is_main():
-            found[f"{T:g}"] = analyse(policy, records, forced, removed, flags)
+            found[f"{T:g}"] = analyse(policy, records, forced, contaminated(problems, training), flags)
             say(f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, at most {flags.max_new_tokens} new tokens, "
                 f"context {flags.context}, seed {flags.seed}\n\n{report(found[f'{T:g}'], flags.compare)}")
     if is_main():
@@ -368,11 +379,11 @@ def fingerprint(policy: engine.Policy) -> str:
     return digest(p.detach().flatten()[:4096].float().cpu().numpy().tobytes() for p in policy.model.parameters())
 
 
-def analyse(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str] | None,
-            flags: "Flags") -> dict:
+def analyse(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str],
+            flags: Flags) -> dict:
     """Everything that was asked for at one temperature, as it goes into summary.json."""
     result = scores(records)
-    if removed is not None:
+    if flags.exclude_contaminated:
         kept = [r for r in records if f"{r.task}:{r.problem}" not in removed]
         result["without_contaminated"] = dict(removed=sorted(removed), **(scores(kept) if kept else {}))
     if flags.entropy:
@@ -390,31 +401,6 @@ def scores(records: list[Record]) -> dict:
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
-
-@dataclass
-class Flags:
-    model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
-    tasks: list[str] = flag(list(TASKS), "sets, tiny:STEPS[:SPLIT], JSON/JSONL files", names="TASK")
-    limit: int = flag(None, "only the first problems of each task; None: all", 1)
-    out: str = flag("", "folder of results, to go on with; runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED")
-    n: int = flag(1, "responses per problem", 1)
-    temperature: list[float] = flag([0.1], "of sampling, several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2); 0: greedy", 0,
-                                    names="T")
-    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
-    max_new_tokens: int = flag(3000, "tokens per response", 1)
-    context: int = flag(CONTEXT, "prompt and response together", 1)
-    seed: int = flag(0, "seed of the sampling", 0)
-    compare: str = flag("", "a published row beside", choices=["", *PUBLISHED])
-    entropy: bool = flag(False, "entropy against correctness, and by token (Figure 3)")
-    reflect: bool = flag(False, "self-reflection, and one forced on each wrong response (Figure 2)")
-    exclude_contaminated: bool = flag(False, "also report without problems of the training set")
-    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
-    batch: int = flag(256, "responses between two writes to --out", 1)
-    max_rows: int = flag(None, "rows sampled at a time; None: as many as fit the memory", 1)
-    mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
-
 
 def parse_flags(argv: list[str]) -> Flags:
     parser = make_parser(Flags, {}, description=__doc__, usage="python eval.py --model MODEL [flags]")

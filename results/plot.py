@@ -1,4 +1,4 @@
-"""The figures of runs: curves over the steps of training, and bars of eval.py's analyses."""
+"""The figures of runs: curves over the steps of training."""
 import math
 import statistics
 from collections import defaultdict
@@ -13,7 +13,8 @@ from results.tables import group
 
 CURVES = {                                              # file: its panels, each a key of metrics.jsonl and a title
     "accuracy": {"accuracy": "Accuracy in training, as sampled", "reward": "Reward, as trained on"},
-    "advantage": {"mixed_groups": "Mixed groups, as sampled", "mixed_groups_corrected": "Mixed groups, after correction",
+    "advantage": {"mixed_groups": "Mixed groups, as sampled",
+                  "mixed_groups_corrected": "Mixed groups, after correction",
                   "advantage_variance": "Variance of advantages, before EDA",
                   "advantage_variance_eda": "Variance of advantages, after EDA"},
     "entropy": {"entropy_sampled": "Entropy (nats per token), as sampled",
@@ -22,35 +23,30 @@ CURVES = {                                              # file: its panels, each
     "corrections": {"reflected": "Reflections per step", "reflect_fixed": "Reflections that became right",
                     "answered": "Injected answers per step", "referenced": "References per step"},
     "update": {"loss": "Loss", "grad_norm": "Gradient norm, before clipping"},
+    "seconds": {"seconds_sample": "Seconds per step, sampling", "seconds_grade": "Seconds per step, grading",
+                "seconds_correct": "Seconds per step, correcting", "seconds_update": "Seconds per step, updating"},
 }
-REFLECTION_BARS = {"accuracy": "all", "accuracy_reflecting": "with self-\nreflection",
-                   "mean_fixed": "wrong ones\nfixed by it"}
-ENTROPY_BARS = {"mean_correct": "Mean P, right responses", "mean_wrong": "Mean P, wrong responses",
-                "ratio": "Mean P, wrong ÷ right", "correct_above": "Right ones above the average P",
-                "wrong_below": "Wrong ones below the average P"}
 LINES = ("-", "--", ":", "-.")
 
 
 @dataclass
 class Panel:
     title: str
-    values: dict                # by label: (step, mean, standard error) of a curve, {category: (mean, error)} of bars
-    xlabel: str = ""
-
-
-def mean_error(values: list[float], alone: float = 0.0) -> tuple[float, float]:
-    """Mean and its standard error over seeds; that of the only seed is given."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else alone
-    return statistics.fmean(values), error
+    values: dict[str, list[tuple[int, float, float]]]           # by label: (step, mean, standard error)
+    xlabel: str
 
 
 def curve(series: list[list[tuple[int, float, float]]], window: int) -> list[tuple[int, float, float]]:
     """(step, mean, standard error) over seeds of (step, value, its standard error) series, each first smoothed by the
-    mean of its last `window` values; only steps that every seed has."""
+    mean of its last `window` values; only steps that every seed has. The only seed keeps its own standard error."""
     smooth = [{step: (statistics.fmean(v for _, v, _ in s[max(0, i + 1 - window):i + 1]), error)
                for i, (step, _, error) in enumerate(s)} for s in series]
-    steps = sorted(set.intersection(*map(set, smooth)))
-    return [(step, *mean_error([s[step][0] for s in smooth], smooth[0][step][1])) for step in steps]
+    points = []
+    for step in sorted(set.intersection(*map(set, smooth))):
+        values, errors = zip(*(s[step] for s in smooth))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else errors[0]
+        points.append((step, statistics.fmean(values), error))
+    return points
 
 
 def panels_of_curves(runs: list[Run], window: int) -> dict[str, list[Panel]]:
@@ -74,27 +70,6 @@ def panels_of_curves(runs: list[Run], window: int) -> dict[str, list[Panel]]:
     return figures
 
 
-def panels_of_bars(runs: list[Run]) -> dict[str, list[Panel]]:
-    """The same of phases and of saved results."""
-    cells = defaultdict(list)
-    for r in runs:
-        for key in dict.fromkeys(key for m in r.metrics for key in m if key.startswith("seconds_")):
-            seconds = statistics.median(m[key] for m in r.metrics if key in m)
-            cells["seconds", "Seconds per step (median)", r.label, key.removeprefix("seconds_")].append(seconds)
-        for T, result in (item for summary in r.summaries for item in summary["results"].items()):
-            for key, bar in REFLECTION_BARS.items():
-                cells["reflection", f"Accuracy and reflection, T = {T}", r.label, bar].append(
-                    result.get("reflection", {}).get(key))
-            for key, title in ENTROPY_BARS.items():
-                cells["entropy_correctness", title, r.label, f"T = {T}"].append(
-                    result.get("entropy", {}).get("overall", {}).get(key))
-    figures = defaultdict(dict)
-    for (name, title, label, category), found in cells.items():
-        if values := [v for v in found if v is not None]:
-            figures[name].setdefault(title, {}).setdefault(label, {})[category] = mean_error(values)
-    return {name: [Panel(title, bars) for title, bars in panels.items()] for name, panels in figures.items()}
-
-
 def styles(labels: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, line style) by label: a method has its own, anything else what is left, then again with other lines."""
     named = {**dict(METHODS.values()), "": "#F0E442"}
@@ -113,23 +88,20 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
         matplotlib.use("Agg")
     except ImportError:
         raise UserError("figures need matplotlib, which is not installed: pip install matplotlib") from None
-    curves = panels_of_curves(runs, max(1, max(len(r.metrics) for r in runs) // 25))
-    bars = panels_of_bars(runs)
-    if not curves and not bars:
-        raise UserError("nothing to draw: no line in a metrics.jsonl, and no results of eval.py --entropy or --reflect")
+    figures = panels_of_curves(runs, max(1, max(len(r.metrics) for r in runs) // 25))
+    if not figures:
+        raise UserError("nothing to draw: no line in a metrics.jsonl or an evals.jsonl")
     alike = group(runs, lambda r: r.label)
     note = "mean over seeds ± standard error" if max(map(len, alike.values())) > 1 else "± standard error over problems"
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for figures, draw_panel in ((curves, draw_curves), (bars, draw_bars)):
-        for name, panels in figures.items():
-            paths.append(out / f"{name}.png")
-            draw_figure(paths[-1], panels, draw_panel, styles(list(alike)), note)
-    return paths
+    for name, panels in figures.items():
+        draw_figure(out / f"{name}.png", panels, styles(list(alike)), note)
+    return [out / f"{name}.png" for name in figures]
 
 
-def draw_figure(path: Path, panels: list[Panel], draw_panel: Callable, style: dict, note: str) -> None:
+def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple[str, str]], note: str) -> None:
     import matplotlib.pyplot as plt
+    from PIL import Image
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     size = (5.2 * columns, 2.9 * rows + 0.4 + 0.22 * math.ceil(len(style) / columns))
@@ -137,7 +109,7 @@ def draw_figure(path: Path, panels: list[Panel], draw_panel: Callable, style: di
     for axis in axes.flat[len(panels):]:
         axis.remove()
     for axis, panel in zip(axes.flat, panels):
-        draw_panel(axis, panel.values, style)
+        draw_curves(axis, panel.values, style)
         axis.set_title(panel.title, fontsize=11)
         axis.set_xlabel(panel.xlabel)
         axis.set_axisbelow(True)
@@ -148,6 +120,7 @@ def draw_figure(path: Path, panels: list[Panel], draw_panel: Callable, style: di
     figure.legend([handles[label] for label in present], present, loc="outside lower center", frameon=False, title=note,
                   ncols=columns)
     figure.savefig(path, dpi=110)
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)    # a third of it
     plt.close(figure)
 
 
@@ -166,15 +139,3 @@ def draw_curves(axis, curves: dict, style: dict) -> None:
         axis.set_yscale("symlog", linthresh=1)                               # a variance after EDA, of first steps
         axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylim(min(-0.01, low), max(0.2, high))
-
-
-def draw_bars(axis, values: dict, style: dict) -> None:
-    categories = list(dict.fromkeys(category for bars in values.values() for category in bars))
-    width = 0.8 / len(values)
-    for i, (label, bars) in enumerate(values.items()):
-        x = [categories.index(category) + (i + 0.5) * width - 0.4 for category in bars]
-        mean, error = zip(*bars.values())
-        colour, line = style[label]
-        axis.bar(x, mean, width * 0.92, color=colour, hatch=None if line == "-" else "//", label=label,
-                 yerr=error if any(error) else None, ecolor="0.4", capsize=2)
-    axis.set_xticks(range(len(categories)), categories, fontsize=9)

@@ -24,7 +24,6 @@ WORDS = {                                                       # of the flags w
     "eda_clamp": "EDA clamp {0[0]:g}–{0[1]:g}",
 }
 SWITCHES = {"correction", "sft", "eda"}                         # what makes a method
-UNSAID = {"seed", "out", "method"}                              # what never makes another experiment
 
 
 @dataclass
@@ -37,7 +36,6 @@ class Run:
     changed: set[str] = field(default_factory=set)          # those that differ from the model's and method's defaults
     metrics: list[dict] = field(default_factory=list)       # a step's numbers, without those that are not defined
     evals: list[dict] = field(default_factory=list)
-    summaries: list[dict] = field(default_factory=list)     # of eval.py's results
     scores: dict[tuple, dict] = field(default_factory=dict)     # by (task, way of sampling)
     label: str = ""                                         # runs with the same label differ in their seed only
     usual: list[str] = field(default_factory=list)          # changed flags that the label does not name
@@ -132,13 +130,17 @@ def pack(file: Path, paths: list[str]) -> None:
         make_run(path, content)                                         # only what can be read again is packed
         if path.name in rows:
             raise UserError(f"{path}: another run has the name {path.name} too; pack them into two files")
-        short = [{key: v if type(v) is not float else round(v, 6) if abs(v) >= 1 else float(f"{v:.6g}")
-                  for key, v in line.items()} for line in content["metrics"]]
-        metrics = {key: [line.get(key) for line in short] for key in dict.fromkeys(key for line in short for key in line)}
+        metrics = {key: [rounded(line.get(key)) for line in content["metrics"]]
+                   for key in dict.fromkeys(key for line in content["metrics"] for key in line)}
         rows[path.name] = {**content, "name": path.name, "metrics": metrics}
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wt", encoding="utf-8") as packed:
         packed.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows.values())
+
+
+def rounded(v: object) -> object:
+    """A float to six significant digits, and where it is 1 or more to six behind the point."""
+    return v if not isinstance(v, float) else round(v, 6) if abs(v) >= 1 else float(f"{v:.6g}")
 
 
 def make_run(path: Path, content: dict) -> Run:
@@ -156,8 +158,8 @@ def make_run(path: Path, content: dict) -> Run:
                       changed.keys() & said.keys() - SWITCHES)
         run.metrics = [{**{k: float(v) for k, v in line.items() if v is not None}, "step": int(line["step"])}
                        for line in content["metrics"]]
-        run.evals, run.summaries = content["evals"], summaries
-        run.scores = final_scores(run, config["flags"].get("eval_max_new_tokens") if config else None)
+        run.evals = content["evals"]
+        run.scores = final_scores(run, summaries, config["flags"].get("eval_max_new_tokens") if config else None)
         return run
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
         raise UserError(f"{path}: its files were not written by edge_grpo.py or eval.py ({type(error).__name__}: "
@@ -172,13 +174,13 @@ def method_name(method: str, changed: dict) -> str:
     return ", ".join([name, *(words(flag, changed[flag]) for flag in switched)])
 
 
-def final_scores(run: Run, max_new_tokens: int | None) -> dict[tuple, dict]:
+def final_scores(run: Run, summaries: list[dict], max_new_tokens: int | None) -> dict[tuple, dict]:
     """Numbers by (task, way of sampling): of eval.py's results where there are any (their first temperature), else of
     the last evaluation during training. Never the best of several steps. UserError for two of the same kind."""
     last = max((e["step"] for e in run.evals), default=None)
     trained = [(e["task"], {**e, "max_new_tokens": max_new_tokens}) for e in run.evals if e["step"] == last]
     measured = []
-    for summary in run.summaries:
+    for summary in summaries:
         T, result = next(iter(summary["results"].items()))
         measured += [(task, {**summary.get("settings", {}), **s, "temperature": float(T)})
                      for task, s in result["tasks"].items()]
