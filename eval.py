@@ -306,12 +306,11 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
     before = read_json(file) if file.exists() else settings
     rows, whole = read_lines(lines)
     try:
-        changed = [f"{name} was {before[name]!r}, is {value!r}" for name, value in settings.items()
-                   if before.get(name, value) != value]
         records = [Record(**row) for row in rows]
-    except (TypeError, AttributeError):
+    except TypeError:
         raise UserError(f"--out {out}: holds files that eval.py did not write; give another --out") from None
-    if changed:
+    if changed := [f"{name} was {before[name]!r}, is {value!r}" for name, value in settings.items()
+                   if before.get(name, value) != value]:
         raise UserError(f"--out {out}: holds results of other settings ({'; '.join(changed)}); give another --out, or "
                         "delete the folder")
     write_json(file, {**before, **settings})

@@ -247,7 +247,7 @@ def test_broken_files_of_results_are_told_in_one_sentence(tmp_path, capsys):
     settings.write_bytes(b"\xff\xfe")
     assert evaluation.main(command(tmp_path)) == 2 and f"{settings}:1: not valid JSON" in capsys.readouterr().err
     settings.write_text("[]")
-    assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
+    assert evaluation.main(command(tmp_path)) == 2 and f"{settings}:1: no JSON object" in capsys.readouterr().err
     assert file.read_text() == good and settings.read_text() == "[]"
     (tmp_path / "file").write_text("")
     assert evaluation.main(command(tmp_path / "file" / "out")) == 2
