@@ -14,7 +14,6 @@ ids), settings.json and summary.json; the same command goes on where it was stop
 `summarize` on held-out problems while it trains. Several GPUs: torchrun --nproc-per-node 8 -- eval.py … (the lone --
 keeps torchrun from reading --n as its own).
 """
-import argparse
 import math
 import re
 import statistics
@@ -31,15 +30,41 @@ import engine
 import results
 import reward
 from data import Problem, UserError
+from data.overlap import contaminated
 from engine.console import exit_code, say
-from engine.flags import ranged, wrong_flag
+from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
 from engine.forward import response_logprobs
 from engine.processes import is_main, leave, on_main, spread, stream
 from results.paper import CONTEXT, PUBLISHED, TASKS
-from results.tables import MIN_COUNT, group, report
+from results.tables import MIN_COUNT, group, mean, report
 
 REFLECTION_TOKENS = 256                                          # after a forced reflection, as in GEC
+
+
+@dataclass
+class Flags:
+    model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
+    tasks: list[str] = flag(list(TASKS), "sets, tiny:STEPS[:SPLIT], JSON/JSONL files", names="TASK")
+    limit: int = flag(None, "only the first problems of each task; None: all", 1)
+    out: str = flag("", "folder of results, to go on with; runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED")
+    n: int = flag(1, "responses per problem", 1)
+    temperature: list[float] = flag([0.1], "of sampling, several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2); 0: greedy", 0,
+                                    names="T")
+    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
+    max_new_tokens: int = flag(3000, "tokens per response", 1)
+    context: int = flag(CONTEXT, "prompt and response together", 1)
+    seed: int = flag(0, "seed of the sampling", 0)
+    compare: str = flag("", "a published row beside", choices=["", *PUBLISHED])
+    entropy: bool = flag(False, "entropy against correctness, and by token (Figure 3)")
+    reflect: bool = flag(False, "self-reflection, and one forced on each wrong response (Figure 2)")
+    exclude_contaminated: bool = flag(False, "also report without problems of the training set")
+    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
+    batch: int = flag(256, "responses between two writes to --out", 1)
+    max_rows: int = flag(None, "rows sampled at a time; None: as many as fit the memory", 1)
+    mirror: str = flag("", "a folder or base address that holds the downloads instead of their public addresses")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
 
 
 # --- Protocol: problems in, records out ------------------------------------------------------------------------------
@@ -80,19 +105,11 @@ class Draft:
         return task, int(row), self.sample, temperature, self.phrase
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a response depends on besides the weights, the prompt, its index and the temperature."""
-    max_new_tokens: int = 3000
-    context: int = CONTEXT
-    seed: int = 0
-    top_p: float = 1.0
-
-
 def evaluate(policy: engine.Policy, problems: list[Problem], n: int = 1, temperature: float = 0.1,
              max_new_tokens: int = 3000, seed: int = 0, top_p: float = 1.0) -> list[Record]:
     """n graded responses to each problem, problem-major; every process works on a share and gets all of them."""
-    return respond(policy, drafts(policy, problems, n), temperature, Limits(max_new_tokens, CONTEXT, seed, top_p))
+    return respond(policy, drafts(policy, problems, n), temperature,
+                   Flags(max_new_tokens=max_new_tokens, seed=seed, top_p=top_p))
 
 
 def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
@@ -100,16 +117,16 @@ def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft
     return [Draft(p, sample, prompt) for p, prompt in zip(problems, prompts) for sample in range(n)]
 
 
-def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, limits: Limits,
+def respond(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags,
             entropy: bool = False) -> list[Record]:
     """Sample and grade each draft, in order; with `entropy` also compute its tokens' entropies. Every process works on
     a share. Prompt and response together fit the context and the model's own maximum."""
-    longest = min(limits.context, policy.context())
+    longest = min(flags.context, policy.context())
     prompts = [d.prompt + d.start for d in drafts]
-    most = [REFLECTION_TOKENS if d.phrase else limits.max_new_tokens for d in drafts]
+    most = [REFLECTION_TOKENS if d.phrase else flags.max_new_tokens for d in drafts]
     samples = policy.sample(prompts, [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)],
-                            [stream(limits.seed, d.problem.source, d.sample, d.phrase) for d in drafts], temperature,
-                            limits.top_p)
+                            [stream(flags.seed, d.problem.source, d.sample, d.phrase) for d in drafts], temperature,
+                            flags.top_p)
     rows = [(d.start + s.ids)[:max(0, longest - len(d.prompt))] for d, s in zip(drafts, samples)]
     texts = [policy.decode(ids) for ids in rows]
     scores = spread(list(zip(texts, drafts)), lambda mine: reward.score_all(
@@ -173,12 +190,6 @@ def summarize(records: list[Record]) -> dict:
     return numbers
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """None where there is nothing to average; of truth values it is the share that is true."""
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate, from n >= k samples, of the chance that one of k samples is right (Chen et al. 2021)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -199,25 +210,6 @@ def majority(votes: list[tuple[str | None, bool]]) -> float:
     return 1 / (1 + list(wrong.values()).count(right)) if ahead else 0.0
 
 
-def shingles(question: str) -> set[str]:
-    """The 12-character pieces of a question without figures ([asy]), forum tags, LaTeX commands, spaces and signs."""
-    text = re.sub(r"(?s)\[asy\].*?(\[/asy\]|$)", " ", question.lower())
-    text = re.sub(r"[^a-z0-9]", "", re.sub(r"\[/?\w+\]|\\[a-z]+", " ", text))
-    return {text[i:i + 12] for i in range(max(1, len(text) - 11))}
-
-
-def contaminated(problems: list[Problem], training: list[Problem]) -> set[str]:
-    """Sources of the problems that (nearly) stand in the training set: at least 0.42 of the pieces of the two questions
-    are common to both (Jaccard). On the paper's files that is 6 of MATH-500 and 8 of OlympiadBench, with a gap: the
-    least similar of the 14 shares 0.47 (the same figure, another question), the most similar of the others 0.37."""
-    known = [shingles(p.question) for p in training]
-
-    def stands_there(pieces: set[str]) -> bool:
-        common = [(len(pieces & other), len(pieces) + len(other)) for other in known]
-        return any(both >= 0.42 * (total - both) for both, total in common)
-    return {p.source for p in problems if stands_there(shingles(p.question))}
-
-
 # --- Figure 3: entropy -----------------------------------------------------------------------------------------------
 
 def entropy_report(records: list[Record]) -> dict:
@@ -233,21 +225,20 @@ def entropy_report(records: list[Record]) -> dict:
     within = []
     for rs in group(scored, lambda r: (r.task, r.problem)).values():
         P = statistics.fmean(r.entropy for r in rs)
-        within += [(r.entropy / P if P > 0 else 1.0, 1.0, r.accuracy == 1) for r in rs] if len(rs) > 1 else []
-    overall = split([(r.entropy, average, r.accuracy == 1) for r in scored])
-    return dict(average=average, overall=overall, within=split(within) if within else None)
+        within += [(r.entropy / P if P > 0 else 1.0, r.accuracy == 1) for r in rs] if len(rs) > 1 else []
+    overall = split([(r.entropy, r.accuracy == 1) for r in scored], average)
+    return dict(average=average, overall=overall, within=split(within, 1.0) if within else None)
 
 
-def split(rows: list[tuple[float, float, bool]]) -> dict:
-    """Of (P, average, right) rows: counts, mean P of right and wrong ones, their ratio (wrong / right), and the shares
-    of right ones above and of wrong ones below the average (equal is neither). None where there is no such response."""
-    right = [(p, a) for p, a, correct in rows if correct]
-    wrong = [(p, a) for p, a, correct in rows if not correct]
-    mean_right, mean_wrong = mean(p for p, _ in right), mean(p for p, _ in wrong)
+def split(rows: list[tuple[float, bool]], average: float) -> dict:
+    """Of (P, right) rows: counts, mean P of right and wrong ones, their ratio (wrong / right), and the shares of right
+    ones above and of wrong ones below the average (equal is neither). None where there is no such response."""
+    right, wrong = [p for p, correct in rows if correct], [p for p, correct in rows if not correct]
+    mean_right, mean_wrong = mean(right), mean(wrong)
     return dict(correct=len(right), wrong=len(wrong), mean_correct=mean_right, mean_wrong=mean_wrong,
                 ratio=mean_wrong / mean_right if mean_right and mean_wrong is not None else None,
-                correct_above=mean(p > a and not math.isclose(p, a) for p, a in right),
-                wrong_below=mean(p < a and not math.isclose(p, a) for p, a in wrong))
+                correct_above=mean(p > average and not math.isclose(p, average) for p in right),
+                wrong_below=mean(p < average and not math.isclose(p, average) for p in wrong))
 
 
 def token_table(records: list[Record], min_count: int = MIN_COUNT) -> list[tuple[int, float, int]]:
@@ -315,34 +306,29 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
     before = read_json(file) if file.exists() else settings
     rows, whole = read_lines(lines)
     try:
-        changed = [f"{name} was {before[name]!r}, is {value!r}" for name, value in settings.items()
-                   if name != "tasks" and before[name] != value]
-        changed += [f"the problems of {task} have changed" for task, problems in settings["tasks"].items()
-                    if before["tasks"].get(task, problems) != problems]
-        tasks = {**before["tasks"], **settings["tasks"]}
         records = [Record(**row) for row in rows]
-    except (TypeError, KeyError, AttributeError):
+    except TypeError:
         raise UserError(f"--out {out}: holds files that eval.py did not write; give another --out") from None
-    if changed:
+    if changed := [f"{name} was {before[name]!r}, is {value!r}" for name, value in settings.items()
+                   if before.get(name, value) != value]:
         raise UserError(f"--out {out}: holds results of other settings ({'; '.join(changed)}); give another --out, or "
                         "delete the folder")
-    write_json(file, {**settings, "tasks": tasks})
+    write_json(file, {**before, **settings})
     with open(lines, "ab") as f:
         f.truncate(whole)
     return {r.key(): r for r in records}
 
 
-def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: argparse.Namespace, stored: dict,
+def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags, stored: dict,
              name: str) -> list[Record]:
     """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
-    limits = Limits(flags.max_new_tokens, flags.context, flags.seed, flags.top_p)
     todo = [d for d in drafts if d.key(temperature) not in stored]
     if 0 < len(todo) < len(drafts):
         say(f"{name}: {len(drafts) - len(todo)} of {len(drafts)} responses were there already")
     started = time.perf_counter()
     for first in range(0, len(todo), flags.batch):
         batch = todo[first:first + flags.batch]
-        records = respond(policy, batch, temperature, limits, flags.entropy and not batch[0].phrase)
+        records = respond(policy, batch, temperature, flags, flags.entropy and not batch[0].phrase)
         stored.update((r.key(), r) for r in records)
         append(Path(flags.out) / "responses.jsonl", map(asdict, records))
         left = len(todo) - first - len(batch)
@@ -354,30 +340,27 @@ def complete(policy: engine.Policy, drafts: list[Draft], temperature: float, fla
 
 # --- The evaluation of a model ---------------------------------------------------------------------------------------
 
-def run(flags: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Evaluate one model: tables to the screen, responses.jsonl and summary.json to --out."""
-    out, mirror = Path(flags.out), flags.mirror or None
-    tasks = {task: data.load(task, mirror) for task in dict.fromkeys(flags.tasks)}
+    out = Path(flags.out)
+    tasks = {task: data.load(task, flags.mirror or None) for task in dict.fromkeys(flags.tasks)}
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code)
     problems = [p for task in tasks.values() for p in task[:flags.limit]]
-    removed = None
-    if flags.exclude_contaminated:
-        removed = contaminated(problems, data.load("deepscaler-hard-1k", mirror))
-    settings = dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
-                    seed=flags.seed, max_new_tokens=flags.max_new_tokens, context=flags.context, top_p=flags.top_p,
-                    entropy=flags.entropy,
-                    tasks={name: digest(repr(asdict(p)).encode() for p in task) for name, task in tasks.items()})
+    training = data.load("deepscaler-hard-1k", flags.mirror or None) if flags.exclude_contaminated else []
+    settings = {key: getattr(flags, key) for key in ("seed", "max_new_tokens", "context", "top_p", "entropy")}
+    settings |= dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")))
+    settings |= {f"problems of {task}": digest(repr(asdict(p)).encode() for p in tasks[task]) for task in tasks}
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}")
     say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}")
     found, rows = {}, drafts(policy, problems, flags.n)
-    for T in dict.fromkeys(flags.temperatures):
+    for T in dict.fromkeys(flags.temperature):
         records = complete(policy, rows, T, flags, stored, f"T = {T:g}")
         forced = forced_drafts(policy, rows, records) if flags.reflect else []
         forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
         if is_main():
-            found[f"{T:g}"] = analyse(policy, records, forced, removed, flags)
+            found[f"{T:g}"] = analyse(policy, records, forced, contaminated(problems, training), flags)
             say(f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, at most {flags.max_new_tokens} new tokens, "
                 f"context {flags.context}, seed {flags.seed}\n\n{report(found[f'{T:g}'], flags.compare)}")
     if is_main():
@@ -395,11 +378,11 @@ def fingerprint(policy: engine.Policy) -> str:
     return digest(p.detach().flatten()[:4096].float().cpu().numpy().tobytes() for p in policy.model.parameters())
 
 
-def analyse(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str] | None,
-            flags: argparse.Namespace) -> dict:
+def analyse(policy: engine.Policy, records: list[Record], forced: list[Record], removed: set[str],
+            flags: Flags) -> dict:
     """Everything that was asked for at one temperature, as it goes into summary.json."""
     result = scores(records)
-    if removed is not None:
+    if flags.exclude_contaminated:
         kept = [r for r in records if f"{r.task}:{r.problem}" not in removed]
         result["without_contaminated"] = dict(removed=sorted(removed), **(scores(kept) if kept else {}))
     if flags.entropy:
@@ -418,37 +401,14 @@ def scores(records: list[Record]) -> dict:
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-def parse_flags(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = wrong_flag
-    add, natural = parser.add_argument, ranged(int, 1)
-    add("--model", required=True, help="`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
-    add("--tasks", nargs="+", default=list(TASKS), help="sets, tiny:STEPS[:SPLIT], JSON/JSONL files [the paper's five]")
-    add("--limit", type=natural, help="only the first problems of each task [all]")
-    add("--out", help="folder of results, to go on with [runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED]")
-    add("--n", type=natural, default=1, help="responses per problem [1]")
-    add("--temperature", type=ranged(float, 0), help="sampling temperature; 0: greedy [0.1]")
-    add("--temperatures", type=ranged(float, 0), nargs="+", help="several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2)")
-    add("--top-p", type=ranged(float, 1e-6, 1), default=1.0, help="nucleus sampling [1]")
-    add("--max-new-tokens", type=natural, default=3000, help="tokens per response [3000]")
-    add("--context", type=natural, default=CONTEXT, help="prompt and response together [4096]")
-    add("--seed", type=ranged(int, 0), default=0, help="seed of the sampling [0]")
-    add("--compare", choices=list(PUBLISHED), metavar="ROW", help=f"a published row beside: {' '.join(PUBLISHED)}")
-    add("--entropy", action="store_true", help="entropy against correctness, and by token (Figure 3)")
-    add("--reflect", action="store_true", help="self-reflection, and one forced on each wrong response (Figure 2)")
-    add("--exclude-contaminated", action="store_true", help="also report without problems of the training set")
-    add("--template", choices=["auto", "qwen", "llama"], default="auto", help="prompt form [auto]")
-    add("--batch", type=natural, default=256, help="responses between two writes to --out [256]")
-    add("--max-rows", type=natural, help="rows sampled at a time [as many as fit the memory]")
-    add("--mirror", help="a folder or base address that holds the downloads instead of their public addresses")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--trust-remote-code", action="store_true", help="allow a model to bring its own code")
-    flags = parser.parse_args(argv)
-    if flags.temperature is not None and flags.temperatures:
-        parser.error("--temperature and --temperatures: give one of the two")
-    flags.temperatures = flags.temperatures or [0.1 if flags.temperature is None else flags.temperature]
-    if flags.entropy and 0 in flags.temperatures:
+def parse_flags(argv: list[str]) -> Flags:
+    parser = make_parser(Flags, {}, description=__doc__, usage="python eval.py --model MODEL [flags]")
+    flags = Flags(**vars(parser.parse_args(argv)))
+    check_ranges(flags)
+    for name in ("model", "tasks", "temperature"):
+        if not getattr(flags, name):
+            parser.error(f"--{name}: must be given")
+    if flags.entropy and 0 in flags.temperature:
         parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
     model = Path(flags.model)
     usual = model.parent / "eval" if model.name == "final" else Path("evals") / f"{model.name}-seed{flags.seed}"

@@ -3,8 +3,6 @@ import argparse
 import difflib
 import math
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, field, fields
 from functools import partial
 from pathlib import Path
@@ -77,20 +75,9 @@ def check_ranges(flags) -> None:
     """UserError for a value out of its range."""
     for f in fields(flags):
         value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], option(f.name)
-        for v in value if isinstance(value, list) else [value]:
+        for v in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(v, float) and not math.isfinite(v):
                 raise UserError(f"{name} {v}: must be a finite number")
             if (low is not None and v < low) or (high is not None and v > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"{name} {v}: must be {bounds}")
-
-
-def ranged(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
-    """An argparse type: a number of that kind in [low, high]."""
-    def parse(text: str):
-        if not low <= kind(text) <= high:
-            bounds = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
-        return kind(text)
-    parse.__name__ = kind.__name__                   # argparse names it in "invalid int value"
-    return parse

@@ -1,14 +1,15 @@
 """The comparison of runs: tables of mean ± standard deviation (n - 1) over seeds, in Markdown, LaTeX or CSV."""
 import csv
 import io
-import math
 import statistics
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data import UserError
 from results.paper import CONTEXT, TASKS
 from results.runs import Run
-from results.tables import group, latex, markdown, short
+from results.tables import group, latex, markdown, mean, short
 
 TRAINING = {"mixed_groups": "mixed", "mixed_groups_corrected": "mixed corr.", "advantage_variance": "var A",
             "advantage_variance_eda": "var Â", "entropy_sampled": "P", "entropy": "P trained", "accuracy": "accuracy",
@@ -24,26 +25,33 @@ Means over all steps of training.
 
 @dataclass
 class Table:
-    columns: list[str]
-    digits: list[int]                                       # of each column, behind the point
-    rows: list[tuple[str, list[Run], list[list[float]]]]    # label, its runs, the values that they have in each column
+    runs: list[Run]
+    columns: dict[str, Callable[[Run], float | None]]
+    digits: int                                                 # behind the point; of seconds none
     below: str
+
+    def rows(self) -> list[tuple[str, list[Run], dict[str, list[float]]]]:
+        """(label, its runs, the values that they have in each column)"""
+        return [(label, alike, {name: [v for v in map(value, alike) if v is not None]
+                                for name, value in self.columns.items()})
+                for label, alike in group(self.runs, lambda r: r.label).items()]
 
 
 def comparison(runs: list[Run], format: str = "markdown") -> str:
     """Runs x benchmarks in percent, how each was measured, and runs x metrics of training."""
-    tables = [score_table(alike) for alike in by_tasks(runs)]
+    kinds = list(dict.fromkeys(frozenset(r.scores) for r in runs))
+    widest = group(runs, lambda r: max((kind for kind in kinds if kind >= r.scores.keys()), key=len))
+    tables = [score_table(alike) for alike in widest.values()]              # so that no table is mostly empty
     tables += [training_table(trained)] if (trained := [r for r in runs if r.metrics]) else []
     if format == "csv":
         return as_csv(tables)
+    tables[-1].below += "\n" + legend(runs)
     parts = []
     for table in tables:
-        cells = [[label, str(len(alike)), *(mean_std(v, len(alike), d) for v, d in zip(values, table.digits))]
-                 for label, alike, values in table.rows]
-        parts += [(latex if format == "latex" else markdown)(["method", "seeds", *table.columns], cells)]
-        parts += [table.below] if table is not tables[-1] else [f"{table.below}\n{legend(runs)}"]
-        if format == "latex":
-            parts[-1] = "\n".join(f"% {line}" for line in parts[-1].splitlines())
+        cells = [[label, str(len(alike)), *(mean_std(v, len(alike), 0 if name == "seconds" else table.digits)
+                                            for name, v in values.items())] for label, alike, values in table.rows()]
+        parts.append((latex if format == "latex" else markdown)(["method", "seeds", *table.columns], cells))
+        parts.append(textwrap.indent(table.below, "% " if format == "latex" else ""))
     return "\n\n".join(parts)
 
 
@@ -52,30 +60,21 @@ def as_csv(tables: list[Table]) -> str:
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["method", "seeds", "quantity", "mean", "std", "n"])
-    for table in tables:
-        for label, alike, columns in table.rows:
-            for quantity, values in zip(table.columns, columns):
-                std = statistics.stdev(values) if len(values) > 1 else math.nan
-                if values:
-                    writer.writerow([label, " ".join(str(r.seed) for r in alike), quantity,
-                                     f"{statistics.fmean(values):.6g}", f"{std:.6g}", len(values)])
+    for label, alike, columns in (row for table in tables for row in table.rows()):
+        for quantity, values in columns.items():
+            if values:
+                std = statistics.stdev(values) if len(values) > 1 else float("nan")
+                writer.writerow([label, " ".join(str(r.seed) for r in alike), quantity, f"{mean(values):.6g}",
+                                 f"{std:.6g}", len(values)])
     return lines.getvalue().rstrip()
-
-
-def by_tasks(runs: list[Run]) -> list[list[Run]]:
-    """The runs of each table: one has the tasks of all of its others, so that no table is mostly empty."""
-    kinds = list(dict.fromkeys(frozenset(r.scores) for r in runs))
-    widest = [kind for kind in kinds if kind and not any(kind < other for other in kinds)]
-    if not widest:
-        raise UserError("nothing to compare: no run has an evals.jsonl or an eval/ folder of `eval.py --out RUN/eval`")
-    tables = group(runs, lambda r: next(i for i, kind in enumerate(widest) if kind >= r.scores.keys()))
-    return list(tables.values())
 
 
 def score_table(runs: list[Run]) -> Table:
     """Their average is the micro average over the paper's five tasks, or else over the tasks that every run has; there
     is none where a task was sampled in two ways."""
     keys = list(dict.fromkeys(key for r in runs for key in r.scores))
+    if not keys:
+        raise UserError("nothing to compare: no run has an evals.jsonl or an eval/ folder of `eval.py --out RUN/eval`")
     keys.sort(key=lambda key: TASKS.index(key[0]) if key[0] in TASKS else len(TASKS))
     ways = group(keys, lambda key: key[0])
     names = {key: " ".join([short(key[0]), *key[1:]] if len(ways[key[0]]) > 1 else [short(key[0])]) for key in keys}
@@ -84,11 +83,9 @@ def score_table(runs: list[Run]) -> Table:
         pool = [key for key in pool if key[0] in TASKS]
     if len(keys) == 1 or len({task for task, _ in pool}) < len(pool):
         pool = []
-    rows = []
-    for label, alike in group(runs, lambda r: r.label).items():
-        values = [[100 * micro_average([r.scores[key] for key in pool]) for r in alike]] if pool else []
-        values += [[100 * r.scores[key]["accuracy"] for r in alike if key in r.scores] for key in keys]
-        rows.append((label, alike, values))
+    columns = {"average": lambda r: 100 * micro_average([r.scores[key] for key in pool])} if pool else {}
+    for key, name in names.items():
+        columns[name] = lambda r, key=key: 100 * r.scores[key]["accuracy"] if key in r.scores else None
     below = ["Accuracy in percent at the last step: mean ± standard deviation over seeds."]
     below += [f"- average: over all problems of {', '.join(names[key] for key in pool)}"] if pool else []
     for key, name in names.items():
@@ -97,18 +94,14 @@ def score_table(runs: list[Run]) -> Table:
     for r in runs:
         last, in_training = max((e["step"] for e in r.evals), default=0), all("step" in s for s in r.scores.values())
         below += [f"- {r.path}: last evaluated at step {last} of {r.steps}"] if last < r.steps and in_training else []
-    columns = [*(["average"] if pool else []), *names.values()]
-    return Table(columns, [1] * len(columns), rows, "\n".join(below))
+    return Table(runs, columns, 1, "\n".join(below))
 
 
 def training_table(runs: list[Run]) -> Table:
-    rows = []
-    for label, alike in group(runs, lambda r: r.label).items():
-        series = [[[line[key] for line in r.metrics if key in line] for r in alike] for key in TRAINING]
-        means = [[statistics.fmean(values) for values in column if values] for column in series]
-        seconds = [sum(v for line in r.metrics for k, v in line.items() if k.startswith("seconds_")) for r in alike]
-        rows.append((label, alike, [*means, seconds]))
-    return Table([*TRAINING.values(), "seconds"], [3] * len(TRAINING) + [0], rows, TRAINING_LEGEND)
+    columns = {name: lambda r, key=key: mean(line[key] for line in r.metrics if key in line)
+               for key, name in TRAINING.items()}
+    columns["seconds"] = lambda r: sum(v for line in r.metrics for k, v in line.items() if k.startswith("seconds_"))
+    return Table(runs, columns, 3, TRAINING_LEGEND)
 
 
 def legend(runs: list[Run]) -> str:

@@ -3,22 +3,19 @@
 `sampled` are all responses as the policy sampled them, `trained` those that the loss saw, after correction: lists of
 edge_grpo.Response. Tensors are (Q, G).
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from results.tables import mean
 
 SHOWN = {"accuracy": "acc", "accuracy_corrected": "corrected", "mixed_groups": "mixed",
          "mixed_groups_corrected": "mixed corrected", "entropy": "entropy", "loss": "loss"}      # on the screen
 OF_SAMPLES = ("accuracy", "accuracy_corrected", "format", "mixed_groups", "mixed_groups_corrected",
               "advantage_variance", "advantage_variance_eda", "entropy_sampled", "response_tokens", "truncated",
               "self_reflection", "logprob_gap", "entropy_gap")              # undefined where nothing was sampled (SFT)
-
-
-def mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
 
 
 def share_mixed(rewards: Tensor) -> float:

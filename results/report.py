@@ -7,9 +7,7 @@ from engine.console import say
 from engine.folder import read_json, read_lines
 from engine.processes import is_main
 from results import plot, runs, show
-from results.tables import markdown, percent
-
-NUMBER = (int, float)
+from results.tables import markdown, mean, percent
 
 
 def conclude(flags) -> None:
@@ -18,11 +16,11 @@ def conclude(flags) -> None:
         return
     out = Path(flags.out)
     config = read_json(out / "config.json")
-    metrics = read_lines(out / "metrics.jsonl", step=int)[0]
-    table = summary(flags, metrics, read_lines(out / "evals.jsonl", task=str, step=int, accuracy=NUMBER)[0])
+    metrics = read_lines(out / "metrics.jsonl")[0]
+    table = summary(flags, metrics, read_lines(out / "evals.jsonl")[0])
     warned = warnings(metrics, config)
     try:
-        figures = [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures", 0)]
+        figures = [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures")]
     except UserError:                                       # no matplotlib: it is only there to draw
         figures = []
     groups = [show.as_text(show.find_group(out, step, 1), width=100)
@@ -50,25 +48,25 @@ def summary(flags, metrics: list[dict], evals: list[dict]) -> str:
     names = {"accuracy": "accuracy, sampled", "mixed_groups": "mixed groups, sampled",
              "mixed_groups_corrected": "mixed groups, corrected", "loss": "loss"}
     for key, name in names.items():
-        parts = [[m[key] for m in part if m[key] is not None] for part in (metrics[:10], metrics[-10:])]
-        if all(parts):
-            shares = [sum(part) / len(part) for part in parts]
-            rows.append([name, *(f"{x:.2f}" if key == "loss" else percent(x) for x in shares)])
+        ends = [average(part, key) for part in (metrics[:10], metrics[-10:])]
+        if None not in ends:
+            rows.append([name, *(f"{x:.2f}" if key == "loss" else percent(x) for x in ends)])
     return markdown([f"in percent; evaluated, or mean of {min(10, len(metrics))} steps", "first", "last"], rows)
+
+
+def average(metrics: list[dict], key: str) -> float | None:
+    return mean(m[key] for m in metrics if m.get(key) is not None)
 
 
 def warnings(metrics: list[dict], config: dict) -> list[str]:
     """What would make one doubt the run, largest first."""
-    def average(key: str) -> float:
-        values = [m[key] for m in metrics if m.get(key) is not None]
-        return sum(values) / len(values) if values else 0.0
-
     skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
+    gap, cut = average(metrics, "logprob_gap") or 0.0, average(metrics, "truncated") or 0.0
     found = [
         (skipped, f"{skipped} updates were skipped because their gradient was not finite"),
         (all(m["mixed_groups_corrected"] == 0 for m in metrics), "no group was ever mixed, so nothing was learned"),
-        (average("logprob_gap") > 0.05, f"sampler and trainer differ by {average('logprob_gap'):.3f} nats a token"),
-        (average("truncated") > 0.1, f"{percent(average('truncated'))}% of the responses were cut at --max-new-tokens"),
+        (gap > 0.05, f"sampler and trainer differ by {gap:.3f} nats a token"),
+        (cut > 0.1, f"{percent(cut)}% of the responses were cut at --max-new-tokens"),
         (wrong, f"{wrong} of {config['problems']} reference solutions are not graded right (--drop-wrong-references)"),
         (config["problems_left_out"], f"{len(config['problems_left_out'])} problems were left out: too long a prompt"),
     ]

@@ -24,7 +24,6 @@ WORDS = {                                                       # of the flags w
     "eda_clamp": "EDA clamp {0[0]:g}–{0[1]:g}",
 }
 SWITCHES = {"correction", "sft", "eda"}                         # what makes a method
-UNSAID = {"seed", "out", "method"}                              # what never makes another experiment
 
 
 @dataclass
@@ -37,7 +36,6 @@ class Run:
     changed: set[str] = field(default_factory=set)          # those that differ from the model's and method's defaults
     metrics: list[dict] = field(default_factory=list)       # a step's numbers, without those that are not defined
     evals: list[dict] = field(default_factory=list)
-    analyses: list[tuple] = field(default_factory=list)     # (temperature, "entropy" or "reflection", key, number)
     scores: dict[tuple, dict] = field(default_factory=dict)     # by (task, way of sampling)
     label: str = ""                                         # runs with the same label differ in their seed only
     usual: list[str] = field(default_factory=list)          # changed flags that the label does not name
@@ -132,19 +130,17 @@ def pack(file: Path, paths: list[str]) -> None:
         make_run(path, content)                                         # only what can be read again is packed
         if path.name in rows:
             raise UserError(f"{path}: another run has the name {path.name} too; pack them into two files")
-        keys = dict.fromkeys(key for line in content["metrics"] for key in line)
-        metrics = {key: [rounded(line.get(key)) for line in content["metrics"]] for key in keys}
+        metrics = {key: [rounded(line.get(key)) for line in content["metrics"]]
+                   for key in dict.fromkeys(key for line in content["metrics"] for key in line)}
         rows[path.name] = {**content, "name": path.name, "metrics": metrics}
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wt", encoding="utf-8") as packed:
         packed.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows.values())
 
 
-def rounded(value: float | None) -> float | None:
-    """To six significant digits, and where it is 1 or more to six behind the point."""
-    if not isinstance(value, float):
-        return value
-    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
+def rounded(v: object) -> object:
+    """A float to six significant digits, and where it is 1 or more to six behind the point."""
+    return v if not isinstance(v, float) else round(v, 6) if abs(v) >= 1 else float(f"{v:.6g}")
 
 
 def make_run(path: Path, content: dict) -> Run:
@@ -156,18 +152,13 @@ def make_run(path: Path, content: dict) -> Run:
             run = Run(path, "/".join(model[-2:]), summaries[0]["seed"])
         else:
             flags = {flag: value for flag, value in config["flags"].items() if not flag.startswith("eval_")}
-            changed = {"model": flags["model"], **config.get("changed", {k: flags[k] for k in flags.keys() - UNSAID})}
+            changed = {"model": flags["model"], **config["changed"]}
             said = {flag: words(flag, value) for flag, value in flags.items()}
-            run = Run(path, method_name(config["method"], changed), config["seed"], int(flags["steps"]), said,
+            run = Run(path, method_name(config["method"], changed), config["seed"], flags["steps"], said,
                       changed.keys() & said.keys() - SWITCHES)
         run.metrics = [{**{k: float(v) for k, v in line.items() if v is not None}, "step": int(line["step"])}
                        for line in content["metrics"]]
-        numbers = dict(step=int, task=str, accuracy=float, problems=int, n=int, temperature=float)
-        run.evals = [{**line, **{k: kind(line[k]) for k, kind in numbers.items()}} for line in content["evals"]]
-        for T, result in ((T, result) for summary in summaries for T, result in summary["results"].items()):
-            entropy, reflection = result.get("entropy", {}).get("overall", {}), result.get("reflection", {})
-            run.analyses += [(T, "entropy", k, v) for k, v in entropy.items() if isinstance(v, int | float)]
-            run.analyses += [(T, "reflection", k, v) for k, v in reflection.items() if isinstance(v, int | float)]
+        run.evals = content["evals"]
         run.scores = final_scores(run, summaries, config["flags"].get("eval_max_new_tokens") if config else None)
         return run
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
@@ -190,11 +181,9 @@ def final_scores(run: Run, summaries: list[dict], max_new_tokens: int | None) ->
     trained = [(e["task"], {**e, "max_new_tokens": max_new_tokens}) for e in run.evals if e["step"] == last]
     measured = []
     for summary in summaries:
-        temperature, result = next(iter(summary["results"].items()))
-        settings = summary.get("settings", {})
-        how = {key: float(settings[key]) for key in ("max_new_tokens", "context", "top_p") if key in settings}
-        measured += [(task, {"accuracy": float(s["accuracy"]), "problems": int(s["problems"]), "n": int(s["n"]),
-                             "temperature": float(temperature), **how}) for task, s in result["tasks"].items()]
+        T, result = next(iter(summary["results"].items()))
+        measured += [(task, {**summary.get("settings", {}), **s, "temperature": float(T)})
+                     for task, s in result["tasks"].items()]
     again = {task for task, _ in measured}
     scores = {}
     for task, s in [pair for pair in trained if pair[0] not in again] + measured:

@@ -5,7 +5,6 @@ A group is the responses to one question of a step (samples.jsonl of a run), or 
 """
 import html
 import shutil
-import sys
 import textwrap
 from itertools import groupby
 from pathlib import Path
@@ -13,8 +12,7 @@ from pathlib import Path
 import data
 from data import UserError
 from engine.folder import read_lines
-
-OPEN, CLOSE = "\ue000", "\ue001"            # around injected text until it is known how to show it
+from results.tables import mean
 
 
 def find_group(folder: Path, step: int | None, question: int) -> list[dict]:
@@ -29,9 +27,9 @@ def find_group(folder: Path, step: int | None, question: int) -> list[dict]:
                f"{max(r['question_number'] for r in rows)} questions"
     elif (folder / "responses.jsonl").exists():
         rows = [as_sample(r) for r in read_lines(folder / "responses.jsonl")[0] if not r["phrase"]]
-        sources = list(dict.fromkeys(r["source"] for r in rows))
-        found = [r for r in rows if r["source"] in sources[question - 1:question]]
-        what = f"problem {question}; it has {len(sources)}"
+        numbers = {source: i for i, source in enumerate(dict.fromkeys(r["source"] for r in rows), start=1)}
+        found = [r for r in rows if numbers[r["source"]] == question]
+        what = f"problem {question}; it has {len(numbers)}"
     else:
         raise UserError(f"{folder}: neither a run (samples.jsonl) nor results of eval.py (responses.jsonl)")
     if not found:
@@ -64,10 +62,10 @@ def heading(number: int, row: dict, rows: list[dict]) -> str:
     if "correction" in row:
         parts = [f"{parts[0]}, {row['correction']}: {'right' if row['accuracy_corrected'] else 'wrong'}",
                  f"{row['tokens']} -> {row['tokens_corrected']} tokens"]
-    if row.get("entropy") is not None:
-        mean = sum(r["entropy"] for r in rows) / len(rows)
-        parts += [f"P {row['entropy']:.3f}", f"P/mean {row['entropy'] / mean:.2f}" if mean else "P/mean –"]
-    if row.get("advantage") is not None:
+    if row["entropy"] is not None:
+        average = mean(r["entropy"] for r in rows)
+        parts += [f"P {row['entropy']:.3f}", f"P/mean {row['entropy'] / average:.2f}" if average else "P/mean –"]
+    if "advantage" in row:
         parts.append(f"A {row['advantage']:+.2f} -> {row['advantage_eda']:+.2f}")
     return f"{number}. " + ", ".join(parts)
 
@@ -75,15 +73,15 @@ def heading(number: int, row: dict, rows: list[dict]) -> str:
 def as_text(rows: list[dict], width: int | None = None, colour: bool = False) -> str:
     """The group in lines of at most `width` columns; injected text in colour, or else in [brackets]."""
     width = width or shutil.get_terminal_size().columns
+    start, end = ("\x1b[35m", "\x1b[0m") if colour else ("[", "]")
     lines = [title(rows), *wrapped(rows[0]["question"], width, "  "), ""]
     for number, row in enumerate(rows, start=1):
         lines.append(heading(number, row, rows))
         if "correction" in row and row["segments"][0][1]:               # nothing of the response was kept
             lines += wrapped("(as sampled) " + row["response"], width, "   ")
-        text = "".join(OPEN + part + CLOSE if injected else part for part, injected in row["segments"])
+        text = "".join(start + part + end if injected else part for part, injected in row["segments"])
         lines += wrapped(text, width, "   ")
-    marks = ("\x1b[35m", "\x1b[0m") if colour else ("[", "]")
-    return "\n".join(lines).replace(OPEN, marks[0]).replace(CLOSE, marks[1])
+    return "\n".join(lines)
 
 
 def wrapped(text: str, width: int, indent: str) -> list[str]:
@@ -112,23 +110,12 @@ def as_page(rows: list[dict]) -> str:
         if "correction" in row and row["segments"][0][1]:
             body.append(f"<pre class=sampled>{html.escape('as sampled: ' + row['response'])}</pre>")
         tokens = zip(row["token_injected"], row["token_texts"], row["token_entropies"], row["token_logp"])
-        runs = ((injected, "".join(shaded(*token, top) for _, *token in run))
-                for injected, run in groupby(tokens, key=lambda token: token[0]))
-        body.append("<pre>" + "".join(f"<span class=injected>{run}</span>" if injected else run
-                                      for injected, run in runs) + "</pre>")
+        body.append("<pre>")
+        for injected, run in groupby(tokens, key=lambda token: token[0]):
+            shaded = "".join(f'<span style="background:rgba(230,97,0,{0.85 * entropy / top:.2f})" title="entropy '
+                             f'{entropy:.3f}, log-probability {logp:.3f}">{html.escape(text)}</span>'
+                             for _, text, entropy, logp in run)
+            body[-1] += f"<span class=injected>{shaded}</span>" if injected else shaded
+        body[-1] += "</pre>"
     return f"<!doctype html><meta charset=utf-8><title>{html.escape(title(rows))}</title><style>{STYLE}</style>" \
         + "\n".join(body) + "\n"
-
-
-def shaded(text: str, entropy: float, logp: float, top: float) -> str:
-    return (f'<span style="background:rgba(230,97,0,{0.85 * entropy / top:.2f})" title="entropy {entropy:.3f}, '
-            f'log-probability {logp:.3f}">{html.escape(text)}</span>')
-
-
-def show(folder: Path, step: int | None, question: int, page: str | None) -> str:
-    """What `eval.py show` prints."""
-    rows = find_group(folder, step, question)
-    if page:
-        Path(page).write_text(as_page(rows), encoding="utf-8")
-        return page
-    return as_text(rows, colour=sys.stdout.isatty())

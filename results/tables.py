@@ -1,5 +1,6 @@
 """Tables in Markdown, and what eval.py prints about one model with them."""
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,12 @@ def group(items: Iterable, key: Callable) -> dict:
     for item in items:
         groups[key(item)].append(item)
     return dict(groups)
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """None where there is nothing to average; of truth values it is the share that is true."""
+    values = list(values)
+    return statistics.fmean(values) if values else None
 
 
 def short(task: str) -> str:

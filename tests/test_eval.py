@@ -18,6 +18,7 @@ import data
 import engine
 import eval as evaluation
 from data import Problem
+from data.overlap import contaminated
 from eval import Record
 from results import tables
 from rollout import Sample
@@ -91,7 +92,7 @@ def test_protocol_on_a_scripted_sampler():
                          [(4096, 9, 4), (8, 100, 3), (4096, 4096, 6), (5, 100, 0), (3, 100, 0)])
 def test_prompt_and_response_fit_the_context_and_the_model(context, positions, expected):
     policy = script({"12345": ["x" * 50]}, positions)
-    limits = evaluation.Limits(max_new_tokens=6, context=context)
+    limits = evaluation.Flags(max_new_tokens=6, context=context)
     [r] = evaluation.respond(policy, evaluation.drafts(policy, [problem("12345", 1, source="a:1")], 1), 0.1, limits)
     assert len(r.ids) == policy.calls[0].limit == expected and not r.finished
 
@@ -223,7 +224,7 @@ def test_other_weights_or_problems_are_refused(tmp_path, tiny, capsys):
     assert evaluation.main(arguments) == 0
     assert f"| {own} |" in capsys.readouterr().out, "a file of one's own is a task"
     own.write_text('{"question": "Mia has 3 cards. How many?", "answer": 5}\n' * 2)
-    assert evaluation.main(arguments) == 2 and "have changed" in capsys.readouterr().err
+    assert evaluation.main(arguments) == 2 and f"problems of {own} was" in capsys.readouterr().err
     before = evaluation.fingerprint(tiny)
     weight = next(iter(tiny.model.parameters()))
     with torch.no_grad():
@@ -246,7 +247,7 @@ def test_broken_files_of_results_are_told_in_one_sentence(tmp_path, capsys):
     settings.write_bytes(b"\xff\xfe")
     assert evaluation.main(command(tmp_path)) == 2 and f"{settings}:1: not valid JSON" in capsys.readouterr().err
     settings.write_text("[]")
-    assert evaluation.main(command(tmp_path)) == 2 and "did not write" in capsys.readouterr().err
+    assert evaluation.main(command(tmp_path)) == 2 and f"{settings}:1: no JSON object" in capsys.readouterr().err
     assert file.read_text() == good and settings.read_text() == "[]"
     (tmp_path / "file").write_text("")
     assert evaluation.main(command(tmp_path / "file" / "out")) == 2
@@ -307,14 +308,14 @@ def test_contamination_ignores_layout_but_not_numbers():
     same = long.replace(" ", "\n").replace("$", "") + "\n[i]Author[/i][asy]draw(A);[/asy]"
     other = "Find the number of primes $p$ below $1000$ for which $p+2$ is a prime as well."
     problems = [problem(q, 1, source=f"a:{i}") for i, q in enumerate([long, same, other, "how  many", ""])]
-    assert evaluation.contaminated(problems, training) == {"a:0", "a:1", "a:3"}
+    assert contaminated(problems, training) == {"a:0", "a:1", "a:3"}
 
 
 @needs_files
 def test_contamination_finds_the_14_problems():
     training = data.load("deepscaler-hard-1k", str(UPSTREAM))
     problems = [p for task in evaluation.TASKS for p in data.load(task, str(UPSTREAM))]
-    found = evaluation.contaminated(problems, training)
+    found = contaminated(problems, training)
     assert {source for source in found if source.startswith("math:")} == {
         f"math:{i + 1}" for i in (80, 110, 285, 352, 412, 475)}
     assert sum(source.startswith("olympiad_bench:") for source in found) == 8 and len(found) == 14
@@ -362,7 +363,7 @@ def test_equal_entropies_are_neither_above_nor_below_their_average():
 
 def test_entropies_are_those_of_the_sampling_distribution(tiny):
     drafts = evaluation.drafts(tiny, data.load("tiny:1-3:test")[:3], 1)
-    for r, d in zip(evaluation.respond(tiny, drafts, 0.6, evaluation.Limits(max_new_tokens=20), entropy=True), drafts):
+    for r, d in zip(evaluation.respond(tiny, drafts, 0.6, evaluation.Flags(max_new_tokens=20), entropy=True), drafts):
         logits = tiny.model(torch.tensor([d.prompt + r.ids])).logits[0, len(d.prompt) - 1:-1, :tiny.vocab_size].double()
         p = torch.softmax(logits / 0.6, -1)
         H = -(p * p.clamp_min(1e-300).log()).sum(-1)
@@ -381,7 +382,7 @@ def test_temperatures_are_evaluated_one_by_one(tmp_path):
     arguments = command(tmp_path, "--entropy")
     arguments[arguments.index("--temperature"):][:2] = []
     at = arguments.index("--temperature")
-    arguments[at:at + 2] = ["--temperatures", "0.1", "1.2"]
+    arguments[at:at + 2] = ["--temperature", "0.1", "1.2"]
     assert evaluation.main(arguments) == 0
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     assert list(results) == ["0.1", "1.2"] and len(lines(tmp_path)) == 20
@@ -422,7 +423,7 @@ def test_forced_reflection_continues_the_wrong_responses_only():
     policy = script({**first, **{q + start + phrase: [r" \boxed{2}|"] for phrase in evaluation.FORCED
                                  for q, start in (("q", r"\boxed{1}"), ("r", "xxxx"))}})
     problems = [problem("p", 1, source="a:1"), problem("q", 2, source="a:2"), problem("r", 3, source="a:3")]
-    drafts, limits = evaluation.drafts(policy, problems, 1), evaluation.Limits(max_new_tokens=12, seed=3)
+    drafts, limits = evaluation.drafts(policy, problems, 1), evaluation.Flags(max_new_tokens=12, seed=3)
     records = evaluation.respond(policy, drafts, 0.1, limits)
     policy.calls.clear()
     forced = evaluation.respond(policy, evaluation.forced_drafts(policy, drafts, records), 0.1, limits)
@@ -435,7 +436,7 @@ def test_forced_reflection_continues_the_wrong_responses_only():
 def test_a_forced_reflection_is_cut_to_the_context():
     """A response may have used all of it, and learned positions end there."""
     policy = script({"p": ["xxxx"], **{"pxxxx" + phrase: [""] for phrase in evaluation.FORCED}}, max_positions=8)
-    drafts, limits = evaluation.drafts(policy, [problem("p", 1, source="a:1")], 1), evaluation.Limits(max_new_tokens=4)
+    drafts, limits = evaluation.drafts(policy, [problem("p", 1, source="a:1")], 1), evaluation.Flags(max_new_tokens=4)
     forced = evaluation.forced_drafts(policy, drafts, evaluation.respond(policy, drafts, 0.1, limits))
     records = evaluation.respond(policy, forced, 0.1, limits)
     assert [r.response for r in records] == ["xxxx" + phrase[:3] for phrase in evaluation.FORCED]
@@ -473,13 +474,13 @@ def test_an_evaluation_whose_output_nobody_reads_is_no_success(tmp_path):
 def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monkeypatch):
     seen, respond = [], evaluation.respond
 
-    def spy(policy, drafts, T, limits, entropy):
-        seen.append((limits, entropy, bool(drafts[0].phrase)))
-        return respond(policy, drafts, T, limits, entropy)
+    def spy(policy, drafts, T, flags, entropy):
+        seen.append((flags, entropy, bool(drafts[0].phrase)))
+        return respond(policy, drafts, T, flags, entropy)
     monkeypatch.setattr(evaluation, "respond", spy)
     argv = command(tmp_path, "--context", "99", "--top-p", "0.9", "--seed", "5", "--entropy", "--reflect")
     assert evaluation.main(argv) == 0
-    assert {limits for limits, *_ in seen} == {evaluation.Limits(30, 99, 5, 0.9)}
+    assert {(f.max_new_tokens, f.context, f.seed, f.top_p) for f, *_ in seen} == {(30, 99, 5, 0.9)}
     assert {(entropy, forced) for _, entropy, forced in seen} == {(True, False), (False, True)}
 
 
