@@ -2,7 +2,6 @@
 import functools
 import json
 import re
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import UserError
-from engine.console import say
+from engine.console import say, try_with_less
 from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
 from engine.processes import spread, start_processes
 from entropy import check_output_layer
@@ -98,26 +97,22 @@ class Policy:
         """One sample of each prompt, with a limit and a seed for each, inside the model's context; the prompts are
         spread over the processes. Raises CannotSample."""
         rows = [(p, min(limit, self.room(p)), seed) for p, limit, seed in zip(prompts, limits, seeds)]
+
+        def draw(mine: list[tuple]) -> list[Sample]:
+            prompts, limits, seeds = map(list, zip(*mine))
+
+            def with_less() -> str:                 # half of the rows it had, maybe fewer than it was asked for
+                sampler, most = self.sampler, len(mine)
+                sampler.max_rows = max(1, min(sampler.max_rows or most, sampler.last_slots or most, most) // 2)
+                torch.cuda.empty_cache()
+                return f"--max-rows {sampler.max_rows}"
+            return try_with_less(
+                lambda: [s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)], with_less,
+                "while sampling", "--max-rows or --max-new-tokens lower")
         try:
-            return spread(rows, lambda mine: self._draw(mine, temperature, top_p) if mine else [])
+            return spread(rows, lambda mine: draw(mine) if mine else [])
         except ValueError as error:                 # the sampler's own sentence, for example about logits that are NaN
             raise CannotSample(str(error)) from error
-
-    def _draw(self, rows: list[tuple], temperature: float, top_p: float, retry: bool = True) -> list[Sample]:
-        """If the GPU runs out of memory, once more with half the sampler's rows."""
-        prompts, limits, seeds = map(list, zip(*rows))
-        try:
-            return [s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)]
-        except torch.cuda.OutOfMemoryError as error:
-            # The sampler may have had fewer slots than it was asked for.
-            most = min(self.sampler.max_rows or len(rows), self.sampler.last_slots or len(rows), len(rows))
-            if not retry:
-                raise UserError(f"out of GPU memory while sampling {most} rows: set a lower --max-rows or "
-                                "--max-new-tokens") from error
-        self.sampler.max_rows = max(1, most // 2)       # outside of `except`, whose traceback keeps tensors alive
-        torch.cuda.empty_cache()
-        print(f"out of GPU memory while sampling: going on with --max-rows {self.sampler.max_rows}", file=sys.stderr)
-        return self._draw(rows, temperature, top_p, retry=False)
 
 
 class CannotSample(UserError):
@@ -232,10 +227,6 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     device = start_processes(device)
     config = load_config(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    vocabulary, rows = set(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
-    if max(vocabulary - set(tokenizer.added_tokens_decoder), default=0) >= rows:
-        raise UserError(f"--model {name}: the tokenizer has ids up to {max(vocabulary)}, but the model's embedding "
-                        f"only {rows} rows; the tokenizer belongs to another model")
     if template == "auto":
         template = "llama"
         if config.model_type != "llama":
@@ -248,7 +239,7 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     with from_model(name, "its end tokens are unusable", "; correct eos_token_id in config.json and "
                     "generation_config.json"):
         end_ids = find_end_ids(config, model.generation_config, tokenizer, template)
-        sampler = Sampler(model, end_ids, vocab_size=max(vocabulary) + 1, max_rows=max_rows)
+        sampler = Sampler(model, end_ids, max(tokenizer.get_vocab().values()) + 1, max_rows)
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
     end_id = next(i for i in (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids)) if i in end_ids)
