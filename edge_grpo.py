@@ -33,7 +33,7 @@ import reward
 from data import Problem, UserError
 from data.training import training_problems
 from engine.console import exit_code, say, timed
-from engine.flags import changed, check_ranges, flag, make_parser, run_name
+from engine.flags import changed, flag, make_parser, run_name
 from engine.memory import preflight
 from engine.processes import leave, spread, start_processes, stream
 from engine.run import Run
@@ -153,7 +153,6 @@ def parse_flags(argv: list[str]) -> Flags:
     flags = Flags(**vars(parser(defaults).parse_args(argv)))
     flags.differing = changed(flags, defaults)
     flags.out = flags.out or f"runs/{run_name(flags, flags.differing)}"
-    check_ranges(flags)
     clamp, probs, guided = flags.eda_clamp, flags.guided_probs, flags.correction == "guided"
     conflicts = [
         (flags.correction not in ("none", "guided", *CORRECTIONS),

@@ -1,7 +1,6 @@
 """A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
 import argparse
 import difflib
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -12,12 +11,13 @@ from typing import NoReturn
 
 from data import UserError
 
+MOST = sys.float_info.max
 # What may differ when a run goes on, since it does not make it another experiment; memory and bookkeeping only.
 MAY_CHANGE = {"resume", "overwrite", "device", "out", "save_every", "keep", "max_bad_steps", "mirror", "max_rows",
               "micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "save_tokens", "trust_remote_code"}
 
 
-def flag(default, help: str, low=None, high=None, choices=None, names=None):
+def flag(default, help: str, low=-MOST, high=MOST, choices=None, names=None):
     """A dataclass field with its one line of help and the closed range of its values. names: what the values of a list
     are called; a tuple for so many, one string for any number."""
     factory = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
@@ -45,6 +45,7 @@ def run_name(flags, differing: dict) -> str:
 def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
     """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag
     that was probably meant, by its name or by the beginning of its help."""
+    message = re.sub("^argument (.*): (.*: must be)", r"\1 \2", message)
     options = parser._option_string_actions if parser else {}
     known = {re.split("[;:,(]", action.help)[0]: name for name, action in options.items()} | {k[2:]: k for k in options}
     for word in re.findall(r"--?([A-Za-z][\w-]*)", message) if message.startswith("unrecognized") else ():
@@ -60,37 +61,28 @@ def make_parser(kind: type, defaults: dict, description: str, usage: str) -> arg
     parser.error = partial(wrong_flag, parser=parser)
     for f in fields(kind):
         value, names = defaults.get(f.name, getattr(kind(), f.name)), f.metadata["names"]
+        scalar = f.type.__args__[0] if names else f.type
+        parse = scalar if scalar in (str, bool) else ranged(scalar, f.metadata["low"], f.metadata["high"])
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         how = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
         if names:
-            how.update(type=f.type.__args__[0], metavar=names, nargs=len(names) if isinstance(names, tuple) else "*")
+            how.update(type=parse, metavar=names, nargs=len(names) if isinstance(names, tuple) else "*")
         elif f.type is bool:
             how.update(action=argparse.BooleanOptionalAction)
         else:
-            how.update(type=f.type, choices=f.metadata["choices"])
+            how.update(type=parse, choices=f.metadata["choices"])
             how.update({} if how["choices"] else dict(metavar=f.type.__name__.upper()))
         parser.add_argument(option(f.name), **how)
     return parser
 
 
-def check_ranges(flags) -> None:
-    """UserError for a value out of its range."""
-    for f in fields(flags):
-        value, low, high, name = getattr(flags, f.name), f.metadata["low"], f.metadata["high"], option(f.name)
-        for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, float) and not math.isfinite(v):
-                raise UserError(f"{name} {v}: must be a finite number")
-            if (low is not None and v < low) or (high is not None and v > high):
-                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{name} {v}: must be {bounds}")
-
-
-def ranged(kind: type, low: float, high: float = sys.float_info.max) -> Callable:
-    """An argparse type: a number of that kind in [low, high]."""
+def ranged(kind: type, low: float = -MOST, high: float = MOST) -> Callable:
+    """An argparse type: a finite number of that kind in [low, high]."""
     def parse(text: str):
         if not low <= kind(text) <= high:
-            bounds = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+            bounds = "a finite number" + ("" if low == -MOST else f", at least {low}") + (
+                "" if high == MOST else f", at most {high}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
         return kind(text)
     parse.__name__ = kind.__name__                   # argparse names it in "invalid int value"
     return parse
