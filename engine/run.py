@@ -31,10 +31,9 @@ WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "confi
 class Run(AbstractContextManager):
     """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
-    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str],
-                 wrong_references: list[str]):
-        self.flags, self.policy, self.problems, self.left_out, self.wrong_references = (
-            flags, policy, problems, left_out, wrong_references)
+    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str], wrong_references: list[str]):
+        self.flags, self.policy, self.problems = flags, policy, problems
+        self.about_problems = dict(problems=len(problems), problems_left_out=left_out, wrong_references=wrong_references)
         self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
         self.good = self.saved = 0              # the newest checkpoint that a step was sampled from, and the newest
         self.parameters = sum(p.numel() for p in policy.model.parameters())
@@ -166,24 +165,22 @@ class Run(AbstractContextManager):
 
     def _introduce(self) -> None:
         """Print what is in force, and write config.json: what is needed to run it again."""
-        flags, policy, processor = self.flags, self.policy, platform.processor() or platform.machine()
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True)
+        flags, policy, left_out = self.flags, self.policy, len(self.about_problems["problems_left_out"])
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+        device = (f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
+                  f"cpu: {platform.processor() or platform.machine()}")
         changed = {k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}}
         config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), changed=changed,
                       command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                       commit=git.stdout.decode().strip() or "unknown",                  # on a machine without git
                       versions=dict(python=platform.python_version(), torch=torch.__version__,
                                     transformers=transformers.__version__),
-                      device=f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
-                      f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
-                      problems=len(self.problems), problems_left_out=self.left_out, 
-                      wrong_references=self.wrong_references,
-                      problems_fingerprint=self.fingerprint)
+                      device=device, processes=world_size(), threads=self.threads, parameters=self.parameters,
+                      **self.about_problems, problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
             f"{flags.data}: {len(self.problems)} problems"
-            + (f", {len(self.left_out)} left out (prompt too long)" if self.left_out else ""))
+            + (f", {left_out} left out (prompt too long)" if left_out else ""))
         say("flags other than the defaults: " + (" ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none")
             + f" (all are in {self.out / 'config.json'})")
         say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(self.problems[0].question))!r}")
