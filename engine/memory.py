@@ -94,7 +94,7 @@ def describe(plan: dict[str, float], device: torch.device) -> str:
     if host <= ram and need <= free:
         return line
     largest = "host optimizer" if host > ram else max((k for k in plan if not k.startswith("host")), key=plan.get)
-    return f"{line}. It will probably not fit: {ADVICE.get(largest, 'use a smaller model or more processes (torchrun)')}"
+    return f"{line}. It will probably not fit: {ADVICE.get(largest, 'use a smaller model or more processes')}"
 
 
 def peak_memory(device: torch.device) -> float:

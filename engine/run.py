@@ -31,9 +31,9 @@ WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "confi
 class Run(AbstractContextManager):
     """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
-    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str], wrong_references: list[str]):
+    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list, wrong_references: list):
         self.flags, self.policy, self.problems = flags, policy, problems
-        self.about_problems = dict(problems=len(problems), problems_left_out=left_out, wrong_references=wrong_references)
+        self.counts = dict(problems=len(problems), problems_left_out=left_out, wrong_references=wrong_references)
         self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
         self.good = self.saved = 0              # the newest checkpoint that a step was sampled from, and the newest
         self.parameters = sum(p.numel() for p in policy.model.parameters())
@@ -50,7 +50,7 @@ class Run(AbstractContextManager):
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
         """Yields each step still to be made, from 0; its body calls `log` once. After it this saves, evaluates (given
-        the number of steps made) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
+        the number of steps made) or stops; `code` is the exit code. shown: as in Progress."""
         flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
@@ -155,9 +155,8 @@ class Run(AbstractContextManager):
         if found := newest_checkpoint(folder):
             return found
         # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
-        lines = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0][:-1]
-        every = before.get("save_every")
-        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines)
+        lines, every = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0], before.get("save_every")
+        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines[:-1])
         ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
         if checkpoint_folders(folder) or deleted or ended:
             raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
@@ -165,8 +164,9 @@ class Run(AbstractContextManager):
 
     def _introduce(self) -> None:
         """Print what is in force, and write config.json: what is needed to run it again."""
-        flags, policy, left_out = self.flags, self.policy, len(self.about_problems["problems_left_out"])
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+        flags, policy, left_out = self.flags, self.policy, len(self.counts["problems_left_out"])
+        here = Path(__file__).parent
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=here, capture_output=True)
         device = (f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
                   f"cpu: {platform.processor() or platform.machine()}")
         changed = {k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}}
@@ -176,7 +176,7 @@ class Run(AbstractContextManager):
                       versions=dict(python=platform.python_version(), torch=torch.__version__,
                                     transformers=transformers.__version__),
                       device=device, processes=world_size(), threads=self.threads, parameters=self.parameters,
-                      **self.about_problems, problems_fingerprint=self.fingerprint)
+                      **self.counts, problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
             f"{flags.data}: {len(self.problems)} problems"

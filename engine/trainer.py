@@ -16,11 +16,9 @@ from engine.sharding import local, refresh, shard, share, whole
 
 
 class Trainer:
-    """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
-
-    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
-    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards,
-    compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
+    """Weights, gradients and AdamW on fp32 master weights. One process: the scorer's weights are the sampler's own;
+    masters and moments lie beside them, on the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded
+    copy (FSDP2: fp32 master shards), from which the sampler's replica is refreshed after each update."""
 
     def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
@@ -82,9 +80,7 @@ class Trainer:
                          ) -> tuple[float, list[Tensor], list[Tensor]]:
         """Add up the gradient of a step's loss: the sum over micro-batches, on all processes, of
         loss_of(logp (M,), entropy (M,), tokens), where `tokens` joins those of the rows (see Batch.tokens).
-
-        Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are. If the GPU runs
-        out of memory, once more with half the --micro-batch-tokens (on one process only)."""
+        Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are."""
         mine = slice(rank(), None, world_size())
 
         def with_less() -> str:
@@ -100,8 +96,8 @@ class Trainer:
         return sum(gather(loss)), list(logp), list(entropy)
 
     def _accumulate(self, prompts: list, responses: list, tokens: list, loss_of: Callable) -> tuple[float, list]:
-        """The gradient of this process's rows; returns their loss, and of each (logp, entropy). Every process makes as
-        many passes, since a sharded forward is a collective: one with fewer gets empty batches, whose loss is 0."""
+        """The gradient of this process's rows; returns their loss, and of each (logp, entropy). A sharded forward is a
+        collective, so a process with fewer batches gets empty ones, whose loss is 0."""
         batches = micro_batches(prompts, responses, self.micro_batch_tokens, self.policy.device, self.scorer.packed)
         total, scored = 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
@@ -137,8 +133,7 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> float:
-        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped), if its norm is finite; returns that
-        norm. Gradients are freed."""
+        """One AdamW step, gradient clipped to norm `clip` (0: not), if its norm is finite; returns that norm."""
         norm = self.gradient_norm()
         live = {name: p for name, p in self.params.items() if p.grad is not None and math.isfinite(norm)}
         if self.offload:
