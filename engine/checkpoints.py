@@ -38,7 +38,6 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """The final model, written beside and renamed."""
     if is_main():
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         remove(unfinished)

@@ -58,8 +58,8 @@ ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "ta
 
 
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
-    """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr. go_on: what to
-    do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the output."""
+    """The exit code of work(); a user's mistake ends in one sentence on stderr. go_on: what to do after it;
+    less_memory: which flags to set; if_unread: the code if nobody reads the output."""
     for stream in [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]:
         stream.reconfigure(errors="replace")                        # a console without ± does not end a run
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # while modules were imported: without a traceback

@@ -18,8 +18,8 @@ MAY_CHANGE = {"resume", "overwrite", "device", "out", "save_every", "keep", "max
 
 
 def flag(default, help: str, low=-MOST, high=MOST, choices=None, names=None):
-    """A dataclass field with its one line of help and the closed range of its values. names: what the values of a list
-    are called; a tuple for so many, one string for any number."""
+    """A dataclass field. low, high: the closed range of its values; names: what the values of a list are called, a
+    tuple for so many, one string for any number."""
     factory = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
     return field(**factory, metadata=dict(help=help, low=low, high=high, choices=choices, names=names))
 
@@ -43,8 +43,7 @@ def run_name(flags, differing: dict) -> str:
 
 
 def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
-    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag
-    that was probably meant, by its name or by the beginning of its help."""
+    """For ArgumentParser.error: one sentence, with the flag that was probably meant, by its name or by its help."""
     message = re.sub("^argument (.*): (.*: must be)", r"\1 \2", message)
     options = parser._option_string_actions if parser else {}
     known = {re.split("[;:,(]", action.help)[0]: name for name, action in options.items()} | {k[2:]: k for k in options}

@@ -98,9 +98,8 @@ class Batch:
 
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device: torch.device,
                   packed: bool = True) -> list[Batch]:
-    """Rows cut so that a batch holds at most `budget` tokens, every row counted with its prompt (a longer row is
-    alone). Packed: in their order, so that rows of one prompt stay together. Otherwise sorted by length, and padding
-    counts. Rows with an empty response are left out."""
+    """Batches of at most `budget` tokens, every row counted with its prompt (a longer row is alone), without the empty
+    responses. Packed: in their order, so rows of one prompt stay together. Otherwise by length, and padding counts."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     groups, room = [], 0
     for i in sorted((i for i, r in enumerate(responses) if r), key=lambda i: 0 if packed else -lengths[i]):

@@ -38,9 +38,8 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
 def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: int, micro_batch_tokens: int,
                 weight_bytes: int, offload: bool, checkpointing: bool, processes: int = 1,
                 trust_remote_code: bool = False) -> dict[str, float]:
-    """Bytes that one process needs, by item; items that begin with "host" are in CPU memory when the model is on a GPU.
-    rows: sampled at a time by this process; row_tokens: their longest prompt and response; weight_bytes: 2 (bf16) or 4.
-    Weights, gradients, optimizer and cache are exact; activations are those of transformers' Llama-like layers."""
+    """Bytes that one process needs, by item; those of "host …" are in CPU memory. rows: sampled at a time, of at most
+    row_tokens tokens; weight_bytes: 2 (bf16) or 4. Activations are those of transformers' Llama-like layers."""
     with from_model(config.name_or_path, "its config.json describes no causal language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     c, sizes = config.get_text_config(), {name: p.numel() for name, p in model.named_parameters()}
@@ -79,7 +78,7 @@ def memory_plan(config: transformers.PretrainedConfig, rows: int, row_tokens: in
 
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
     """Of the `rows` rows that plan["cache"] is for, how many at a time leave room for all else of the plan, which comes
-    after the cache, in nine tenths of the `free` bytes; at least 1. A model without attention has no such cache."""
+    later, in nine tenths of the `free` bytes; at least 1. A model without attention has no such cache."""
     others = sum(v for k, v in plan.items() if k != "cache" and not k.startswith("host"))
     return max(1, min(rows, int((0.9 * free - others) / plan["cache"] * rows))) if plan["cache"] else rows
 

@@ -140,7 +140,6 @@ def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, 
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    """The model's configuration. UserError for whatever is wrong with it."""
     with from_model(name, "no usable config.json", "; give a local folder, or a hub id while the hub can be reached"):
         config = AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     if any(getattr(c, "quantization_config", None) for c in (config, config.get_text_config())):
@@ -149,7 +148,6 @@ def load_config(name: str, trust_remote_code: bool = False) -> transformers.Pret
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer. UserError for whatever is wrong with it."""
     path = Path(find_model(name))
     if path.is_dir() and not any(re.search(r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$", f.name)
                                  for f in path.iterdir()):

@@ -103,8 +103,8 @@ class Run(AbstractContextManager):
         self.progress.show(line)
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A checkpoint that knows how long each log was when it was written; before the last one, the final model, as
-        it takes less space. A policy that has diverged is CannotSample here, and replaces nothing."""
+        """A checkpoint that knows the length of each log; before the last one, the final model, as it takes less space.
+        A policy that has diverged is CannotSample here, and replaces nothing."""
         self.policy.sample([self.policy.prompt_ids(self.problems[0].question)], [8], [0], self.flags.temperature)
         folder, logs = self.out / "checkpoints", {}
         if is_main():
@@ -138,8 +138,7 @@ class Run(AbstractContextManager):
         return found
 
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """--resume: the newest whole checkpoint, None if the run was ended before its first. UserError if these flags
-        or data would make it another run."""
+        """The newest whole checkpoint, None if there was none yet. UserError if flags or data make it another run."""
         out, folder = self.out, self.out / "checkpoints"
         if not any((out / name).exists() for name in ("checkpoints", "final", "config.json")):
             return None

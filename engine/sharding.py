@@ -12,9 +12,8 @@ from engine.processes import rank, world_size
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in
-    the model's own dtype and adds up gradients in fp32. Made layer by layer, so that no more than one (or embedding and
-    output layer) is ever whole in fp32."""
+    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
+    only one is ever whole in fp32. It computes in the model's own dtype and adds up gradients in fp32."""
     param = next(model.parameters())
     mesh = init_device_mesh(param.device.type, (world_size(),))     # FSDP2's own choice is a GPU whenever there is one
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
