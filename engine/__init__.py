@@ -2,12 +2,14 @@
 
 processes.py    one process or several under torchrun: who am I, give everyone everything
 models.py       weights, tokenizer, prompts and end tokens of a model: the Policy
-modelfiles.py   where a model's files are, whatever is wrong with them, and what is saved beside trained weights
+modelfiles.py   where a model's files are, and what is saved beside trained weights
 forward.py      the training forward: packed micro-batches -> log-probabilities and entropies
 trainer.py      gradients and AdamW on fp32 master weights, sharded (FSDP2) or offloaded
+sharding.py     a model cut over several processes
 checkpoints.py  written whole or not at all, checked by sha256
-memory.py       what a run will need, and what to do when it is not there
+memory.py       what a run will need
 run.py          a run's folder and its life: resume, log, save, stop
+folder.py       a folder of results: locked, written whole, its JSON read
 console.py      what is printed, and how an error becomes one sentence
 flags.py        a dataclass of flags as a command line
 """

@@ -1,6 +1,6 @@
 """Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters, moments)
-and checkpoint.json (step, log positions, and size and sha256 of every file). It is written beside and renamed: a folder
-named step-N is whole or damaged, never half-written. Nothing in it is unpickled."""
+and checkpoint.json (step, log positions, sha256 of every file). It is written beside and renamed: a folder named step-N
+is whole or damaged, never half-written. Nothing in it is unpickled."""
 import hashlib
 import itertools
 import json
@@ -38,7 +38,6 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """The final model, written beside and renamed."""
     if is_main():
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         remove(unfinished)
@@ -52,9 +51,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -
     with ThreadPoolExecutor() as pool:      # a file is hashed, from the page cache, while the next ones are written
         hashes = {file: pool.submit(sha256, file) for file in write(trainer, unfinished)}
     if is_main():
-        files = {str(f.relative_to(unfinished)): {"bytes": f.stat().st_size, "sha256": h.result()}
-                 for f, h in hashes.items()}
-        manifest = {"step": step, "adam_steps": adam_steps(trainer), **progress, "files": files}
+        files = {str(f.relative_to(unfinished)): {"sha256": h.result()} for f, h in hashes.items()}
+        manifest = {"step": step, "adam_steps": trainer.adam_steps, **progress, "files": files}
         manifest["sha256"] = digest(manifest)
         (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
         for later in [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]:
@@ -64,8 +62,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -
 
 
 def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
-    """Write model, masters and moments; yields each file when it is whole, on the main process. Masters and moments go
-    into files of about 4 GiB, so that no more than that is gathered at a time."""
+    """Write model, masters and moments; yields each file when it is whole, on the main process. No file of masters and
+    moments is much larger than 4 GiB, since that is gathered at a time."""
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         save_model(trainer.policy, folder)
@@ -95,12 +93,6 @@ def digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
-def adam_steps(trainer: Trainer) -> int:
-    """How many updates AdamW has made."""
-    states = [adam.state.get(trainer.masters[name]) for name, adam in trainer.adam.items()]
-    return int(max((state["step"].item() for state in states if state), default=0))
-
-
 def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
     """UserError if the disk cannot hold the checkpoints to come, of which `keep` stay, and the final model."""
     count = sum(p.numel() for p in trainer.policy.model.parameters())
@@ -128,29 +120,22 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint, and its manifest; damaged ones are named on stderr and left."""
     for path in checkpoint_folders(folder):
-        problem, manifest = damage(path)
-        if not problem:
-            return path, manifest
-        print(f"checkpoint {path} is not used: {problem}", file=sys.stderr)
+        try:
+            return path, verified(path)
+        except (UserError, FileNotFoundError) as error:
+            print(f"checkpoint {path} is not used: {first_line(error)}", file=sys.stderr)
 
 
-def damage(path: Path) -> tuple[str, dict]:
-    """What is wrong with a checkpoint ("" if nothing), and its manifest. OSError for what cannot be read."""
-    try:
-        manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
-        if manifest["sha256"] != digest(manifest):
-            return "checkpoint.json was altered (sha256 differs)", {}
-        for name, size in manifest.get("logs", {}).items():
-            if (path.parents[1] / name).stat().st_size < size:
-                return f"{name} is shorter than when the checkpoint was saved", {}
-        for name, expected in manifest["files"].items():
-            if (size := (path / name).stat().st_size) != expected["bytes"]:
-                return f"{name} has {size} bytes instead of {expected['bytes']}", {}
-            if sha256(path / name) != expected["sha256"]:
-                return f"{name} was altered (sha256 differs)", {}
-    except (UserError, FileNotFoundError) as error:
-        return first_line(error), {}
-    return "", manifest
+def verified(path: Path) -> dict:
+    """A checkpoint's manifest. UserError or FileNotFoundError for damage, any other OSError for what cannot be read."""
+    manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
+    for name, size in manifest.get("logs", {}).items():
+        if (path.parents[1] / name).stat().st_size < size:
+            raise UserError(f"{name} is shorter than when the checkpoint was saved")
+    altered = [name for name, saved in manifest["files"].items() if sha256(path / name) != saved["sha256"]]
+    if altered or manifest["sha256"] != digest(manifest):
+        raise UserError(f"{', '.join(altered) or 'checkpoint.json'} was altered (sha256 differs)")
+    return manifest
 
 
 def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:

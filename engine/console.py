@@ -38,14 +38,28 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory|can't allocate memory|not enough memory", str(error)) is not None)
 
 
+def try_with_less(work: Callable, with_less: Callable[[], str] | None, where: str, advice: str):
+    """work(), and if the GPU runs out of memory once more after with_less(), which says what it has taken less of. That
+    is called outside of `except`, whose traceback keeps tensors alive."""
+    for less in (with_less, None):
+        try:
+            return work()
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:       # the allocator's word, and CUDA's own
+            if not is_out_of_memory(error):
+                raise
+            if less is None:
+                raise UserError(f"out of GPU memory {where}: set {advice}") from error
+        print(f"out of GPU memory {where}: going on with {less()}", file=sys.stderr)
+
+
 ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "take a disk that can be written",
           errno.EACCES: "allow this user to read and write it", errno.ENOENT: "put it back", **dict.fromkeys(
               (errno.EEXIST, errno.ENOTDIR), "move the file, or the link to nothing, that is where a folder must be")}
 
 
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
-    """The exit code of work(); a user's mistake or a lack of something ends in one sentence on stderr. go_on: what to
-    do after an interruption; less_memory: which flags to set; if_unread: the code if nobody reads the output."""
+    """The exit code of work(); a user's mistake ends in one sentence on stderr. go_on: what to do after it;
+    less_memory: which flags to set; if_unread: the code if nobody reads the output."""
     for stream in [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]:
         stream.reconfigure(errors="replace")                        # a console without ± does not end a run
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:           # while modules were imported: without a traceback
@@ -76,8 +90,7 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 
 class Stop:
     """SIGINT, SIGTERM and SIGHUP let the step finish and save; a second one of the first two ends the process at once,
-    but not under torchrun: that passes on what a job manager may have sent to every process already, and ends them
-    itself, after --shutdown-timeout seconds."""
+    but not under torchrun, which may pass on what each process was sent already, and ends them by itself."""
     def __init__(self):
         self.signal, self.terminals = 0, [fd for fd in (1, 2) if os.isatty(fd)]
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -89,12 +102,12 @@ class Stop:
             os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if self.signal:
             return
-        self.signal, alone = number, world_size() == 1
-        for n in (signal.SIGINT, signal.SIGTERM) if alone else ():
+        self.signal, note = number, "\nfinishing the step, then saving"
+        for n in (signal.SIGINT, signal.SIGTERM) if world_size() == 1 else ():
             signal.signal(n, signal.SIG_DFL)
-        note = f"\nfinishing the step, then saving{'; once more to stop at once' if alone else ''}\n"
+            note = "\nfinishing the step, then saving; once more to stop at once"
         with suppress(OSError):
-            os.write(2, note.encode() if is_main() else b"")        # print may be interrupted in a print
+            os.write(2, f"{note}\n".encode() if is_main() else b"")     # print may be interrupted in a print
 
 
 SECONDS = Counter()                                                 # by phase, since a step began
@@ -111,21 +124,19 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line about every twentieth of the run, with the time that is left.
-    shown: the metrics that are to be seen, with their names on the screen."""
+    """A bar on a terminal; elsewhere a line about every twentieth of the run. shown: metrics, and their short names."""
     def __init__(self, steps: int, done: int, shown: dict[str, str]):
         self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
         self.bar = tqdm(total=steps, initial=done, disable=not (is_main() and sys.stderr.isatty()),
                         bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}")
 
     def show(self, line: dict) -> None:
-        texts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
-        texts.append(f"{line['tokens_per_second']:.0f} tok/s")
-        step, text = line["step"], ", ".join(texts)
+        text = "".join(f"{short} {line[k]:.2f}, " for k, short in self.shown.items() if line[k] is not None)
+        text, step = f"{text}{line['tokens_per_second']:.0f} tok/s", line["step"]
         if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
             pace = (time.perf_counter() - self.started) / (step - self.first)
             say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
-        while len(text) > shutil.get_terminal_size().columns - 36 and len(texts) > 1:          # beside bar and time
-            text = ", ".join(texts := texts[:-1])
+        while len(text) > shutil.get_terminal_size().columns - 36 and "," in text:             # beside bar and time
+            text = text.rpartition(",")[0]
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()

@@ -13,8 +13,7 @@ from engine.processes import is_main
 
 
 def claim(folder: Path) -> IO:
-    """Make a folder, and keep other processes from working in it until the file that is returned is closed. UserError
-    if one is at work there already, for example the last attempt of a job that was started anew too soon."""
+    """Make a folder, and lock it until the file that is returned is closed. UserError if another process has."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:

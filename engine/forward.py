@@ -16,8 +16,7 @@ from rollout import has_llama_layers, rms_norm
 def attend_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
                 rows: list[Tensor] | None = None, home: Tensor | None = None, **others) -> tuple[Tensor, None]:
     """Attention of a packed micro-batch. q (1, heads, N, D), k and v (1, kv heads, N, D); rows and home as in `Batch`
-    -> (1, N, heads, D). No mask is needed: with padding on the right, causal attention never looks at it from a real
-    token. Without rows it is transformers' own attention, for whoever else calls the model."""
+    -> (1, N, heads, D). A causal row needs no mask for padding on its right. Without rows: transformers' own."""
     if rows is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling, **others)
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))                                         # (N, heads, D)
@@ -38,9 +37,8 @@ class Scorer(nn.Module):
     """Log-probability and entropy of given tokens: the trunk, then the output layer on response positions only.
 
     packed (the Llama family): the layers see a micro-batch as one string of tokens, in which the prompt of several
-    responses stands once and nothing is padding; only attention takes it apart into rows. That is exact, because a
-    prompt does not look at what follows it. Other models see padded rows. It is a module so that a sharded model
-    (FSDP2) gathers its weights around the whole of it, output layer included."""
+    responses stands once and nothing is padding; only attention takes it apart into rows. Other models see padded rows.
+    A module, so that a sharded model (FSDP2) gathers its weights around the whole of it, output layer included."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -100,9 +98,8 @@ class Batch:
 
 def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: int, device: torch.device,
                   packed: bool = True) -> list[Batch]:
-    """Rows cut so that a batch holds at most `budget` tokens, every row counted with its prompt (a longer row is
-    alone). Packed: in their order, so that rows of one prompt stay together. Otherwise sorted by length, and padding
-    counts. Rows with an empty response are left out."""
+    """Batches of at most `budget` tokens, every row counted with its prompt (a longer row is alone), without the empty
+    responses. Packed: in their order, so rows of one prompt stay together. Otherwise by length, and padding counts."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     groups, room = [], 0
     for i in sorted((i for i, r in enumerate(responses) if r), key=lambda i: 0 if packed else -lengths[i]):
@@ -117,8 +114,8 @@ def micro_batches(prompts: list[list[int]], responses: list[list[int]], budget: 
 
 def make_batch(index: list[int], prompts: list[list[int]], responses: list[list[int]], device: torch.device,
                packed: bool = True) -> Batch:
-    """These rows as one micro-batch. Packed: rows at least 0.85 times as long as another are padded to it, so that
-    little of attention is padding. Otherwise all are padded to the longest, for a single forward."""
+    """These rows as one micro-batch. Packed: rows at least 0.85 times as long as another are padded to it. Otherwise
+    all are padded to the longest, for a single forward."""
     index = sorted(index, key=lambda i: -len(prompts[i]) - len(responses[i]))
     ids, before, rows, starts = [], [], [], {}
     for i in index:

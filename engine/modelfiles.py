@@ -1,7 +1,4 @@
-"""A model's files: found by its name, here or on the hub, and what is saved beside the weights after training.
-
-Whatever else comes from them (config, tokenizer, weights, chat template) is read inside `from_model`.
-"""
+"""A model's files: found by its name, here or on the hub, and what is saved beside the weights after training."""
 import functools
 import json
 import urllib.error
@@ -43,17 +40,15 @@ def find_model(name: str) -> str:
         if saved and not list(path.glob("*.safetensors")):
             raise UserError(f"--model {name}: this is the folder of a run; give a model in it, such as {saved[0]}")
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"--model {name}: the folder holds an adapter (LoRA); merge it into its base model first "
-                            "(merge_and_unload of peft), and give the folder of the merged model")
+            raise UserError(f"--model {name}: the folder holds an adapter (LoRA); merge it into its base model first")
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json; give a Hugging Face model folder")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: there is no such folder")
-    owner = next((owner for start, owner in (("Qwen", "Qwen"), ("Llama", "meta-llama")) if name.startswith(start)), "")
-    if "/" not in name and not owner:
+    if "/" not in name and not name.startswith(("Qwen", "Llama")):
         raise UserError(f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`")
-    return name if "/" in name else f"{owner}/{name}"
+    return name if "/" in name else f"{'Qwen' if name.startswith('Qwen') else 'meta-llama'}/{name}"
 
 
 @functools.cache
@@ -61,10 +56,8 @@ def hub_is_away() -> bool:
     """Asked once: then files come from the cache at once, or not at all, instead of after 20 s of retries each."""
     try:
         urllib.request.urlopen(ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:              # an answer, whatever it says
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, urllib.error.HTTPError)        # that is an answer, whatever it says
     return False
 
 
@@ -75,16 +68,13 @@ def where(name: str) -> dict:
 
 
 @functools.cache
-def cached_folder(hub_id: str) -> Path:
-    """The folder in the hub's cache that holds what stands beside a model's weights."""
-    if hub_is_away():
-        return Path(hf_hub_download(hub_id, "config.json", local_files_only=True)).parent
-    return Path(snapshot_download(hub_id, allow_patterns=BESIDE_WEIGHTS))
-
-
 def folder_of(name: str) -> Path:
-    path = Path(find_model(name))
-    return path if path.is_dir() else cached_folder(str(path))
+    """The folder, here or in the hub's cache, that holds what stands beside a model's weights."""
+    path = find_model(name)
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(hf_hub_download(path, "config.json", local_files_only=True)).parent if hub_is_away() else Path(
+        snapshot_download(path, allow_patterns=BESIDE_WEIGHTS))
 
 
 def beside_weights(name: str, model: nn.Module, config: transformers.PretrainedConfig) -> dict[str, bytes]:

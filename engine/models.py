@@ -2,7 +2,6 @@
 import functools
 import json
 import re
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import UserError
-from engine.console import say
+from engine.console import say, try_with_less
 from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
 from engine.processes import spread, start_processes
 from entropy import check_output_layer
@@ -45,8 +44,8 @@ class Policy:
     files: dict[str, bytes] = field(default_factory=dict, repr=False)     # saved beside its weights, by name
 
     def context(self) -> int:
-        """The most tokens, of prompt and response together, that the model has positions for. With longrope only the
-        original context: one longer row in a batch would change the rotations of all of them."""
+        """The most tokens, prompt and response together, that the model has positions for; with longrope the original
+        context, since one longer row in a batch would change the rotations of all."""
         config = self.model.config.get_text_config()
         rope = getattr(config, "rope_parameters", None) or {}                   # one, or one for each type of layer
         lengths = [r["original_max_position_embeddings"] for r in (rope, *rope.values())
@@ -55,8 +54,8 @@ class Policy:
         return min(filter(None, lengths), default=2**31)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The question in the model's chat template, the assistant's turn opened; without a template behind the BOS, if
-        the tokenizer begins a text with one. Raises UserError, whatever the template does."""
+        """The question in the model's chat template; without one behind the BOS that the tokenizer begins a text with.
+        Raises UserError, whatever the template does."""
         tokenizer = self.tokenizer
         with from_model(tokenizer.name_or_path, "its chat template fails", "; correct it, or try another --template"):
             ids = self._ids(prompt_text(tokenizer, question, self.template))
@@ -77,8 +76,7 @@ class Policy:
         ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         if max(ids, default=0) >= self.vocab_size:
             raise UserError(f"--model {self.tokenizer.name_or_path}: the tokenizer has ids up to {max(ids)}, but the "
-                            f"model's embedding only {self.vocab_size} rows, too few for {text[-60:]!r}; the tokenizer "
-                            "belongs to another model")
+                            f"model's embedding only {self.vocab_size} rows; it belongs to another model")
         return ids
 
     def decode_raw(self, ids: list[int]) -> str:
@@ -98,26 +96,22 @@ class Policy:
         """One sample of each prompt, with a limit and a seed for each, inside the model's context; the prompts are
         spread over the processes. Raises CannotSample."""
         rows = [(p, min(limit, self.room(p)), seed) for p, limit, seed in zip(prompts, limits, seeds)]
+
+        def draw(mine: list[tuple]) -> list[Sample]:
+            prompts, limits, seeds = map(list, zip(*mine))
+
+            def with_less() -> str:                 # half of the rows it had, maybe fewer than it was asked for
+                sampler, most = self.sampler, len(mine)
+                sampler.max_rows = max(1, min(sampler.max_rows or most, sampler.last_slots or most, most) // 2)
+                torch.cuda.empty_cache()
+                return f"--max-rows {sampler.max_rows}"
+            return try_with_less(
+                lambda: [s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)], with_less,
+                "while sampling", "--max-rows or --max-new-tokens lower")
         try:
-            return spread(rows, lambda mine: self._draw(mine, temperature, top_p) if mine else [])
+            return spread(rows, lambda mine: draw(mine) if mine else [])
         except ValueError as error:                 # the sampler's own sentence, for example about logits that are NaN
             raise CannotSample(str(error)) from error
-
-    def _draw(self, rows: list[tuple], temperature: float, top_p: float, retry: bool = True) -> list[Sample]:
-        """If the GPU runs out of memory, once more with half the sampler's rows."""
-        prompts, limits, seeds = map(list, zip(*rows))
-        try:
-            return [s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)]
-        except torch.cuda.OutOfMemoryError as error:
-            # The sampler may have had fewer slots than it was asked for.
-            most = min(self.sampler.max_rows or len(rows), self.sampler.last_slots or len(rows), len(rows))
-            if not retry:
-                raise UserError(f"out of GPU memory while sampling {most} rows: set a lower --max-rows or "
-                                "--max-new-tokens") from error
-        self.sampler.max_rows = max(1, most // 2)       # outside of `except`, whose traceback keeps tensors alive
-        torch.cuda.empty_cache()
-        print(f"out of GPU memory while sampling: going on with --max-rows {self.sampler.max_rows}", file=sys.stderr)
-        return self._draw(rows, temperature, top_p, retry=False)
 
 
 class CannotSample(UserError):
@@ -146,17 +140,14 @@ def prompt_text(tokenizer: transformers.PreTrainedTokenizerBase, question: str, 
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    """The model's configuration, with one clear sentence for whatever is wrong with it."""
     with from_model(name, "no usable config.json", "; give a local folder, or a hub id while the hub can be reached"):
         config = AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
     if any(getattr(c, "quantization_config", None) for c in (config, config.get_text_config())):
-        raise UserError(f"--model {name}: its weights are quantized (quantization_config), which cannot be trained; "
-                        "take the model that was quantized, or dequantize it and save that")
+        raise UserError(f"--model {name}: its weights are quantized; take the model they were made from")
     return config
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer, with one clear sentence for whatever is wrong with it."""
     path = Path(find_model(name))
     if path.is_dir() and not any(re.search(r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$", f.name)
                                  for f in path.iterdir()):
@@ -167,11 +158,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> transformers.P
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The weights (safetensors only), all there and of the right shapes, on `device`."""
-    path = Path(find_model(name))
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
     with from_model(name, "its weights cannot be loaded"):
         folder = folder_of(name)
+        if Path(find_model(name)).is_dir() and not list(folder.glob("*.safetensors")):
+            raise UserError(f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)")
         named = [json.loads((folder / "config.json").read_bytes()).get("transformers_weights") or ".safetensors"]
         for index in folder.glob("*.safetensors.index.json"):
             named += json.loads(index.read_bytes())["weight_map"].values()
@@ -186,44 +176,35 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
         except ValueError:                          # a family that has no such attention
             model, info = load(attn_implementation="eager")
         if missing := sorted(map(str, info["missing_keys"] or info.get("mismatched_keys"))):
-            raise UserError(f"--model {name}: weights missing or of the wrong shape: {', '.join(missing[:3])}"
-                            f"{' …' if len(missing) > 3 else ''}; the folder is incomplete or of another architecture")
-        drop_nothing(model)
+            raise UserError(f"--model {name}: {len(missing)} weights missing or of the wrong shape, as {missing[0]}; "
+                            "the folder is incomplete or of another architecture")
+        # Dropout and router jitter off, wherever a family keeps them: sampler and trainer must be the same function.
+        for part in [*model.modules(), model.config.get_text_config()]:
+            noise = [k for k, v in vars(part).items() if isinstance(v, float) and ("drop" in k or "jitter" in k)]
+            for key in [*noise, "p"] if isinstance(part, nn.Dropout) else noise:
+                setattr(part, key, 0.0)
         return model.to(device).eval()
-
-
-def drop_nothing(model: nn.Module) -> None:
-    """Dropout, layer drop and router jitter off, wherever a family keeps them (a few read the config as they run): the
-    sampler and the trainer, which recomputes activations only in training mode, must be the same function."""
-    for part in [*model.modules(), model.config.get_text_config()]:
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(part, name, 0.0)
 
 
 def turn_end(tokenizer, template: str) -> int | None:
     """The special token that the chat template puts behind a response; None if there is none."""
-    response = "The answer is 2."
-    try:
-        behind = prompt_text(tokenizer, QUESTION, template, response).rpartition(response)
-    except Exception:                               # a template that takes no response; prompts may be in order
-        return None
-    ids = tokenizer.encode(behind[2].strip(), add_special_tokens=False) if behind[1] else []
+    response, ids = "The answer is 2.", []
+    with suppress(Exception):                       # of a template that takes no response; prompts may be in order
+        _, found, behind = prompt_text(tokenizer, QUESTION, template, response).rpartition(response)
+        ids = tokenizer.encode(behind.strip(), add_special_tokens=False) if found else []
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     return next((i for i in ids if i in special and tokenizer.decode([i]).strip()), None)
 
 
 def find_end_ids(config, generation_config, tokenizer, template: str = "qwen") -> set[int]:
     """Every id that ends a sample: of the generation config, the config and the tokenizer, and the end of a turn."""
-    ids = [turn_end(tokenizer, template)]
+    ids = {turn_end(tokenizer, template)}
     for source in (generation_config, config, tokenizer):
         found = getattr(source, "eos_token_id", None)
-        ids += found if isinstance(found, (list, tuple)) else [found]
-    if strange := [i for i in ids if i is not None and type(i) is not int]:
-        raise ValueError(f"{strange[0]!r} is no id")
-    return set(ids) - {None}
+        ids |= set(found) if isinstance(found, (list, tuple)) else {found}
+    if not {type(i) for i in ids} <= {int, type(None)}:
+        raise ValueError("an id is a whole number")
+    return ids - {None}
 
 
 def load_policy(name: str, device: str = "auto", template: str = "auto", max_rows: int | None = None,
@@ -235,7 +216,7 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     vocabulary, rows = set(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if max(vocabulary - set(tokenizer.added_tokens_decoder), default=0) >= rows:
         raise UserError(f"--model {name}: the tokenizer has ids up to {max(vocabulary)}, but the model's embedding "
-                        f"only {rows} rows; the tokenizer belongs to another model")
+                        f"only {rows} rows; it belongs to another model")
     if template == "auto":
         template = "llama"
         if config.model_type != "llama":
@@ -248,7 +229,7 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     with from_model(name, "its end tokens are unusable", "; correct eos_token_id in config.json and "
                     "generation_config.json"):
         end_ids = find_end_ids(config, model.generation_config, tokenizer, template)
-        sampler = Sampler(model, end_ids, vocab_size=max(vocabulary) + 1, max_rows=max_rows)
+        sampler = Sampler(model, end_ids, max(vocabulary) + 1, max_rows)
     if not end_ids:
         raise UserError(f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id")
     end_id = next(i for i in (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids)) if i in end_ids)
@@ -257,11 +238,10 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
     policy.prompt_ids(QUESTION)
     prompt = prompt_text(tokenizer, QUESTION, template)
     if QUESTION not in prompt:
-        raise UserError(f"--model {name}: its chat template leaves the question out, as if it were not for text alone; "
-                        "correct it, or try another --template")
+        raise UserError(f"--model {name}: its chat template leaves the question out; correct it, or try another "
+                        "--template")
     if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
         say("note: the chat template opens <think>: responses begin inside it, and injected text ends the turn there")
     if policy.context() < (getattr(config.get_text_config(), "max_position_embeddings", None) or 0):
-        say(f"note: rows end at {policy.context()} tokens, the original context of longrope: with one longer row in a "
-            "batch all of them would be rotated in another way")
+        say(f"note: rows end at {policy.context()} tokens, the original context of longrope (see Policy.context)")
     return policy

@@ -20,17 +20,15 @@ SMALL_MODEL = 1e7           # parameters; at 4e6 two threads took 17 times as lo
 def start_processes(device: str) -> torch.device:
     """The device of this process ("auto", "cpu", "cuda", "cuda:1"); joins the group if torchrun started it."""
     several, gpus = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.device_count()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
-    cuda = device != "cpu"
+    if device.startswith("cuda:") and several:
+        raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    found = torch.device(device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
                         "take --device cpu, or install a CUDA build of torch")
-    if device.startswith("cuda:") and several:
-        raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
-    found = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     if cuda and found.index >= gpus:
         raise UserError(f"--device {found}: this machine has {gpus} GPUs; start as many processes (--nproc-per-node)")
     if cuda:
@@ -41,16 +39,16 @@ def start_processes(device: str) -> torch.device:
 
 
 def choose_threads(parameters: int) -> int:
-    """How many threads torch computes with: one for a small model, whose operations are too short to be shared: threads
-    that wait for each other spin, and on a busy machine that takes ten times the time. OMP_NUM_THREADS wins."""
+    """How many threads torch computes with: one for a small model, since threads that wait for each other spin, on a
+    busy machine ten times as long as they compute. OMP_NUM_THREADS wins."""
     if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return torch.get_num_threads()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. One of several ends without tearing Python down: a thread of gloo may still hold a tensor then,
-    and the process aborts after all is done (seen in two of many launches; pytorch/pytorch#179291)."""
+    """End this process; one of several without tearing Python down, where it may abort after all is done, because a
+    thread of gloo still holds a tensor (pytorch/pytorch#179291)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,9 +58,9 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def one_error() -> Iterator[None]:
-    """Let only the first process that fails tell its error; the others fail after it, often because of it, silently.
-    Every process sees torchrun's own store, even before it has joined the group. The group is left only after success:
-    with NCCL leaving waits for the others, who may be waiting for us."""
+    """Let only the first process that fails tell its error, by torchrun's own store, which is there before the group;
+    the others fail after it, often because of it. The group is left only after success: with NCCL leaving waits for
+    the others, who may be waiting for us."""
     try:
         yield
     except BaseException:

@@ -31,10 +31,9 @@ WRITTEN = ("eval", "checkpoints", "final", "figures", "report.md", *LOGS, "confi
 class Run(AbstractContextManager):
     """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
 
-    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list[str],
-                 wrong_references: list[str]):
-        self.flags, self.policy, self.problems, self.left_out, self.wrong_references = (
-            flags, policy, problems, left_out, wrong_references)
+    def __init__(self, flags, policy: Policy, problems: list[Problem], left_out: list, wrong_references: list):
+        self.flags, self.policy, self.problems = flags, policy, problems
+        self.counts = dict(problems=len(problems), problems_left_out=left_out, wrong_references=wrong_references)
         self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
         self.good = self.saved = 0              # the newest checkpoint that a step was sampled from, and the newest
         self.parameters = sum(p.numel() for p in policy.model.parameters())
@@ -51,7 +50,7 @@ class Run(AbstractContextManager):
 
     def steps(self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]) -> Iterator[int]:
         """Yields each step still to be made, from 0; its body calls `log` once. After it this saves, evaluates (given
-        the number of steps made) or stops, as flags and signals say; `code` is the exit code. shown: as in Progress."""
+        the number of steps made) or stops; `code` is the exit code. shown: as in Progress."""
         flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
         if self.checkpoint:
             path, manifest = self.checkpoint
@@ -104,8 +103,8 @@ class Run(AbstractContextManager):
         self.progress.show(line)
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A checkpoint that knows how long each log was when it was written; before the last one, the final model, as
-        it takes less space. A policy that has diverged is CannotSample here, and replaces nothing."""
+        """A checkpoint that knows the length of each log; before the last one, the final model, as it takes less space.
+        A policy that has diverged is CannotSample here, and replaces nothing."""
         self.policy.sample([self.policy.prompt_ids(self.problems[0].question)], [8], [0], self.flags.temperature)
         folder, logs = self.out / "checkpoints", {}
         if is_main():
@@ -139,8 +138,7 @@ class Run(AbstractContextManager):
         return found
 
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """--resume: the newest whole checkpoint, None if the run was ended before its first. UserError if these flags
-        or data would make it another run."""
+        """The newest whole checkpoint, None if there was none yet. UserError if flags or data make it another run."""
         out, folder = self.out, self.out / "checkpoints"
         if not any((out / name).exists() for name in ("checkpoints", "final", "config.json")):
             return None
@@ -156,9 +154,8 @@ class Run(AbstractContextManager):
         if found := newest_checkpoint(folder):
             return found
         # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
-        lines = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0][:-1]
-        every = before.get("save_every")
-        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines)
+        lines, every = read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0], before.get("save_every")
+        deleted = any(every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines[:-1])
         ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
         if checkpoint_folders(folder) or deleted or ended:
             raise UserError(f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
@@ -166,24 +163,23 @@ class Run(AbstractContextManager):
 
     def _introduce(self) -> None:
         """Print what is in force, and write config.json: what is needed to run it again."""
-        flags, policy, processor = self.flags, self.policy, platform.processor() or platform.machine()
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True)
+        flags, policy, left_out = self.flags, self.policy, len(self.counts["problems_left_out"])
+        here = Path(__file__).parent
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=here, capture_output=True)
+        device = (f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
+                  f"cpu: {platform.processor() or platform.machine()}")
         changed = {k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}}
         config = dict(method=flags.method, seed=flags.seed, flags=asdict(flags), changed=changed,
                       command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                       commit=git.stdout.decode().strip() or "unknown",                  # on a machine without git
                       versions=dict(python=platform.python_version(), torch=torch.__version__,
                                     transformers=transformers.__version__),
-                      device=f"cuda: {torch.cuda.get_device_name()}" if policy.device.type == "cuda" else
-                      f"cpu: {processor}", processes=world_size(), threads=self.threads, parameters=self.parameters,
-                      problems=len(self.problems), problems_left_out=self.left_out, 
-                      wrong_references=self.wrong_references,
-                      problems_fingerprint=self.fingerprint)
+                      device=device, processes=world_size(), threads=self.threads, parameters=self.parameters,
+                      **self.counts, problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
         say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
             f"{flags.data}: {len(self.problems)} problems"
-            + (f", {len(self.left_out)} left out (prompt too long)" if self.left_out else ""))
+            + (f", {left_out} left out (prompt too long)" if left_out else ""))
         say("flags other than the defaults: " + (" ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none")
             + f" (all are in {self.out / 'config.json'})")
         say(f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(self.problems[0].question))!r}")

@@ -12,9 +12,8 @@ from engine.processes import rank, world_size
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2); it computes in
-    the model's own dtype and adds up gradients in fp32. Layer by layer: beside the model and its own shards, a process
-    never holds more than one whole fp32 layer, or the embedding and output layer (7B: 4.4 GB, not 30)."""
+    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
+    only one is ever whole in fp32. It computes in the model's own dtype and adds up gradients in fp32."""
     param = next(model.parameters())
     mesh = init_device_mesh(param.device.type, (world_size(),))     # FSDP2's own choice is a GPU whenever there is one
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)

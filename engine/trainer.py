@@ -2,14 +2,13 @@
 import copy
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import UserError
+from engine.console import try_with_less
 from engine.forward import Scorer, make_batch, micro_batches, response_logprobs
 from engine.models import Policy
 from engine.processes import gather, is_main, rank, spread, world_size
@@ -17,22 +16,20 @@ from engine.sharding import local, refresh, shard, share, whole
 
 
 class Trainer:
-    """The trainable side of a policy: weights, gradients and AdamW on fp32 master weights.
-
-    One process: the scorer's weights are the sampler's own; bf16 weights get fp32 masters and moments beside them, on
-    the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded copy (FSDP2: fp32 master shards,
-    compute in the policy's dtype), and the sampler's full replica is refreshed from it after each update."""
+    """Weights, gradients and AdamW on fp32 master weights. One process: the scorer's weights are the sampler's own;
+    masters and moments lie beside them, on the GPU or (offload) in CPU memory. Several: the scorer is a second, sharded
+    copy (FSDP2: fp32 master shards), from which the sampler's replica is refreshed after each update."""
 
     def __init__(self, policy: Policy, micro_batch_tokens: int, *, temperature: float = 1.0, entropy_grad: bool = False,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
                  offload: bool = False, checkpointing: bool = False, keep_reference: bool = False):
-        """temperature: of every log-probability and entropy; entropy_grad: entropies are differentiable;
-        keep_reference: the model as it is now stays in memory, for the KL penalty."""
+        """entropy_grad: entropies are differentiable; keep_reference: the model as it is now stays in memory (KL)."""
         self.policy, self.sharded, self.micro_batch_tokens = policy, world_size() > 1, micro_batch_tokens
         self.temperature, self.entropy_grad = temperature, entropy_grad
         self.reference = copy.deepcopy(policy.model).requires_grad_(False) if keep_reference else None
         self.scorer = shard(policy.model) if self.sharded else Scorer(policy.model)
         self.offload, self.checkpointing, self.last_backward, self.copied = offload, checkpointing, False, set()
+        self.adam_steps = 0                                 # that any weight has made
         model = self.scorer.model.requires_grad_(True)
         if checkpointing:
             # Renamed in late 5.x; the new name is not in early 5.x, the old one warns.
@@ -51,11 +48,11 @@ class Trainer:
     def _copy_gradients_during_backward(self) -> None:
         """Offload: as soon as the last backward has a gradient, it leaves for pinned CPU memory on its own stream."""
         cuda, self.streams = self.policy.device.type == "cuda", torch.get_device_module(self.policy.device)
-        self.stream = self.streams.Stream()             # (a CPU's, for tests, does nothing)
+        self.stream = self.streams.Stream()             # (a CPU's does nothing)
         if cuda and self.sharded:                       # torchrun leaves a process one thread; AdamW can use more
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
         # One block, because each is rounded up to a power of two (7B: 16 GiB instead of 27).
+        sizes = [-(-local(p).nbytes // 16) * 16 for p in self.params.values()]
         block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
         self.host_grads = {name: part[:local(p).nbytes].view(p.dtype).view(local(p).shape)
                            for (name, p), part in zip(self.params.items(), block.split(sizes))}
@@ -65,12 +62,11 @@ class Trainer:
         self.scratch = torch.empty(max((m.numel() for m in self.masters.values()), default=0))
 
     def _copy_out(self, name: str) -> None:
-        if not self.last_backward:                      # more will be added to it
-            return
-        self.stream.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.stream):
-            self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
-        self.copied.add(name)
+        if self.last_backward:                          # otherwise more will be added to it
+            self.stream.wait_stream(self.streams.current_stream())
+            with self.streams.stream(self.stream):
+                self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
+            self.copied.add(name)
 
     def score(self, prompts: list[list[int]], responses: list[list[int]],
               reference: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -80,35 +76,28 @@ class Trainer:
             model, [p for p, _ in mine], [r for _, r in mine], self.temperature, self.policy.vocab_size,
             self.micro_batch_tokens))
 
-    def forward_backward(self, prompts: list[list[int]], responses: list[list[int]], tokens: list, loss_of: Callable,
-                         retry: bool = True) -> tuple[float, list[Tensor], list[Tensor]]:
+    def forward_backward(self, prompts: list[list[int]], responses: list[list[int]], tokens: list, loss_of: Callable
+                         ) -> tuple[float, list[Tensor], list[Tensor]]:
         """Add up the gradient of a step's loss: the sum over micro-batches, on all processes, of
         loss_of(logp (M,), entropy (M,), tokens), where `tokens` joins those of the rows (see Batch.tokens).
-
-        Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are. If the GPU runs
-        out of memory, once more with half the --micro-batch-tokens (on one process only)."""
+        Returns the loss, and each row's logp (T_i,) and entropy (T_i,) under the weights as they are."""
         mine = slice(rank(), None, world_size())
-        try:
-            loss, scored = self._accumulate(prompts[mine], responses[mine], tokens[mine] or tokens[:1], loss_of)
-            logp, entropy = zip(*spread(responses, lambda _: scored))
-            return sum(gather(loss)), list(logp), list(entropy)
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:       # the allocator's word, and CUDA's own
+
+        def with_less() -> str:
             self.skip()
-            if "out of memory" not in str(error):
-                raise
-            if self.sharded or not retry:
-                raise UserError("out of GPU memory in the update: set --micro-batch-tokens below "
-                                f"{self.micro_batch_tokens}, --max-new-tokens or --group-size lower, or add "
-                                "--offload-optimizer") from error
-        self.policy.sampler.release()                   # outside of `except`, whose traceback keeps tensors alive
-        self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
-        print(f"out of GPU memory in the update: going on with --micro-batch-tokens {self.micro_batch_tokens}",
-              file=sys.stderr)
-        return self.forward_backward(prompts, responses, tokens, loss_of, retry=False)
+            self.policy.sampler.release()
+            self.micro_batch_tokens = max(1, self.micro_batch_tokens // 2)
+            return f"--micro-batch-tokens {self.micro_batch_tokens}"
+        loss, scored = try_with_less(
+            lambda: self._accumulate(prompts[mine], responses[mine], tokens[mine] or tokens[:1], loss_of),
+            None if self.sharded else with_less, "in the update", "--micro-batch-tokens, --max-new-tokens or "
+            "--group-size lower, or add --offload-optimizer")
+        logp, entropy = zip(*spread(responses, lambda _: scored))
+        return sum(gather(loss)), list(logp), list(entropy)
 
     def _accumulate(self, prompts: list, responses: list, tokens: list, loss_of: Callable) -> tuple[float, list]:
-        """The gradient of this process's rows; returns their loss, and of each (logp, entropy). Every process makes as
-        many passes, since a sharded forward is a collective: one with fewer gets empty batches, whose loss is 0."""
+        """The gradient of this process's rows; returns their loss, and of each (logp, entropy). A sharded forward is a
+        collective, so a process with fewer batches gets empty ones, whose loss is 0."""
         batches = micro_batches(prompts, responses, self.micro_batch_tokens, self.policy.device, self.scorer.packed)
         total, scored = 0.0, [(torch.zeros(0), torch.zeros(0))] * len(responses)
         empty = make_batch([0], [[0]], [[0]], self.policy.device)
@@ -144,8 +133,7 @@ class Trainer:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> float:
-        """One AdamW step with the gradient clipped to norm `clip` (0: not clipped), if its norm is finite; returns that
-        norm. Gradients are freed."""
+        """One AdamW step, gradient clipped to norm `clip` (0: not), if its norm is finite; returns that norm."""
         norm = self.gradient_norm()
         live = {name: p for name, p in self.params.items() if p.grad is not None and math.isfinite(norm)}
         if self.offload:
@@ -169,6 +157,7 @@ class Trainer:
         if self.offload:
             self.streams.synchronize()                  # or the next gradients would overwrite what is still read
         if live:
+            self.adam_steps += 1
             refresh(self.policy.model, self.params)
         self.skip()
         return norm
@@ -188,6 +177,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor | None], adam_steps: int) -> None:
         """Inverse of `state`: `read(name)` gives a whole tensor, or None if there is none of that name."""
+        self.adam_steps = adam_steps
         for name, p in self.params.items():
             master, adam = self.masters[name], self.adam[name]
             saved = read(f"master.{name}")

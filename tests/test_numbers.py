@@ -15,7 +15,7 @@ from data import UserError
 from data.training import training_problems
 from engine import run as running
 from engine import trainer as training
-from engine.checkpoints import checkpoint_folders, damage
+from engine.checkpoints import checkpoint_folders, verified
 from engine.models import load_model
 from engine.trainer import Trainer
 
@@ -119,7 +119,7 @@ def test_after_max_bad_steps_the_run_stops_and_names_the_last_good_checkpoint(ru
     assert run("--max-bad-steps", "2", "--keep", "1") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "in 2 steps in a row" in said and str(run.out / "checkpoints" / "step-2") in said
-    assert run.checkpoints() == ["step-2"] and not damage(run.out / "checkpoints" / "step-2")[0]
+    assert run.checkpoints() == ["step-2"] and verified(run.out / "checkpoints" / "step-2")
     assert [m["skipped_updates"] for m in run.metrics()] == [0, 0, 1, 1]
     assert not (run.out / "final").exists()
 

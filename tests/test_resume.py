@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_never_pushes_out_a_whole_one(copy):
         os.remove(checkpoints / name / "checkpoint.json")
     assert run(copy, "--resume", "--keep", "1", prepare=signal_at_step, arguments=(3, [signal.SIGTERM])) == 143
     assert [f.name for f in checkpoint_folders(checkpoints)] == ["step-3"]
-    assert engine.checkpoints.damage(checkpoints / "step-3")[0] == ""
+    assert engine.checkpoints.verified(checkpoints / "step-3")["step"] == 3
 
 
 def test_with_no_whole_checkpoint_left_nothing_is_touched(copy, capsys):
@@ -332,7 +332,7 @@ def test_loading_a_checkpoint_unpickles_nothing_and_reads_only_what_was_verified
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refused)
     engine.checkpoints.load_checkpoint(trainer, *found)
-    assert engine.checkpoints.adam_steps(trainer) == found[1]["adam_steps"] == 3
+    assert trainer.adam_steps == found[1]["adam_steps"] == 3
     saved = load_model(str(found[0]), torch.device("cpu"), torch.float32).state_dict()
     assert all(torch.equal(v, saved[k]) for k, v in policy.model.state_dict().items())
 
@@ -341,7 +341,7 @@ def test_loading_a_checkpoint_unpickles_nothing_and_reads_only_what_was_verified
 
 def newest_is_whole(out, name):
     newest = checkpoint_folders(out / "checkpoints")[0]
-    return newest.name == name and not engine.checkpoints.damage(newest)[0]
+    return newest.name == name and bool(engine.checkpoints.verified(newest))
 
 
 def limit_file_size(size):

@@ -303,7 +303,7 @@ def break_after_saving(step):
 def test_a_checkpoint_that_cannot_be_sampled_replaces_no_good_one(tmp_path):
     out = tmp_path / "run"
     assert run(out, "--keep", "1", prepare=break_after_saving, arguments=(3,)) == 2
-    assert names(out) == ["step-3", "step-2"] and not checkpoints.damage(out / "checkpoints" / "step-2")[0]
+    assert names(out) == ["step-3", "step-2"] and checkpoints.verified(out / "checkpoints" / "step-2")
     assert "--lr" in said(out) and str(out / "checkpoints" / "step-2") in said(out)
     assert run(out, "--keep", "1", "--resume") == 2                     # and after it is told again
     assert said(out).count(str(out / "checkpoints" / "step-2")) == 2 and names(out) == ["step-3", "step-2"]
