@@ -102,6 +102,7 @@ class Flags:
                      "memory", 0)
     updates_per_rollout: int = flag(1, "optimizer updates on each rollout; above 1 the ratios differ from 1", 1)
     format_weight: float = flag(0.0, "weight of the format reward (closed, non-empty box; constant in the release)", 0)
+    no_echo: bool = flag(False, "an answer that stands in the question is wrong, unless short or the gold as written")
     drop_wrong_references: bool = flag(False, "do not use reference solutions that are not graded right")
     questions_per_step: int = flag(1, "questions in a step", 1)
     group_size: int = flag(8, "responses per question, G", 1)
@@ -260,13 +261,13 @@ def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]
 
 
 @timed("grade")
-def grade(policy: engine.Policy, responses: list[Response]) -> None:
-    """Format and accuracy of the responses that have none yet."""
+def grade(policy: engine.Policy, responses: list[Response], no_echo: bool = False) -> None:
+    """Format and accuracy of the responses that have none yet; no_echo: what only quotes the question is wrong."""
     new = [r for r in responses if r.accuracy is None]
     for r in new:
         r.text = policy.decode(r.ids)
-    rows = [(r.text, list(r.problem.answers)) for r in new]
-    scores = spread(rows, lambda mine: reward.score_all([text for text, _ in mine], [golds for _, golds in mine]))
+    rows = [(r.text, list(r.problem.answers), r.problem.question if no_echo else "") for r in new]
+    scores = spread(rows, lambda mine: reward.score_all(*map(list, zip(*mine))) if mine else [])
     for r, (well_formed, accuracy) in zip(new, scores):
         r.format, r.accuracy = well_formed, accuracy
 
@@ -287,7 +288,7 @@ def resample_equal_groups(policy: engine.Policy, responses: list[Response], prob
         if not equal:
             break
         new = sample(policy, batch_of_problems(problems, flags, step, again)[:len(equal)], flags, step, again)
-        grade(policy, new)
+        grade(policy, new, flags.no_echo)
         everything += new
         for k, q in enumerate(equal):
             kept[q * G:(q + 1) * G] = new[k * G:(k + 1) * G]
@@ -578,12 +579,12 @@ def train(flags: Flags) -> int:
         for step in run.steps(trainer, partial(evaluation.while_training, policy, tasks, flags), SHOWN):
             batch = batch_of_problems(problems, flags, step)                                           # Q problems
             responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)      # Q x G
-            grade(policy, responses)
+            grade(policy, responses, flags.no_echo)
             sampled = responses
             if flags.resample_rounds:
                 responses, sampled = resample_equal_groups(policy, responses, problems, flags, step)       # DAPO
             corrected = correct_errors(policy, responses, flags, step)      # GEC: wrong ones edited, some continued
-            grade(policy, corrected)
+            grade(policy, corrected, flags.no_echo)
             A = advantages_of(corrected, flags)                                                        # (Q, G)
             A_hat, P = A, None
             if flags.eda:

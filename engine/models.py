@@ -103,7 +103,7 @@ class Policy:
             def with_less() -> str:                 # half of the rows it had, maybe fewer than it was asked for
                 sampler, most = self.sampler, len(mine)
                 sampler.max_rows = max(1, min(sampler.max_rows or most, sampler.last_slots or most, most) // 2)
-                torch.cuda.empty_cache()
+                sampler.release()
                 return f"--max-rows {sampler.max_rows}"
             return try_with_less(
                 lambda: [s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)], with_less,
