@@ -166,13 +166,12 @@ class Trainer:
         """Yields (name, tensor on CPU) of masters and moments, whole, on rank 0; every process must iterate."""
         for name, p in self.params.items():
             master = self.masters[name]
-            parts = {part: self.adam[name].state.get(master, {}).get(part) for part in ("exp_avg", "exp_avg_sq")}
+            parts = {part: t for part, t in self.adam[name].state.get(master, {}).items() if part != "step"}
             if self.sharded or master.data_ptr() != local(p).data_ptr():
                 parts["master"] = master
             for part, tensor in parts.items():
-                if tensor is not None:
-                    gathered = whole(tensor.detach(), p)
-                    yield f"{part}.{name}", gathered.cpu() if is_main() else None
+                gathered = whole(tensor.detach(), p)
+                yield f"{part}.{name}", gathered.cpu() if is_main() else None
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], Tensor | None], adam_steps: int) -> None:
@@ -182,10 +181,10 @@ class Trainer:
             master, adam = self.masters[name], self.adam[name]
             saved = read(f"master.{name}")
             master.copy_(share(read(name) if saved is None else saved, p))
-            if adam_steps:
-                adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)}
-                for part in ("exp_avg", "exp_avg_sq"):
-                    adam.state[master][part] = torch.empty_like(master).copy_(share(read(f"{part}.{name}"), p))
+            moments = {part: read(f"{part}.{name}") for part in ("exp_avg", "exp_avg_sq")}
+            if moments["exp_avg"] is not None:          # it has had a gradient
+                adam.state[master] = {"step": torch.tensor(float(adam_steps), device=master.device)} | {
+                    part: torch.empty_like(master).copy_(share(moment, p)) for part, moment in moments.items()}
             local(p).copy_(master)
         refresh(self.policy.model, self.params)
 

@@ -146,3 +146,16 @@ def test_the_reference_stays_as_the_model_was():
     for (then, _), (kept, _), (now, _) in zip(before, trainer.score(*rows, reference=True), trainer.score(*rows)):
         assert torch.equal(then, kept) and not torch.allclose(then, now)
     assert Trainer(policy, 200).reference is None           # it takes as much memory as the model
+
+
+def test_a_parameter_that_had_no_gradient_yet_is_saved_and_loaded():
+    """An expert that no token went to, say."""
+    trainer, again = Trainer(small_policy(), 200), Trainer(small_policy(seed=1), 200)
+    backward(trainer, *random_rows(4))
+    untouched = next(iter(trainer.params))
+    trainer.params[untouched].grad = None
+    trainer.step(1e-2, 1.0)
+    saved = dict(trainer.state()) | {name: p.detach().clone() for name, p in trainer.params.items()}
+    again.load_state(saved.get, trainer.adam_steps)
+    assert all(torch.equal(p, again.params[name]) for name, p in trainer.params.items()) and again.adam_steps == 1
+    assert not again.adam[untouched].state and dict(again.state()).keys() == dict(trainer.state()).keys()
