@@ -129,12 +129,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 def verified(path: Path) -> dict:
     """A checkpoint's manifest. UserError or FileNotFoundError for damage, any other OSError for what cannot be read."""
     manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
+    if manifest["sha256"] != digest(manifest):
+        raise UserError("checkpoint.json was altered (sha256 differs)")
     for name, size in manifest.get("logs", {}).items():
         if (path.parents[1] / name).stat().st_size < size:
             raise UserError(f"{name} is shorter than when the checkpoint was saved")
     altered = [name for name, saved in manifest["files"].items() if sha256(path / name) != saved["sha256"]]
-    if altered or manifest["sha256"] != digest(manifest):
-        raise UserError(f"{', '.join(altered) or 'checkpoint.json'} was altered (sha256 differs)")
+    if altered:
+        raise UserError(f"{', '.join(altered)} was altered (sha256 differs)")
     return manifest
 
 

@@ -19,10 +19,21 @@ from data import UserError
 from engine.processes import is_main, one_error, world_size
 
 
+@contextmanager
+def to_terminal() -> Iterator[None]:
+    """Around printing: a terminal that was closed a moment before SIGHUP tells so does not end the step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
 def say(line: str = "") -> None:
     """Print a line, on the one process that prints."""
-    if is_main():
-        tqdm.write(line)
+    with to_terminal():
+        if is_main():
+            tqdm.write(line)
 
 
 def first_line(error: BaseException) -> str:
@@ -139,4 +150,5 @@ class Progress:
         while len(text) > shutil.get_terminal_size().columns - 36 and "," in text:             # beside bar and time
             text = text.rpartition(",")[0]
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
+        with to_terminal():
+            self.bar.update()

@@ -1,6 +1,7 @@
 """A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
 import argparse
 import difflib
+import hashlib
 import math
 import re
 from dataclasses import asdict, field, fields
@@ -37,6 +38,8 @@ def run_name(flags, differing: dict) -> str:
     """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
     values = "".join(f"-{k}-{v}" for k, v in differing.items() if k not in MAY_CHANGE | {"model", "method", "seed"})
     between = re.sub(r"[^\w.]+", "-", values).rstrip("-")
+    if len(between) > 100:                                                      # a name has 255 bytes at the most
+        between = f"{between[:90]}-{hashlib.blake2b(between.encode(), digest_size=4).hexdigest()}"
     return f"{Path(flags.model).name}-{flags.method}{between}-seed{flags.seed}"
 
 

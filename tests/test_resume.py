@@ -209,16 +209,16 @@ def signal_at_step(step, numbers):
     """The process gets these signals while it grades the responses of a step."""
     grade, sample, now = edge_grpo.grade, edge_grpo.sample, [0]
 
-    def count(policy, batch, flags, k):
+    def count(policy, batch, flags, k, *again):
         now[0] = k + 1
-        return sample(policy, batch, flags, k)
+        return sample(policy, batch, flags, k, *again)
 
-    def graded(policy, responses):
+    def graded(*arguments):
         if now[0] == step:
             now[0] = 0
             for number in numbers:
                 os.kill(os.getpid(), number)
-        return grade(policy, responses)
+        return grade(*arguments)
     edge_grpo.grade, edge_grpo.sample = graded, count
 
 
@@ -279,7 +279,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(copy
     assert newest_checkpoint(copy / "checkpoints")[0] == newest
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"files": {}}', '{"files": []}', "\0", "null", '"files"'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": {}}', '{"files": []}', "\0", "null", '"files"',
+                                  '{"files": {"model.safetensors": {}}, "sha256": "x"}'])
 def test_a_checkpoint_json_of_any_other_content_is_refused(copy, text):
     (copy / "checkpoints" / "step-3" / "checkpoint.json").write_text(text)
     assert newest_checkpoint(copy / "checkpoints")[0].name == "step-2"
@@ -293,14 +294,15 @@ def test_a_run_resumed_from_before_a_damaged_checkpoint_is_the_same_run_and_repl
 
 
 def test_a_damaged_checkpoint_never_pushes_out_a_whole_one(copy):
-    """Resumed from step 1 beside damaged steps 2 and 3, with --keep 1: after the next save that one is kept."""
+    """Resumed from step 2 beside damaged steps 3 and 9, with --keep 1: after the next save that one is kept, and the one
+    before it until a step was sampled from the new one."""
     checkpoints = copy / "checkpoints"
     shutil.copytree(checkpoints / "step-3", checkpoints / "step-9")
     for name in ("step-3", "step-9"):
         os.remove(checkpoints / name / "checkpoint.json")
     assert run(copy, "--resume", "--keep", "1", prepare=signal_at_step, arguments=(3, [signal.SIGTERM])) == 143
-    assert [f.name for f in checkpoint_folders(checkpoints)] == ["step-3"]
-    assert engine.checkpoints.verified(checkpoints / "step-3")["step"] == 3
+    assert [f.name for f in checkpoint_folders(checkpoints)] == ["step-3", "step-2"]
+    assert [engine.checkpoints.verified(f)["step"] for f in checkpoint_folders(checkpoints)] == [3, 2]
 
 
 def test_with_no_whole_checkpoint_left_nothing_is_touched(copy, capsys):
@@ -313,8 +315,8 @@ def test_with_no_whole_checkpoint_left_nothing_is_touched(copy, capsys):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "evals.jsonl"])
-def test_a_log_shorter_than_the_checkpoint_says_is_refused(copy, capsys, name):
-    cut_off(copy / name)
+def test_a_log_shorter_than_every_checkpoint_says_is_refused(copy, capsys, name):
+    os.truncate(copy / name, 10)
     before = fingerprint(copy)
     assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
     assert f"{name} is shorter" in capsys.readouterr().err

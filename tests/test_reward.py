@@ -833,7 +833,8 @@ def test_public_regression_cases():
 def test_every_gold_grades_itself_right_and_reads_as_an_answer():
     golds = benchmark_golds()
     assert {name: len(rows) for name, rows in golds.items()} == {
-        "deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
+        "deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675,
+        "gsm8k": 1319, "gsm8k-train": 7473}
     for name, rows in golds.items():
         for gold in rows:
             for one in any_of(gold):
