@@ -9,8 +9,7 @@ entropies of tokens, eval.py measures; engine/ holds what training needs and no 
 
 Where it departs from the released code, and why, stands in results/README.md.
 
-Letters: B responses in a step = Q questions x G, T tokens of a response, M response tokens of a micro-batch, P the mean
-entropy of a response. Names in _QG and comments say the shape of a tensor.
+Letters: B responses in a step = Q questions x G, T tokens of a response, M tokens of a micro-batch, P a mean entropy.
 """
 import math
 import signal
@@ -35,7 +34,7 @@ from data.training import training_problems
 from engine.console import exit_code, say, timed
 from engine.flags import changed, check_ranges, flag, make_parser, run_name
 from engine.memory import preflight
-from engine.processes import leave, spread, start_processes, stream
+from engine.processes import leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
 from entropy import mean_entropy
@@ -66,7 +65,8 @@ TINY = dict(                     # what `--profile tiny` overrides of the paper'
 class Flags:
     """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
     model: str = flag("tiny", "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name")
-    data: str = flag("deepscaler-hard-1k", "training problems: a set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file")
+    data: str = flag("deepscaler-hard-1k", "training problems: a set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file "
+                     "of rows {problem or question, answer, solution if references are used}")
     profile: str = flag("auto", "default settings: the paper's, or those of the tiny world (auto: for --model tiny)",
                         choices=["auto", "paper", "tiny"])
     method: str = flag("edge-grpo", "a row of flags (METHODS), which flags given beside it override",
@@ -167,8 +167,8 @@ def parse_flags(argv: list[str]) -> Flags:
          "--guide and --guide-at-most belong to a --correction, which is none: add one, or drop them"),
         (len(clamp) not in (0, 2, 4) or any(not 0 < lo < hi for lo, hi in zip(clamp[::2], clamp[1::2])),
          f"--eda-clamp {' '.join(map(str, clamp))}: needs LO HI or LO HI LO HI with 0 < LO < HI"),
-        (clamp and not flags.eda, "--eda-clamp bounds EDA, which is off: add --eda, or drop --eda-clamp"),
-        (flags.eda_grad and not flags.eda, "--eda-grad needs EDA: add --eda, or drop --eda-grad"),
+        ((clamp or flags.eda_grad) and not flags.eda,
+         "--eda-clamp and --eda-grad belong to EDA, which is off: add --eda, or drop them"),
         (flags.eda_grad and (flags.updates_per_rollout > 1 or flags.injected_shaping),
          "--eda-grad is defined where every ratio is 1: set --updates-per-rollout 1 --injected-shaping 0"),
         (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
@@ -187,11 +187,11 @@ def parse_flags(argv: list[str]) -> Flags:
 
 
 # --- Responses -------------------------------------------------------------------------------------------------------
-# Every random choice is `stream` of (seed, step, what, row): nothing random is saved, processes change nothing.
 
 @dataclass
 class Response:
-    """One response to one problem, in token ids. Text is made from ids, never ids from text that came from ids."""
+    """One response to one problem, in token ids. Text is made from ids, never ids from text that came from ids. Every
+    random choice about it is `stream` of (seed, step, what, row): nothing random is saved, processes change nothing."""
     problem: Problem
     prompt: list[int]
     ids: list[int] = field(default_factory=list)            # the end token included, once finished
@@ -325,8 +325,8 @@ TINY_FLOOR = 1e-4        # of the relative entropy, so that a response of one re
 
 @timed("update")
 def response_entropy(trainer: Trainer, responses: list[Response], group_size: int) -> Tensor:
-    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; only rows with
-    injected tokens get a forward pass of their own (to score all would take 14% of a step: tests/bench_step.py --score)."""
+    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; rows with injected
+    tokens get a forward pass (for all rows it would take 14% of a step: tests/bench_step.py --score)."""
     new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
     for r, (_, entropies) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
         r.entropies = entropies.tolist()
@@ -409,11 +409,6 @@ def draw_correction(probabilities: dict[str, float], u: float) -> str:
             return name
         u -= p
     return next(reversed(probabilities), "")            # only rounding can leave u here
-
-
-def uniform(*key) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return (stream(*key) >> 10) * 2.0**-53
 
 
 def corrected_by(name: str, response: Response, policy: engine.Policy, u: float = 0.0) -> Response:
@@ -580,9 +575,7 @@ def train(flags: Flags) -> int:
             batch = batch_of_problems(problems, flags, step)                                           # Q problems
             responses = references(policy, batch) if flags.sft else sample(policy, batch, flags, step)      # Q x G
             grade(policy, responses, flags.no_echo)
-            sampled = responses
-            if flags.resample_rounds:
-                responses, sampled = resample_equal_groups(policy, responses, problems, flags, step)       # DAPO
+            responses, sampled = resample_equal_groups(policy, responses, problems, flags, step)   # DAPO; else no round
             corrected = correct_errors(policy, responses, flags, step)      # GEC: wrong ones edited, some continued
             grade(policy, corrected, flags.no_echo)
             A = advantages_of(corrected, flags)                                                        # (Q, G)
@@ -593,9 +586,7 @@ def train(flags: Flags) -> int:
             stats = update(trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps))
             metrics = measure(sampled, corrected, A, A_hat, partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats | metrics, readable(policy, responses, corrected, A, A_hat, flags.save_tokens))
-    if run.code == 0:
-        conclude(flags)
-    return run.code
+    return run.code or conclude(flags)
 
 
 def main(argv: list[str] | None = None) -> int:

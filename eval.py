@@ -16,6 +16,7 @@ keeps torchrun from reading --n as its own).
 """
 import math
 import re
+import signal
 import statistics
 import sys
 import time
@@ -24,6 +25,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while modules are imported: no traceback
 
 import data
 import engine

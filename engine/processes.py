@@ -111,3 +111,8 @@ def spread(items: list, work: Callable[[list], list]) -> list:
 def stream(*key) -> int:
     """63 bits of `key` alone, for random choices that are the same in any order and on any number of processes."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def uniform(*key) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return (stream(*key) >> 10) * 2.0**-53

@@ -10,10 +10,10 @@ from results import plot, runs, show
 from results.tables import markdown, mean, percent
 
 
-def conclude(flags) -> None:
-    """Write report.md, with figures if there are ten steps to draw, and print what matters most of it."""
+def conclude(flags) -> int:
+    """Write report.md, with figures if there are ten steps to draw, and print what matters most of it. Returns 0."""
     if not is_main():                                       # what the main process writes, only it reads
-        return
+        return 0
     out = Path(flags.out)
     config = read_json(out / "config.json")
     metrics = read_lines(out / "metrics.jsonl")[0]
@@ -39,6 +39,7 @@ def conclude(flags) -> None:
     for warning in warned:
         say(f"warning: {warning}")
     say(f"the model is in {out / 'final'}, all of this with figures and samples in {out / 'report.md'}")
+    return 0
 
 
 def summary(flags, metrics: list[dict], evals: list[dict]) -> str:
