@@ -83,6 +83,7 @@ class Evaluator:
         if self.steps < 0:
             raise Undefined("too many steps")
         value = _OPERATIONS[kind](self, *args) if kind in _OPERATIONS else self.function(kind, *args)
+        value = mp.mpf(value) if isinstance(value, float) else value           # an infinite end of a region
         if not isinstance(value, Fraction):
             most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
             if max(abs(part._mpf_[2]) for part in (value.real, value.imag)) > most:

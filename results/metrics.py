@@ -64,7 +64,8 @@ def measure(sampled: list, trained: list, A: Tensor, A_hat: Tensor, rewards: Cal
 def readable(policy, responses: list, trained: list, A: Tensor, A_hat: Tensor, with_tokens: bool) -> list[dict]:
     """The rows of samples.jsonl: each rollout as text, before and after correction; with_tokens (about 40 bytes a
     token): what eval.py show --html draws."""
-    rows, G = [], A.shape[1]
+    rows, G, used = [], A.shape[1], {i for t in trained for i in t.ids} if with_tokens else ()
+    texts = {i: policy.decode_raw([i]) for i in used}
     for i, (r, t, a, a_hat) in enumerate(zip(responses, trained, A.flatten().tolist(), A_hat.flatten().tolist())):
         row = dict(question_number=i // G + 1, source=r.problem.source, question=r.problem.question,
                    answers=list(r.problem.answers), response=r.text, accuracy=r.accuracy, tokens=len(r.ids))
@@ -74,7 +75,7 @@ def readable(policy, responses: list, trained: list, A: Tensor, A_hat: Tensor, w
         parts = groupby(zip(t.ids, t.injected), key=lambda token: token[1])
         row.update(segments=[[policy.decode([i for i, _ in part]), injected] for injected, part in parts])
         if with_tokens:
-            row.update(token_texts=[policy.decode_raw([i]) for i in t.ids], token_injected=t.injected,
+            row.update(token_texts=[texts[i] for i in t.ids], token_injected=t.injected,
                        token_entropies=[round(h, 3) for h in t.entropies],
                        token_logp=[round(p, 3) for p in t.logp.tolist()])
         rows.append(row | dict(advantage=a, advantage_eda=a_hat, entropy=t.entropy))
