@@ -351,6 +351,7 @@ def run(flags: Flags) -> None:
     policy = engine.load_policy(flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code)
     problems = [p for task in tasks.values() for p in task[:flags.limit]]
     training = data.load("deepscaler-hard-1k", flags.mirror or None) if flags.exclude_contaminated else []
+    removed = contaminated(problems, training)
     settings = {key: getattr(flags, key) for key in ("seed", "max_new_tokens", "context", "top_p", "entropy")}
     settings |= dict(weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION")))
     settings |= {f"problems of {task}": digest(repr(asdict(p)).encode() for p in tasks[task]) for task in tasks}
@@ -364,7 +365,7 @@ def run(flags: Flags) -> None:
         forced = forced_drafts(policy, rows, records) if flags.reflect else []
         forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
         if is_main():
-            found[f"{T:g}"] = analyse(policy, records, forced, contaminated(problems, training), flags)
+            found[f"{T:g}"] = analyse(policy, records, forced, removed, flags)
             say(f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, at most {flags.max_new_tokens} new tokens, "
                 f"context {flags.context}, seed {flags.seed}\n\n{report(found[f'{T:g}'], flags.compare)}")
     if is_main():
