@@ -103,7 +103,7 @@ def samples(run: Path) -> list[dict]:
 
 def assert_same(run: Path, expected: Path) -> None:
     """The same numbers, rounding aside (which EDA makes larger where it divides by entropies near 0), the same texts,
-    and weights that moved the same way."""
+    and the same weights within 1e-5, but for one in a hundred."""
     for read in (metrics, samples):
         ours, theirs = read(run), read(expected)
         assert len(ours) == len(theirs) > 0
@@ -120,8 +120,8 @@ def assert_same(run: Path, expected: Path) -> None:
     start = load_file(TINY_MODEL / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in ours:           # AdamW makes a step of full length of a gradient that is rounding alone: a few entries
-        off, moved = (ours[name] - theirs[name]).norm(), (theirs[name] - start[name]).norm()
-        assert off < 0.05 * moved + 1e-6, (name, off / moved)
+        off = (ours[name] - theirs[name]).abs()
+        assert (off > 1e-5).double().mean() < 0.01 and off.max() < 1e-4, (name, (off > 1e-5).sum(), off.max())
     assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)    # there was something to get wrong
 
 
