@@ -270,7 +270,7 @@ def test_a_users_mistake_that_only_the_first_process_sees_ends_the_run(folder, o
     assert told.count("error: ") == 1 and "holds a run already" in told and "Traceback" not in told, launch
 
 
-@pytest.mark.parametrize("launched", range(3))
+@pytest.mark.parametrize("launched", range(2))
 def test_a_whole_run_with_held_out_problems_ends_with_exit_code_0(folder, launched):
     """Every time: in half of the launches, processes met what the first was still writing of its evaluations."""
     out = folder / f"evaluated {launched}"
@@ -282,7 +282,7 @@ def test_a_whole_run_with_held_out_problems_ends_with_exit_code_0(folder, launch
     assert [e["step"] for e in evals] == [0, 0, 1, 1] and (out / "final" / "model.safetensors").exists()
     told = launch.text(0, "stdout")
     assert told.count("held-out tiny:5:validation: accuracy") == 2 and "held-out accuracy, tiny:5:validation" in told
-    assert "Traceback" not in str(launch) and "held-out" not in launch.text(1, "stdout"), launch
+    assert "Traceback" not in str(launch) and not launch.text(1, "stdout"), launch
 
 
 def test_sigterm_to_torchrun_saves_once_and_ends(folder):
