@@ -6,6 +6,7 @@ of them: results/tiny.jsonl.xz/edge-*
 """
 import json
 import lzma
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from results.tables import group
 WORDS = {                                                       # of the flags whose own names are longer or say less
     "temperature": "T = {:g}", "lr": "lr {:g}", "steps": "{} steps", "data": "{}", "model": "{}", "loss": "{} loss",
     "group_size": "G = {}", "kl": "KL × {:g}", "injected_weight": "injected × {:g}", "eda_grad": "gradient through P",
-    "eda_clamp": "EDA clamp {0[0]:g}–{0[1]:g}",
 }
 SWITCHES = {"correction", "sft", "eda"}                         # what makes a method
 
@@ -72,8 +72,13 @@ def words(flag: str, value: object) -> str:
     if flag == "guided_probs":
         without = [branch for branch, p in zip(("reflections", "answers", "references"), value) if p == 0]
         plain = f"without {' and '.join(without)}" if without else "guided"
+        plain += ", with prefixes" if sum(value[3:]) else ""
         return f"{plain} ({'/'.join(f'{p:g}' for p in value)})"
-    if flag in WORDS and value is not False and value != []:
+    if flag == "eda_clamp" and value:
+        return "EDA clamp " + " and ".join(f"{lo:g}–{hi:g}" for lo, hi in zip(value[::2], value[1::2]))
+    if flag == "model" and (run := re.search(r"([^/]+?)(-seed\d+)?/final/?$", value)):      # a warm start for each seed
+        return f"from {run[1]}"
+    if flag in WORDS and value is not False:
         return WORDS[flag].format(value)
     if isinstance(value, bool):
         return plain if value else f"no {plain}"
@@ -151,7 +156,7 @@ def make_run(path: Path, content: dict) -> Run:
             model = [part for part in Path(summaries[0]["model"]).parts if part != "checkpoints"]    # RUN/step-100
             run = Run(path, "/".join(model[-2:]), summaries[0]["seed"])
         else:
-            flags = {flag: value for flag, value in config["flags"].items() if not flag.startswith("eval_")}
+            flags = {k: v for k, v in config["flags"].items() if not k.startswith("eval_") and k != "profile"}
             changed = {"model": flags["model"], **config["changed"]}
             said = {flag: words(flag, value) for flag, value in flags.items()}
             run = Run(path, method_name(config["method"], changed), config["seed"], flags["steps"], said,

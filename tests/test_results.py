@@ -220,6 +220,8 @@ def test_what_most_runs_of_a_method_have_is_not_in_their_labels_but_below(tmp_pa
 
 @pytest.mark.parametrize("flag, value, said", [
     ("injected_weight", 0.0, "injected × 0"), ("eda_clamp", [0.5, 2], "EDA clamp 0.5–2"),
+    ("eda_clamp", [0.5, 1, 1, 2], "EDA clamp 0.5–1 and 1–2"), ("model", "runs/new/sft-seed3/final", "from sft"),
+    ("guided_probs", [0.5, 0, 0.25, 0.25], "without answers, with prefixes (0.5/0/0.25/0.25)"),
     ("eda_clamp", [], "eda clamp []"), ("eda_grad", True, "gradient through P"), ("eda_grad", False, "no eda grad"),
     ("offload", True, "offload"),
     ("guided_probs", [1, 0, 0], "without answers and references (1/0/0)"), ("group_size", 16, "G = 16"),
