@@ -1,9 +1,9 @@
 """The figures of runs: curves over the steps of training."""
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import UserError
@@ -34,6 +34,7 @@ class Panel:
     title: str
     values: dict[str, list[tuple[int, float, float]]]           # by label: (step, mean, standard error)
     xlabel: str
+    apart: dict[str, list[tuple[int, float, float]]] = field(default_factory=dict)      # points that are on no line
 
 
 def curve(series: list[list[tuple[int, float, float]]], window: int) -> list[tuple[int, float, float]]:
@@ -54,19 +55,23 @@ def panels_of_curves(runs: list[Run], window: int) -> dict[str, list[Panel]]:
     seeds = group(runs, lambda r: r.label)
     figures = defaultdict(list)
 
-    def add(figure: str, title: str, points: Callable[[Run], list], window: int) -> None:
+    def curves(points: Callable[[Run], list], window: int = 1) -> dict[str, list[tuple[int, float, float]]]:
         series = {label: [found for r in alike if (found := points(r))] for label, alike in seeds.items()}
-        if curves := {label: curve(found, window) for label, found in series.items() if found}:
-            figures[figure].append(Panel(title, curves, "step" if window == 1 else f"step (mean of the last {window})"))
+        return {label: curve(found, window) for label, found in series.items() if found}
 
     for task in dict.fromkeys(e["task"] for r in runs for e in r.evals):
-        add("accuracy", f"Held-out accuracy, {Path(task).name}", lambda r: [
-            (e["step"], e["accuracy"], e.get("stderr", 0.0)) for e in r.evals if e["task"] == task], window=1)
+        [(usual, _)] = Counter(e["problems"] for r in runs for e in r.evals if e["task"] == task).most_common(1)
+        lines, apart = (curves(lambda r: [(e["step"], e["accuracy"], e.get("stderr", 0.0)) for e in r.evals if
+                                          e["task"] == task and (e["problems"] == usual) == same])
+                        for same in (True, False))
+        figures["accuracy"].append(Panel(f"Held-out accuracy, {Path(task).name}", lines,
+                                         f"step (line: {usual} problems, rings: all)" if apart else "step", apart))
     for figure, panels in CURVES.items():
         for key, title in panels.items():
-            add(figure, title, lambda r: [
-                (m["step"], m[key], 0.0) for m in r.metrics if key in m
-                and (figure != "corrections" or any(m.get(key) for m in r.metrics))], window)
+            if lines := curves(lambda r: [(m["step"], m[key], 0.0) for m in r.metrics if key in m and (
+                    figure != "corrections" or any(m.get(key) for m in r.metrics))], window):
+                xlabel = f"step (mean of the last {window})" if window > 1 else "step"
+                figures[figure].append(Panel(title, lines, xlabel))
     return figures
 
 
@@ -110,6 +115,8 @@ def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple[str, str
         axis.remove()
     for axis, panel in zip(axes.flat, panels):
         draw_curves(axis, panel.values, style)
+        for label, points in panel.apart.items():
+            axis.errorbar(*zip(*points), fmt="o", color=style[label][0], markerfacecolor="white", markersize=5)
         axis.set_title(panel.title, fontsize=11)
         axis.set_xlabel(panel.xlabel)
         axis.set_axisbelow(True)

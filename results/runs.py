@@ -22,6 +22,7 @@ from results.tables import group
 WORDS = {                                                       # of the flags whose own names are longer or say less
     "temperature": "T = {:g}", "lr": "lr {:g}", "steps": "{} steps", "data": "{}", "model": "{}", "loss": "{} loss",
     "group_size": "G = {}", "kl": "KL × {:g}", "injected_weight": "injected × {:g}", "eda_grad": "gradient through P",
+    "all_wrong_advantage": "A = {:g} where all are wrong",
 }
 SWITCHES = {"correction", "sft", "eda"}                         # what makes a method
 

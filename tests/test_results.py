@@ -367,6 +367,17 @@ def test_the_figures_data(tmp_path):
     assert panel.title == "Seconds per step, updating" and panel.values["GRPO"] == [(1, 1, 0), (2, 1.5, 0)]
 
 
+def test_evaluations_on_other_problems_are_on_no_line(tmp_path):
+    """64 problems between, all at the end: a line through both would jump where nothing happened."""
+    run = make_run(tmp_path / "a", "grpo", 0)
+    lines = [json.loads(line) | dict(problems=64) for line in (run / "evals.jsonl").read_text().splitlines()]
+    lines.append(lines[-1] | dict(step=30, accuracy=0.25, problems=256))
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [panel] = plot.panels_of_curves(runs.read_runs([run]), window=1)["accuracy"]
+    assert [step for step, _, _ in panel.values["GRPO"]] == [10, 20] and panel.xlabel.endswith("64 problems, rings: all)")
+    assert panel.apart == {"GRPO": [(30, 0.25, 0.1)]}
+
+
 def test_a_method_has_one_colour_everywhere():
     names = [name for name, _ in paper.METHODS.values()]
     labels = [*names, *(f"{names[i % 7]}, variant {i}" for i in range(4))]
