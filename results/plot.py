@@ -144,5 +144,6 @@ def draw_curves(axis, curves: dict, style: dict) -> None:
     low, high = axis.get_ylim()
     if high > 20 * max(1, statistics.median(mean for points in curves.values() for _, mean, _ in points)):
         axis.set_yscale("symlog", linthresh=1)                               # a variance after EDA, of first steps
+        low = min(mean for points in curves.values() for _, mean, _ in points) - 0.1
         axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylim(min(-0.01, low), max(0.2, high))
