@@ -142,8 +142,9 @@ class Progress:
                         bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}")
 
     def show(self, line: dict) -> None:
-        text = "".join(f"{short} {line[k]:.2f}, " for k, short in self.shown.items() if line[k] is not None)
-        text, step = f"{text}{line['tokens_per_second']:.0f} tok/s", line["step"]
+        parts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
+        parts += [f"{line['tokens_per_second']:.0f} tok/s"] if line["tokens_per_second"] else []       # SFT: none
+        text, step = ", ".join(parts), line["step"]
         if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)):
             pace = (time.perf_counter() - self.started) / (step - self.first)
             say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
