@@ -57,13 +57,14 @@ def label_runs(runs: list[Run], alone: bool) -> None:
     there is no other method, its name is left out of labels that have another word."""
     named = [[] for _ in runs]
     for flag in dict.fromkeys(flag for r in runs for flag in r.flags if any(flag in other.changed for other in runs)):
-        told = [r.flags.get(flag, f"default {flag}") for r in runs]             # of a run that is older than the flag
-        defaults = [said for said, r in zip(told, runs) if flag not in r.changed]
+        defaults = [r.flags[flag] for r in runs if flag in r.flags.keys() - r.changed]
+        default = defaults[0] if defaults else f"default {flag}"
+        told = [r.flags.get(flag, default) for r in runs]                       # a run may be older than the flag
         [(most, count)] = Counter(told).most_common(1)
-        usual = most if count > len(runs) / 2 else defaults[0] if defaults else None
+        usual = most if count > len(runs) / 2 else default
         for said, r, own in zip(told, runs, named):
             own += [said] if said != usual else []
-            r.usual += [usual] if usual and usual not in defaults else []
+            r.usual += [usual] if usual not in (default, *defaults) else []
     for r, own in zip(runs, named):
         r.label = ", ".join(own if own and alone else [r.method, *own])
 

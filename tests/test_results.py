@@ -317,7 +317,7 @@ def test_the_evidence_is_small_and_every_run_of_it_can_be_compared():
     names = [name for name, _ in paper.METHODS.values()]
     for file in EVIDENCE:
         found = runs.read_runs([file])
-        assert len(found) >= 3 and all(r.scores and r.method in names for r in found), file
+        assert len(found) >= 3 and all(r.scores and r.method.partition(",")[0] in names for r in found), file
     tracked = [p for p in EVIDENCE[0].parent.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert len(tracked) <= 60 and sum(p.stat().st_size for p in tracked) <= 3_000_000
 

@@ -342,6 +342,7 @@ def test_the_final_model_needs_no_room_for_the_last_checkpoint(tmp_path, referen
 def on_terminal(path):
     """The process leads a session on a terminal of its own, and its second step waits for that to be closed."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                        # if the tests run under nohup
     terminal = os.open(path, os.O_RDWR)                                 # the first that it opens is its terminal
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)
