@@ -54,7 +54,7 @@ METHODS = {                      # the rows of the paper's tables, each a set of
     "sft":         dict(correction="none", eda=False, sft=True),
 }
 TINY = dict(                     # what `--profile tiny` overrides of the paper's settings below
-    data="tiny:5-8", steps=100, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
+    data="tiny:5-8", steps=60, questions_per_step=8, lr=1e-4, betas=[0.9, 0.99], max_new_tokens=128,
     correction_tokens=128, micro_batch_tokens=2048, gradient_checkpointing=False, save_every=50, eval_every=10,
     eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"], eval_temperature=0.0, eval_max_new_tokens=160,
     save_tokens=True,

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from data import UserError
+from engine.flags import MAY_CHANGE
 from engine.folder import read_json, read_lines
 from results.paper import METHODS
 from results.tables import group
@@ -25,6 +26,7 @@ WORDS = {                                                       # of the flags w
     "all_wrong_advantage": "A = {:g} where all are wrong",
 }
 SWITCHES = {"correction", "sft", "eda"}                         # what makes a method
+APART = MAY_CHANGE | {"profile", "seed", "method"}              # what makes no other experiment, or stands elsewhere
 
 
 @dataclass
@@ -56,7 +58,9 @@ def label_runs(runs: list[Run], alone: bool) -> None:
     """Label the runs of a method by what differs from the value that most of them have, or else from the default. Where
     there is no other method, its name is left out of labels that have another word."""
     named = [[] for _ in runs]
-    for flag in dict.fromkeys(flag for r in runs for flag in r.flags if any(flag in other.changed for other in runs)):
+    def differs(flag: str) -> bool:
+        return any(flag in r.changed for r in runs) or len({r.flags[flag] for r in runs if flag in r.flags}) > 1
+    for flag in dict.fromkeys(flag for r in runs for flag in r.flags if differs(flag)):
         defaults = [r.flags[flag] for r in runs if flag in r.flags.keys() - r.changed]
         default = defaults[0] if defaults else f"default {flag}"
         told = [r.flags.get(flag, default) for r in runs]                       # a run may be older than the flag
@@ -158,7 +162,7 @@ def make_run(path: Path, content: dict) -> Run:
             model = [part for part in Path(summaries[0]["model"]).parts if part != "checkpoints"]    # RUN/step-100
             run = Run(path, "/".join(model[-2:]), summaries[0]["seed"])
         else:
-            flags = {k: v for k, v in config["flags"].items() if not k.startswith("eval_") and k != "profile"}
+            flags = {k: v for k, v in config["flags"].items() if not k.startswith("eval_") and k not in APART}
             changed = {"model": flags["model"], **config["changed"]}
             said = {flag: words(flag, value) for flag, value in flags.items()}
             run = Run(path, method_name(config["method"], changed), config["seed"], flags["steps"], said,

@@ -218,6 +218,17 @@ def test_what_most_runs_of_a_method_have_is_not_in_their_labels_but_below(tmp_pa
     assert "- EDGE-GRPO, EDGE" not in below and "- EDGE-GRPO: lr 0.0003, T = 1\n" in below
 
 
+def test_a_default_that_has_changed_and_a_flag_that_is_new(tmp_path):
+    """What is no change from the defaults of its time is told all the same; a run without the flag has its default."""
+    paths = [make_run(tmp_path / name, "edge-grpo", seed) for seed, name in enumerate("abcd")]
+    for path, flags in zip(paths, (dict(steps=60), {}, dict(guide="every"), dict(guide="all-wrong"))):
+        config = json.loads((path / "config.json").read_text())
+        config["flags"] |= flags
+        config["changed"] |= flags if "all-wrong" in flags.values() else {}
+        (path / "config.json").write_text(json.dumps(config))
+    assert labels_of(paths) == dict(a="60 steps", b="EDGE-GRPO", c="EDGE-GRPO", d="guide all-wrong")
+
+
 @pytest.mark.parametrize("flag, value, said", [
     ("injected_weight", 0.0, "injected × 0"), ("eda_clamp", [0.5, 2], "EDA clamp 0.5–2"),
     ("eda_clamp", [0.5, 1, 1, 2], "EDA clamp 0.5–1 and 1–2"), ("model", "runs/new/sft-seed3/final", "from sft"),
