@@ -184,7 +184,7 @@ def test_the_tiny_settings_belong_to_the_profile_not_to_the_name():
     tiny, other, paper = (flags_of(*argv.split()) for argv in (
         "--model tiny", "--model runs/X/final --profile tiny", "--model tiny --profile paper"))
     assert replace(other, model="tiny", out=tiny.out, profile="auto") == tiny
-    assert paper.steps == 1000 and paper.data == "deepscaler-hard-1k" and tiny.steps == 100
+    assert paper.steps == 1000 and paper.data == "deepscaler-hard-1k" and tiny.steps == 60
 
 
 def test_references_that_are_not_right_are_told_and_can_be_left_out(policy, tmp_path, capsys):
