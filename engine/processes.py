@@ -62,7 +62,7 @@ def one_error() -> Iterator[None]:
     the others, who may be waiting for us."""
     try:
         yield
-    except BaseException:
+    except BaseException:                           # Ctrl-C and exits as well; whatever it was goes on
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                   timeout=timedelta(seconds=10))

@@ -58,7 +58,7 @@ def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkp
     planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096    # all responses in one block
     measured = measure()
     print(checkpointing, dtype, measured / 2**20, planned / 2**20, {k: v / 2**20 for k, v in plan.items()})
-    assert 0.85 < planned / measured < 1.4             # 1.1 with torch 2.13 and transformers 5.24
+    assert 0.97 < planned / measured < 1.4             # 1.1 with torch 2.13 and transformers 5.24; .94 without activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -96,6 +96,13 @@ def test_a_bar_of_80_columns_can_be_read(monkeypatch, capsys):
         capsys.readouterr()
 
 
+def test_no_speed_where_nothing_is_sampled(capsys):
+    """SFT: not 0 tokens a second, and no division by its time."""
+    for speed in (0.0, 3210.0):
+        console.Progress(1, 0, {"loss": "loss"}).show(dict(step=1, loss=0.5, tokens_per_second=speed))
+        assert ("tok/s" in capsys.readouterr().out) == (speed > 0)
+
+
 def test_ctrl_c_says_that_the_step_is_saved_and_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     assert run(out, prepare=signal_at_step, arguments=(2, [signal.SIGINT])) == 130
