@@ -29,7 +29,7 @@ def conclude(flags) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     (out / "report.md").write_text("\n\n".join([
         f"# {out.name}", f"`python {config['command']}`, commit {config['commit']}",
-        f"{config['device']}, {config['processes']} processes, {config['threads']} threads; {versions}. "
+        f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; {versions}. "
         f"{config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
         f"Flags that differ from the defaults: {changed}.",
         table, *(f"**Warning:** {w}" for w in warned), *(f"![{name}](figures/{name})" for name in figures),
