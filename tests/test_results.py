@@ -1,6 +1,7 @@
 """results/: runs read from folders and from packed files, the tables of the comparison, the data of the figures."""
 import csv
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -321,26 +322,47 @@ def test_a_damaged_packed_file_is_told_in_one_sentence(tmp_path, capsys, damage)
     assert str(file) in said
 
 
-EVIDENCE = sorted((Path(evaluation.__file__).parent / "results").glob("*.jsonl.xz"))
+RESULTS = Path(evaluation.__file__).parent / "results"
+EVIDENCE = sorted(RESULTS.rglob("*.jsonl.xz"))
 
 
 def test_the_evidence_is_small_and_every_run_of_it_can_be_compared():
     names = [name for name, _ in paper.METHODS.values()]
     for file in EVIDENCE:
         found = runs.read_runs([file])
-        assert len(found) >= 3 and all(r.scores and r.method.partition(",")[0] in names for r in found), file
-    tracked = [p for p in EVIDENCE[0].parent.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        trained = [r for r in found if not r.path.name.startswith("before-")]        # that is a model as it was
+        assert len(trained) >= 3 and all(r.method.partition(",")[0] in names for r in trained), file
+        assert all(r.scores for r in found), file
+    tracked = [p for p in RESULTS.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert len(tracked) <= 60 and sum(p.stat().st_size for p in tracked) <= 3_000_000
 
 
 def test_the_packed_evidence_gives_the_numbers_of_the_report():
     """Two rows of the table at T = 0.6 in results/README.md."""
-    axes = EVIDENCE[0].parent / "axes.jsonl.xz"
+    axes = RESULTS / "axes.jsonl.xz"
     table = compare.comparison(runs.read_runs([axes / "T0.6-grpo-*", axes / "T0.6-edge-*"]))
     accuracy, training = cells(table.split("\n\n")[0]), cells(table.split("\n\n")[2])
     for method, expected in (("GRPO", "27.5 ± 13.8"), ("EDGE-GRPO", "40.5 ± 2.5")):
         assert accuracy[method][accuracy["method"].index("5-8 greedy")] == expected
     assert training["EDGE-GRPO"][1:5] == ["0.515 ± 0.012", "0.900 ± 0.007", "0.900 ± 0.007", "12.202 ± 4.697"]
+
+
+def test_the_real_models_table_is_that_of_its_packed_runs():
+    """Every row of the first table in results/smollm2/README.md that belongs to a training run."""
+    text = (RESULTS / "smollm2" / "README.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    told = {(row[0], row[1]): row for row in rows if len(row) == 10 and row[1] in ("1", "2")}
+    names = dict(grpo="GRPO", edge="EDGE-GRPO", sft="SFT goes on") | {"no-answers": "EDGE-GRPO without answers"}
+    for run in runs.read_runs([RESULTS / "smollm2" / "runs.jsonl.xz" / "*-seed?"]):
+        row, [score] = told.pop((names[run.path.name.split("-seed")[0]], str(run.seed))), run.scores.values()
+        accuracy, error, passed = (100 * score[key] for key in ("accuracy", "stderr", "pass@8"))
+        assert row[2:4] == [f"{accuracy:.1f} ± {error:.1f}", f"{passed:.0f}"]
+        mean = {key: f"{statistics.fmean(m[key] for m in run.metrics):.2f}" for key in run.metrics[0] if "variance" in key
+                or "mixed" in key}
+        pairs = [f"{mean[key]} → {mean[key + end]}" for key, end in
+                 (("mixed_groups", "_corrected"), ("advantage_variance", "_eda")) if key in mean]
+        assert row[4:6] == (pairs or ["–", "–"])
+    assert not told
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
