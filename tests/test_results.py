@@ -357,8 +357,8 @@ def test_the_real_models_table_is_that_of_its_packed_runs():
         row, [score] = told.pop((names[run.path.name.split("-seed")[0]], str(run.seed))), run.scores.values()
         accuracy, error, passed = (100 * score[key] for key in ("accuracy", "stderr", "pass@8"))
         assert row[2:4] == [f"{accuracy:.1f} ± {error:.1f}", f"{passed:.0f}"]
-        mean = {key: f"{statistics.fmean(m[key] for m in run.metrics):.2f}" for key in run.metrics[0] if "variance" in key
-                or "mixed" in key}
+        mean = {key: f"{statistics.fmean(m[key] for m in run.metrics):.2f}"
+                for key in run.metrics[0] if key.startswith(("advantage_variance", "mixed"))}
         pairs = [f"{mean[key]} → {mean[key + end]}" for key, end in
                  (("mixed_groups", "_corrected"), ("advantage_variance", "_eda")) if key in mean]
         assert row[4:6] == (pairs or ["–", "–"])
@@ -407,7 +407,8 @@ def test_evaluations_on_other_problems_are_on_no_line(tmp_path):
     lines.append(lines[-1] | dict(step=30, accuracy=0.25, problems=256))
     (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     [panel] = plot.panels_of_curves(runs.read_runs([run]), window=1)["accuracy"]
-    assert [step for step, _, _ in panel.values["GRPO"]] == [10, 20] and panel.xlabel.endswith("64 problems, rings: all)")
+    assert [step for step, _, _ in panel.values["GRPO"]] == [10, 20]
+    assert panel.xlabel.endswith("64 problems, rings: all)")
     assert panel.apart == {"GRPO": [(30, 0.25, 0.1)]}
 
 
