@@ -17,6 +17,7 @@ from data import Problem
 from engine import run
 from engine.processes import stream
 from engine.trainer import Trainer
+from results.metrics import measure
 
 BRANCHES = {"reflect", "answer", "reference"}               # of the paper's GEC
 
@@ -322,6 +323,24 @@ def a_step(trainer, responses, flags, lr, A=None):
         P = eg.response_entropy(trainer, responses, A.shape[1]).requires_grad_(flags.eda_grad)
         A_hat = eg.entropy_driven_advantages(A, P)
     return eg.update(trainer, responses, A_hat, P, flags, lr=lr), (A, A_hat, P)
+
+
+def test_a_disagreement_of_sampler_and_trainer_is_told(policy):
+    """The sampler's numbers stay beside the trainer's; tokens of which it has told nothing take those."""
+    flags = flags_of("--method", "grpo", "--max-new-tokens", "6", "--temperature", "0.7")
+    own = replace(policy, model=copy.deepcopy(policy.model))
+    rows = eg.sample(own, data.load("tiny:5-8")[:1], flags, step=0)
+    eg.grade(own, rows)
+    for r in rows:
+        r.entropies, r.logprobs = [h + 0.5 for h in r.entropies], [logp - 0.25 for logp in r.logprobs]
+    told, rows[0].entropies[0] = [list(r.entropies) for r in rows], math.nan
+    _, (A, A_hat, _) = a_step(trainer_of(own, flags), rows, flags, lr=0.0)
+    assert [r.entropies[1:] for r in rows] == [h[1:] for h in told]
+    assert rows[0].entropies[0] == pytest.approx(told[0][0] - 0.5, abs=1e-4)
+    metrics = measure(rows, rows, A, A_hat, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags)
+    assert metrics["logprob_gap"] == pytest.approx(0.25, abs=1e-4)
+    count = sum(len(r.ids) for r in rows)
+    assert metrics["entropy_gap"] == pytest.approx(0.5 * (count - 1) / count, abs=1e-4)
 
 
 def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None):
