@@ -10,6 +10,7 @@ The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight f
 optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes through
 its own forward (`sample_by_forward`): same distribution, same random streams, less speed.
 """
+import functools
 import gc
 import hashlib
 import inspect
@@ -145,30 +146,80 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)    # on a GPU one kernel instead of six
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding. x (B, S, heads, D); cos, sin (B, S, 1, D)."""
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((-b, a), -1), sin)
+def fused(function):
+    """The function, on a GPU as few kernels (torch.compile): in a decode step of 8 rows each small kernel takes some
+    2 microseconds, however little it does. Where there is no C compiler it runs as written, after a warning."""
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.suppress_errors = True
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *others):
+        return (compiled() if x.is_cuda else function)(x, *others)
+    return run
 
 
-def run_layers(model: nn.Module, ids: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor | None:
-    """ids (B, S), cos and sin of their positions (B or 1, S, 1, D) -> last hidden state (B, S, H), after the last norm.
-    attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) -> (B, S, heads, D), or None to stop there."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: the halves (a, b) of each head become (a cos - b sin, b cos + a sin). x (B, S, heads,
+    D); cos and sin (B, S, 1, D), sin negative in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+@fused
+def rotate_and_store(q, k, v, cos, sin, keys, values, at, position) -> Tensor:
+    """Queries, keys and values of one token a row, (B, 1, heads, D): keys and values go to `position` (B,) of slots
+    `at` (B,) of a layer's cache, keys rotated; returns the rotated queries."""
+    keys[at, :, position] = rotate(k, cos, sin)[:, 0]
+    values[at, :, position] = v[:, 0]
+    return rotate(q, cos, sin)
+
+
+@fused
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its RMS norm."""
+    x = x + y
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
+def join_projections(model: nn.Module) -> list:
+    """Lays each layer's query, key and value matrices side by side in memory, so that one product serves for three: at
+    8 rows that of the few keys takes as long as that of the queries. The parameters become views of the whole: they are
+    no copies, and an update in place is seen. Returns (weight, bias or None) of each layer."""
+    joined = []
+    for layer in model.model.layers:
+        parts, wholes = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"], []
+        for kind in ("weight", "bias"):
+            tensors = [t for t in (getattr(part, kind) for part in parts) if t is not None]
+            wholes.append(torch.cat([t.detach() for t in tensors]) if tensors else None)
+            for tensor, part in zip(tensors, wholes[-1].split([len(t) for t in tensors]) if tensors else ()):
+                tensor.data = part
+        joined.append(wholes)
+    return joined
+
+
+def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Tensor | None:
+    """ids (B, S) -> last hidden state (B, S, H), after the last norm. joined: see join_projections; None: not joined.
+    attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) -> (B, S, heads, D), or None to stop there;
+    the rotation is its part."""
     base = model.model
     x = base.embed_tokens(ids)                                                # (B, S, H)
-    for i, layer in enumerate(base.layers):
-        attn = layer.self_attn
-        h = rms_norm(layer.input_layernorm, x)
-        q, k, v = (proj(h).view(*ids.shape, -1, attn.head_dim) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    h = rms_norm(base.layers[0].input_layernorm, x)
+    norms = [layer.input_layernorm for layer in base.layers[1:]] + [base.norm]          # what comes after each layer
+    for i, (layer, norm) in enumerate(zip(base.layers, norms)):
+        attn, after = layer.self_attn, layer.post_attention_layernorm
+        projections = attn.q_proj, attn.k_proj, attn.v_proj
+        q, k, v = (F.linear(h, *joined[i]).split([proj.out_features for proj in projections], -1) if joined else
+                   (proj(h) for proj in projections))
+        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in (q, k, v))
         if "q_norm" in attn._modules:                                         # Qwen3
             q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
-        q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
         out = attend(i, q, k, v, attn.scaling)
         if out is None:
             return None
-        x = x + attn.o_proj(out.flatten(2))
-        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
-    return rms_norm(base.norm, x)
+        x, h = add_and_norm(x, attn.o_proj(out.flatten(2)), after.weight, after.variance_epsilon)
+        x, h = add_and_norm(x, layer.mlp(h), norm.weight, norm.variance_epsilon)
+    return h
 
 
 # ---- 2. Prefill -----------------------------------------------------------------------------------------------------
@@ -186,6 +237,7 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
         source = torch.tensor([c for c, j in enumerate(chunk) for _ in targets[j]], device=slots.device)
 
         def attend(i, q, k, v, scale):
+            q, k = (rotate(t, slots.cos[None, :width], slots.sin[None, :width]) for t in (q, k))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))                  # (prompts, heads, S, D)
             slots.keys[i][:, :, :width].index_copy_(0, to, k.index_select(0, source))
             slots.values[i][:, :, :width].index_copy_(0, to, v.index_select(0, source))
@@ -193,7 +245,7 @@ def prefill(model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], ta
                 return None
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
-        run_layers(model, ids, slots.cos[None, :width], slots.sin[None, :width], attend)
+        run_layers(model, ids, slots.joined, attend)
 
 
 # ---- 3. Decode ------------------------------------------------------------------------------------------------------
@@ -237,12 +289,11 @@ def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int) -> None:
         valid = torch.zeros_like(beyond, dtype=slots.dtype).masked_fill_(beyond, -torch.inf)[:, None, None]
 
     def attend(i, q, k, v, scale):
-        slots.keys[i][at, :, position] = k[:, 0]
-        slots.values[i][at, :, position] = v[:, 0]
+        q = rotate_and_store(q, k, v, cos, sin, slots.keys[i], slots.values[i], at, position)
         return attention(q, slots.keys[i][:rows], slots.values[i][:rows], valid, scale)
 
     cos, sin = slots.cos[position, None], slots.sin[position, None]
-    hidden = run_layers(model, slots.ids[at, position, None], cos, sin, attend)
+    hidden = run_layers(model, slots.ids[at, position, None], slots.joined, attend)
     ids, logprobs, entropies = rule.draw(mm_wide(hidden[:, 0], model.lm_head.weight.T), slots.uniforms[at, length])
     slots.ids[at, length] = ids                      # a finished row writes behind its end, where nobody reads
     slots.logprobs[at, length], slots.entropies[at, length] = logprobs, entropies
@@ -256,9 +307,10 @@ class Slots:
     """Row i's tokens, keys and values lie in slot i of each tensor, from position 0 on. Live rows are contiguous from
     slot 0, so a step works on `tensor[:rows]`: nothing is concatenated, no finished row computed."""
 
-    def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int, longest: int):
-        """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to."""
-        self.model, self.is_end, self.device, self.longest = model, is_end, is_end.device, longest
+    def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int, longest: int, joined=None):
+        """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to;
+        joined: as run_layers takes it."""
+        self.model, self.is_end, self.device, self.longest, self.joined = model, is_end, is_end.device, longest, joined
         self.dtype = model.model.embed_tokens.weight.dtype
         self.flash = flash_takes(self.device, self.dtype, model.model.layers[0].self_attn.head_dim)
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
@@ -273,6 +325,7 @@ class Slots:
         self.uniforms = torch.zeros(slots, longest + 1, dtype=torch.float64, device=self.device)
         base = model.model
         self.cos, self.sin = (t[0, :, None] for t in base.rotary_emb(base.embed_tokens.weight, self.positions[None]))
+        self.sin = torch.cat((-self.sin[..., :self.sin.shape[-1] // 2], self.sin[..., self.sin.shape[-1] // 2:]), -1)
         self.keys, self.values = [None] * len(base.layers), [None] * len(base.layers)
         self.reserve(slots, capacity)
 
@@ -324,11 +377,19 @@ class Slots:
             for tensor in (*of_rows, *(cache[:, :, :reach] for cache in (*self.keys, *self.values))):
                 tensor.index_copy_(0, to, tensor.index_select(0, source))
 
-    def drop_finished(self) -> None:
-        """Reads the finished rows out and moves rows from the tail into their holes."""
+    def look(self):
+        """The rows' stops and lengths as they are now: a function that waits for them, but for no later step."""
+        state = torch.stack((self.stop, self.length))[:, :len(self.rows)].to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        return lambda: (event and event.synchronize(), state.tolist())[1]
+
+    def drop_finished(self, seen, more: int = 0) -> None:
+        """Reads the finished rows out and moves rows from the tail into their holes. seen: what `look` returned; more:
+        steps that have been asked for since, which may have ended other rows."""
         count = len(self.rows)
-        stop, self.lengths = torch.stack((self.stop[:count], self.length[:count])).tolist()
+        stop, self.lengths = seen()
         done = [slot for slot in range(count) if self.lengths[slot] >= stop[slot]]
+        self.lengths = [min(length + more, max(end, length)) for length, end in zip(self.lengths, stop)]
         if not done:
             return
         at, reach = torch.tensor(done, device=self.device), max(self.lengths[slot] for slot in done)
@@ -448,7 +509,13 @@ class Sampler:
         self.knobs = torch.ones(2, device=model.device)
         self.last_slots: int | None = None                    # of the last cache with fixed addresses
         self.fixed = model.device.type == "cuda"              # fixed addresses and graphs; tests set it on a CPU too
+        self._join()
         self.release()
+
+    def _join(self) -> None:
+        fast = self.model.device.type == "cuda" and has_llama_layers(self.model)
+        self.joined = join_projections(self.model) if fast else None
+        self.weights = [p.data_ptr() for p in self.model.parameters()]
 
     def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int | list[int], temperature: float,
                seed: int | list[int], top_p: float = 1.0) -> list[list[Sample]]:
@@ -521,12 +588,14 @@ class Sampler:
             if self.fixed:
                 steps, live = self.graphs[rule.greedy, rule.nucleus], len(slots.rows)
                 left = max(len(row.prompt) + row.limit - length for row, length in zip(slots.rows, slots.lengths))
-                for _ in range(min(STEPS_PER_LOOK, left)):
+                seen = slots.look()                           # before the steps, so that the GPU does not wait for it
+                for _ in range(count := min(STEPS_PER_LOOK, left)):
                     steps[min(bucket for bucket in steps if bucket >= live)]()
+                slots.drop_finished(seen, count)
             else:
                 slots.make_room(most if waiting else len(slots.rows))
                 decode(self.model, slots, rule, len(slots.rows))
-            slots.drop_finished()
+                slots.drop_finished(slots.look())
 
     def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
         """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full
@@ -536,18 +605,20 @@ class Sampler:
         needed = max(len(row.prompt) + row.limit for row in waiting)
         if not self.fixed:
             return Slots(self.model, self.is_end, wanted, max(len(row.prompt) for row in waiting) + GROWTH, needed)
-        weights = [p.data_ptr() for p in self.model.parameters()]
-        if self.slots is None or self.weights != weights or self.slots.capacity < needed or self.most < wanted:
+        moved = self.weights != [p.data_ptr() for p in self.model.parameters()]
+        if self.slots is None or moved or self.slots.capacity < needed or self.most < wanted:
             if self.slots is not None:
                 needed = max(needed, self.slots.capacity)
                 wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
             self.release()
+            if moved:
+                self._join()
             needed = -(-needed // 128) * 128
             room = tokens_that_fit(self.model, wanted * needed)
             capacity = max(needed, min(CAPACITY, room // wanted // 128 * 128))
             self.last_slots = max(1, min(wanted, room // capacity))
-            self.weights, self.most = weights, wanted if self.last_slots == wanted else math.inf      # no more fit
-            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity)
+            self.most = wanted if self.last_slots == wanted else math.inf                             # no more fit
+            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity, self.joined)
         if (rule.greedy, rule.nucleus) not in self.graphs:
             self.graphs[rule.greedy, rule.nucleus] = record(self.model, self.slots, rule)
         return self.slots
