@@ -147,8 +147,9 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def fused(function):
-    """The function, on a GPU as few kernels (torch.compile): in a decode step of 8 rows each small kernel takes some
-    2 microseconds, however little it does. Where there is no C compiler it runs as written, after a warning."""
+    """The function, but in decode steps on a GPU as few kernels (torch.compile): with one token a row each small kernel
+    takes some 2 microseconds, however little it does. Where there is no C compiler it runs as written, after a warning.
+    The first argument is (B, S, ...); weights come detached, or each change of requires_grad would compile it again."""
     @functools.cache
     def compiled():
         torch._dynamo.config.suppress_errors = True
@@ -156,7 +157,7 @@ def fused(function):
 
     @functools.wraps(function)
     def run(x: Tensor, *others):
-        return (compiled() if x.is_cuda else function)(x, *others)
+        return (compiled() if x.is_cuda and x.shape[1] == 1 else function)(x, *others)
     return run
 
 
@@ -184,18 +185,17 @@ def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 def join_projections(model: nn.Module) -> list:
     """Lays each layer's query, key and value matrices side by side in memory, so that one product serves for three: at
-    8 rows that of the few keys takes as long as that of the queries. The parameters become views of the whole: they are
-    no copies, and an update in place is seen. Returns (weight, bias or None) of each layer."""
-    joined = []
-    for layer in model.model.layers:
-        parts, wholes = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"], []
-        for kind in ("weight", "bias"):
-            tensors = [t for t in (getattr(part, kind) for part in parts) if t is not None]
-            wholes.append(torch.cat([t.detach() for t in tensors]) if tensors else None)
-            for tensor, part in zip(tensors, wholes[-1].split([len(t) for t in tensors]) if tensors else ()):
-                tensor.data = part
-        joined.append(wholes)
-    return joined
+    8 rows that of the few keys takes as long as that of the queries. The parameters become views of the whole: no
+    weight is copied, and an update in place is seen. Returns (weight, bias or None) of each layer."""
+    def join(tensors: list) -> Tensor | None:
+        if tensors[0] is None:
+            return None
+        whole = torch.cat([t.detach() for t in tensors])
+        for tensor, part in zip(tensors, whole.split([len(t) for t in tensors])):
+            tensor.data = part
+        return whole
+    parts = [(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in model.model.layers]
+    return [(join([part.weight for part in of_layer]), join([part.bias for part in of_layer])) for of_layer in parts]
 
 
 def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Tensor | None:
@@ -208,17 +208,16 @@ def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Te
     norms = [layer.input_layernorm for layer in base.layers[1:]] + [base.norm]          # what comes after each layer
     for i, (layer, norm) in enumerate(zip(base.layers, norms)):
         attn, after = layer.self_attn, layer.post_attention_layernorm
-        projections = attn.q_proj, attn.k_proj, attn.v_proj
-        q, k, v = (F.linear(h, *joined[i]).split([proj.out_features for proj in projections], -1) if joined else
-                   (proj(h) for proj in projections))
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in (q, k, v))
+        parts = attn.q_proj, attn.k_proj, attn.v_proj
+        qkv = F.linear(h, *joined[i]).split([p.out_features for p in parts], -1) if joined else [p(h) for p in parts]
+        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv)
         if "q_norm" in attn._modules:                                         # Qwen3
             q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
         out = attend(i, q, k, v, attn.scaling)
         if out is None:
             return None
-        x, h = add_and_norm(x, attn.o_proj(out.flatten(2)), after.weight, after.variance_epsilon)
-        x, h = add_and_norm(x, layer.mlp(h), norm.weight, norm.variance_epsilon)
+        x, h = add_and_norm(x, attn.o_proj(out.flatten(2)), after.weight.detach(), after.variance_epsilon)
+        x, h = add_and_norm(x, layer.mlp(h), norm.weight.detach(), norm.variance_epsilon)
     return h
 
 
@@ -325,7 +324,7 @@ class Slots:
         self.uniforms = torch.zeros(slots, longest + 1, dtype=torch.float64, device=self.device)
         base = model.model
         self.cos, self.sin = (t[0, :, None] for t in base.rotary_emb(base.embed_tokens.weight, self.positions[None]))
-        self.sin = torch.cat((-self.sin[..., :self.sin.shape[-1] // 2], self.sin[..., self.sin.shape[-1] // 2:]), -1)
+        self.sin[..., :self.sin.shape[-1] // 2].neg_()                        # as `rotate` takes it
         self.keys, self.values = [None] * len(base.layers), [None] * len(base.layers)
         self.reserve(slots, capacity)
 
@@ -377,19 +376,11 @@ class Slots:
             for tensor in (*of_rows, *(cache[:, :, :reach] for cache in (*self.keys, *self.values))):
                 tensor.index_copy_(0, to, tensor.index_select(0, source))
 
-    def look(self):
-        """The rows' stops and lengths as they are now: a function that waits for them, but for no later step."""
-        state = torch.stack((self.stop, self.length))[:, :len(self.rows)].to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        return lambda: (event and event.synchronize(), state.tolist())[1]
-
-    def drop_finished(self, seen, more: int = 0) -> None:
-        """Reads the finished rows out and moves rows from the tail into their holes. seen: what `look` returned; more:
-        steps that have been asked for since, which may have ended other rows."""
+    def drop_finished(self) -> None:
+        """Reads the finished rows out and moves rows from the tail into their holes."""
         count = len(self.rows)
-        stop, self.lengths = seen()
+        stop, self.lengths = torch.stack((self.stop[:count], self.length[:count])).tolist()
         done = [slot for slot in range(count) if self.lengths[slot] >= stop[slot]]
-        self.lengths = [min(length + more, max(end, length)) for length, end in zip(self.lengths, stop)]
         if not done:
             return
         at, reach = torch.tensor(done, device=self.device), max(self.lengths[slot] for slot in done)
@@ -513,8 +504,7 @@ class Sampler:
         self.release()
 
     def _join(self) -> None:
-        fast = self.model.device.type == "cuda" and has_llama_layers(self.model)
-        self.joined = join_projections(self.model) if fast else None
+        self.joined = join_projections(self.model) if self.fixed and has_llama_layers(self.model) else None
         self.weights = [p.data_ptr() for p in self.model.parameters()]
 
     def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int | list[int], temperature: float,
@@ -588,14 +578,12 @@ class Sampler:
             if self.fixed:
                 steps, live = self.graphs[rule.greedy, rule.nucleus], len(slots.rows)
                 left = max(len(row.prompt) + row.limit - length for row, length in zip(slots.rows, slots.lengths))
-                seen = slots.look()                           # before the steps, so that the GPU does not wait for it
-                for _ in range(count := min(STEPS_PER_LOOK, left)):
+                for _ in range(min(STEPS_PER_LOOK, left)):
                     steps[min(bucket for bucket in steps if bucket >= live)]()
-                slots.drop_finished(seen, count)
             else:
                 slots.make_room(most if waiting else len(slots.rows))
                 decode(self.model, slots, rule, len(slots.rows))
-                slots.drop_finished(slots.look())
+            slots.drop_finished()
 
     def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
         """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full

@@ -104,11 +104,11 @@ def cpu_seconds(run, *args) -> float:
 
 # ---- what each trick brings: the sampler with that trick replaced by the plain way --------------------------------
 
-def keep_finished(self, seen, more=0):
+def keep_finished(self):
     """Finished rows stay until all are done."""
     self.lengths = self.length[:len(self.rows)].tolist()
     if all(length >= stop for length, stop in zip(self.lengths, self.stop.tolist())):
-        drop_finished(self, self.look())
+        drop_finished(self)
 
 
 def concatenate(self, slots):

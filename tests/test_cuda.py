@@ -78,14 +78,6 @@ def test_samples_fit_the_model_and_come_again(kind):
     assert sampler.graphs is graphs
 
 
-def test_a_model_whose_projections_are_joined_is_saved_whole(tmp_path):
-    model = bf16_model()
-    Sampler(model, set())
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
-    assert all(torch.equal(weight.cpu(), again[name]) for name, weight in model.state_dict().items())
-
-
 @pytest.mark.parametrize("heads, shared, dim", [(28, 4, 128), (12, 2, 128), (32, 8, 64)])
 @pytest.mark.parametrize("rows, length", [(8, 1163), (1, 37)])
 def test_attention_of_prefill_and_training_is_flash_and_not_cudnn(heads, shared, dim, rows, length):

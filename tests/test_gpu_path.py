@@ -84,6 +84,41 @@ def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(monkeypatc
     assert (sampler.last_slots, sampler.slots.capacity) == (slots, capacity)
 
 
+def test_joined_projections_are_the_models_own_and_saved_as_they_were(tmp_path):
+    model = small_policy(torch.bfloat16, tied=False).model
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    x, attn = torch.randn(3, model.config.hidden_size, dtype=torch.bfloat16), model.model.layers[0].self_attn
+    weight, bias = rollout.join_projections(model)[0]
+    for _ in range(2):
+        apart = [part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        assert torch.equal(F.linear(x, weight, bias), torch.cat(apart, 1))
+        with torch.no_grad():
+            attn.k_proj.weight.mul_(2)                                        # as an optimizer does, in place
+    with torch.no_grad():
+        attn.k_proj.weight.div_(4)
+    model.save_pretrained(tmp_path)
+    after = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
+    """Whole, for any number of rows, writing into the cache in place: traced here, but not made into kernels."""
+    def compiled(function):
+        return torch.compile(function.__wrapped__, backend="aot_eager", fullgraph=True)
+    store, add = compiled(rollout.rotate_and_store), compiled(rollout.add_and_norm)
+    with torch.inference_mode():
+        for rows in (8, 4, 1):
+            q, k, v, cos, sin = (torch.randn(rows, 1, heads, 16) for heads in (4, 2, 2, 1, 1))
+            at, position = torch.arange(rows), torch.randint(0, 9, (rows,))
+            caches = [[torch.zeros(8, 9, 2, 16).transpose(1, 2) for _ in range(2)] for _ in range(2)]
+            expected, found = (function(q, k, v, cos, sin, *cache, at, position)
+                               for function, cache in zip((rollout.rotate_and_store, store), caches))
+            assert torch.equal(expected, found) and expected.any()
+            assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*caches))
+            args = torch.randn(rows, 1, 16), torch.randn(rows, 1, 16), torch.randn(16), 1e-6
+            assert all(map(torch.equal, rollout.add_and_norm(*args), add(*args)))
+
+
 def test_cudnn_attention_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

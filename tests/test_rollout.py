@@ -50,12 +50,14 @@ def model_of(name: str):
 
 @pytest.fixture(params=["growing", "fixed"])
 def qwen(request):
-    """(model, make its Sampler): once as on a CPU, once with fixed addresses, buckets and rare looks as on a GPU."""
+    """(model, make its Sampler): once as on a CPU; once as on a GPU, with fixed addresses, buckets, rare looks and
+    projections that are joined."""
     model = model_of("qwen2")
 
     def sampler(*args, **kwargs):
         made = Sampler(model, *args, **kwargs)
         made.fixed = request.param == "fixed"
+        made._join()
         return made
     return model, sampler
 
