@@ -10,8 +10,8 @@ ends each row at its length. Runs alternate in one process; a ratio is always of
 Then each trick of rollout.py is replaced by the plain way. Not worth keeping there: fewer rows at a time so that their
 cache fits the processor's, keys and values side by side in one tensor.
 
-With --device cuda it prints milliseconds a decode step (the difference of two runs, so without prefill), tokens/s, the
-bytes a step must read as a share of what a copy on the device reaches, and the ratio to generate() on the work above.
+With --device cuda it prints milliseconds a decode step (the difference of two runs, so without prefill), and of its
+recorded graph replayed alone (of rows that have ended, at their last length), tokens/s, the bytes a step must read as a share of what a copy on the device reaches, and the ratio to generate() on the work above.
 Without a CUDA device it says so and runs the same code with a tiny model on the CPU, graphs off: no number of that
 means anything.
 """
@@ -233,7 +233,7 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
     bandwidth = copy_bandwidth(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, graphs off, a smoke test: not a measurement"
     print(f"{shape} on {where}; copy {bandwidth / 1e12:.2f} TB/s; context {prompt + short} to {prompt + long}")
-    print("rows  ms/step  tokens/s  share of copy bandwidth  useful tokens/s  generate()  ratio  peak GiB")
+    print("rows  ms/step  replay  tokens/s  share of copy bandwidth  useful tokens/s  generate()  ratio  peak GiB")
     for rows in rows_list:
         sampler = Sampler(model, set())
         sampler.fixed = True
@@ -244,6 +244,10 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         draw(long)                                                            # graphs
         step = (min(draw(long) for _ in range(3)) - min(draw(short) for _ in range(3))) / (long - short)
         share = bytes_a_step(model, rows, prompt + (short + long) // 2) / step / bandwidth
+        [graphs] = sampler.graphs.values()
+        with torch.inference_mode():
+            replay = min(seconds(lambda: ([graphs[rows]() for _ in range(50)], sampler.knobs.tolist()))
+                         for _ in range(3)) / 50
         ragged, lengths = work(shape, max(1, rows // 8), min(rows, 8), long, (prompt // 2, prompt))
         sampler.sample(ragged, min(rows, 8), lengths, 1.0, 0)
         ours = sum(lengths) / seconds(lambda: sampler.sample(ragged, min(rows, 8), lengths, 1.0, 1))
@@ -251,7 +255,7 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         sampler.release()
         run_generate(model, ragged, [2] * len(lengths), 0)
         theirs = sum(lengths) / seconds(lambda: run_generate(model, ragged, lengths, 1))
-        print(f"{rows:4} {1000 * step:8.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} {theirs:11.0f} "
+        print(f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} {theirs:11.0f} "
               f"{ours / theirs:6.2f} {peak:9.1f}")
 
 
