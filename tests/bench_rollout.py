@@ -11,7 +11,8 @@ Then each trick of rollout.py is replaced by the plain way. Not worth keeping th
 cache fits the processor's, keys and values side by side in one tensor.
 
 With --device cuda it prints milliseconds a decode step (the difference of two runs, so without prefill), and of its
-recorded graph replayed alone (of rows that have ended, at their last length), tokens/s, the bytes a step must read as a share of what a copy on the device reaches, and the ratio to generate() on the work above.
+recorded graph replayed alone (of rows that have ended, at their last length), tokens/s, the bytes a step must read as a
+share of what a copy on the device reaches, and the ratio to generate() on the work above.
 Without a CUDA device it says so and runs the same code with a tiny model on the CPU, graphs off: no number of that
 means anything.
 """
@@ -255,8 +256,8 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         sampler.release()
         run_generate(model, ragged, [2] * len(lengths), 0)
         theirs = sum(lengths) / seconds(lambda: run_generate(model, ragged, lengths, 1))
-        print(f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} {theirs:11.0f} "
-              f"{ours / theirs:6.2f} {peak:9.1f}")
+        print(f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} "
+              f"{theirs:11.0f} {ours / theirs:6.2f} {peak:9.1f}")
 
 
 def main() -> None:
