@@ -7,8 +7,9 @@ values of a prompt), decode (one token more for every live row), slots (where ro
 decode step, recorded on a GPU). What each trick in them brings is measured by tests/bench_rollout.py.
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight from the model's own modules: an
-optimizer step is seen at once and no weight is copied. Every other causal language model of transformers goes through
-its own forward (`sample_by_forward`): same distribution, same random streams, less speed.
+optimizer step is seen at the next call, and no weight is copied but, on a GPU, those of queries, keys and values. Every
+other causal language model of transformers goes through its own forward (`sample_by_forward`): same distribution, same
+random streams, less speed.
 """
 import functools
 import gc
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from entropy import mm_wide
 
 # On an H100 torch >= 2.11 gives scaled_dot_product_attention to cuDNN first, here and in the training forward. That
-# builds a plan for each new (rows, length), up to half a second each, kept for ever; in 2.9 it reads out of bounds.
+# builds a plan for each new (rows, length), 0.1 s each on an H200, kept for ever; in 2.9 it reads out of bounds.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)    # rows that a CUDA graph is recorded for
@@ -147,13 +148,16 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def fused(function):
-    """The function, but in decode steps on a GPU as few kernels (torch.compile): with one token a row each small kernel
-    takes some 2 microseconds, however little it does. Where there is no C compiler it runs as written, after a warning.
+    """The function, but for one token a row on a GPU as few kernels (torch.compile): each small kernel takes some 2
+    microseconds, however little it does. Where that cannot be had, for want of a C compiler say, it runs as written.
     The first argument is (B, S, ...); weights come detached, or each change of requires_grad would compile it again."""
     @functools.cache
     def compiled():
-        torch._dynamo.config.suppress_errors = True
-        return torch.compile(function)
+        torch._dynamo.config.suppress_errors, torch._dynamo.config.recompile_limit = True, 64
+        try:
+            return torch.compile(function)
+        except RuntimeError:                                                  # this Python is too new for this torch
+            return function
 
     @functools.wraps(function)
     def run(x: Tensor, *others):
@@ -183,19 +187,18 @@ def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return x, F.rms_norm(x, weight.shape, weight, eps)
 
 
-def join_projections(model: nn.Module) -> list:
-    """Lays each layer's query, key and value matrices side by side in memory, so that one product serves for three: at
-    8 rows that of the few keys takes as long as that of the queries. The parameters become views of the whole: no
-    weight is copied, and an update in place is seen. Returns (weight, bias or None) of each layer."""
-    def join(tensors: list) -> Tensor | None:
-        if tensors[0] is None:
-            return None
-        whole = torch.cat([t.detach() for t in tensors])
-        for tensor, part in zip(tensors, whole.split([len(t) for t in tensors])):
-            tensor.data = part
-        return whole
-    parts = [(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in model.model.layers]
-    return [(join([part.weight for part in of_layer]), join([part.bias for part in of_layer])) for of_layer in parts]
+def join_projections(model: nn.Module, into: list | None = None) -> list | None:
+    """Query, key and value matrices of each layer as one, (weight, bias or None): at 8 rows the product of the few keys
+    takes as long as that of the queries, and one does for all three. None if one is no plain Linear (an adapter). into:
+    what an earlier call returned, to write to."""
+    def join(kind: str, parts: list[nn.Module], out: Tensor | None) -> Tensor | None:
+        tensors = [getattr(part, kind) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors, out=out)
+    layers = [[getattr(layer.self_attn, f"{name}_proj") for name in "qkv"] for layer in model.model.layers]
+    if {type(part) for parts in layers for part in parts} != {nn.Linear}:
+        return None
+    return [(join("weight", parts, weight), join("bias", parts, bias))
+            for parts, (weight, bias) in zip(layers, into or [(None, None)] * len(layers))]
 
 
 def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Tensor | None:
@@ -205,7 +208,7 @@ def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Te
     base = model.model
     x = base.embed_tokens(ids)                                                # (B, S, H)
     h = rms_norm(base.layers[0].input_layernorm, x)
-    norms = [layer.input_layernorm for layer in base.layers[1:]] + [base.norm]          # what comes after each layer
+    norms = [layer.input_layernorm for layer in base.layers][1:] + [base.norm]          # what comes after each layer
     for i, (layer, norm) in enumerate(zip(base.layers, norms)):
         attn, after = layer.self_attn, layer.post_attention_layernorm
         parts = attn.q_proj, attn.k_proj, attn.v_proj
@@ -306,10 +309,11 @@ class Slots:
     """Row i's tokens, keys and values lie in slot i of each tensor, from position 0 on. Live rows are contiguous from
     slot 0, so a step works on `tensor[:rows]`: nothing is concatenated, no finished row computed."""
 
-    def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int, longest: int, joined=None):
+    def __init__(self, model: nn.Module, is_end: Tensor, slots: int, capacity: int, longest: int, join: bool = False):
         """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to;
-        joined: as run_layers takes it."""
-        self.model, self.is_end, self.device, self.longest, self.joined = model, is_end, is_end.device, longest, joined
+        join: run joined projections, made here and in need of `join_projections(model, self.joined)` at each update."""
+        self.model, self.is_end, self.device, self.longest = model, is_end, is_end.device, longest
+        self.joined = join_projections(model) if join else None
         self.dtype = model.model.embed_tokens.weight.dtype
         self.flash = flash_takes(self.device, self.dtype, model.model.layers[0].self_attn.head_dim)
         self.rows: list[Row] = []                                             # the live ones; rows[i] is in slot i
@@ -500,12 +504,7 @@ class Sampler:
         self.knobs = torch.ones(2, device=model.device)
         self.last_slots: int | None = None                    # of the last cache with fixed addresses
         self.fixed = model.device.type == "cuda"              # fixed addresses and graphs; tests set it on a CPU too
-        self._join()
         self.release()
-
-    def _join(self) -> None:
-        self.joined = join_projections(self.model) if self.fixed and has_llama_layers(self.model) else None
-        self.weights = [p.data_ptr() for p in self.model.parameters()]
 
     def sample(self, prompts: list[list[int]], n: int, max_new_tokens: int | list[int], temperature: float,
                seed: int | list[int], top_p: float = 1.0) -> list[list[Sample]]:
@@ -593,20 +592,20 @@ class Sampler:
         needed = max(len(row.prompt) + row.limit for row in waiting)
         if not self.fixed:
             return Slots(self.model, self.is_end, wanted, max(len(row.prompt) for row in waiting) + GROWTH, needed)
-        moved = self.weights != [p.data_ptr() for p in self.model.parameters()]
-        if self.slots is None or moved or self.slots.capacity < needed or self.most < wanted:
+        weights = [p.data_ptr() for p in self.model.parameters()]
+        if self.slots is None or self.weights != weights or self.slots.capacity < needed or self.most < wanted:
             if self.slots is not None:
                 needed = max(needed, self.slots.capacity)
                 wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
             self.release()
-            if moved:
-                self._join()
             needed = -(-needed // 128) * 128
             room = tokens_that_fit(self.model, wanted * needed)
             capacity = max(needed, min(CAPACITY, room // wanted // 128 * 128))
             self.last_slots = max(1, min(wanted, room // capacity))
-            self.most = wanted if self.last_slots == wanted else math.inf                             # no more fit
-            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity, self.joined)
+            self.weights, self.most = weights, wanted if self.last_slots == wanted else math.inf      # no more fit
+            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity, True)
+        elif self.slots.joined:
+            join_projections(self.model, self.slots.joined)
         if (rule.greedy, rule.nucleus) not in self.graphs:
             self.graphs[rule.greedy, rule.nucleus] = record(self.model, self.slots, rule)
         return self.slots

@@ -46,7 +46,7 @@ class Scorer(nn.Module):
         if self.packed:
             model.set_attn_implementation(ROWS)
             for norm in model.modules() if model.device.type == "cuda" else []:
-                if hasattr(norm, "variance_epsilon"):           # one kernel instead of six, and the sampler's rounding
+                if hasattr(norm, "variance_epsilon"):           # one kernel instead of six, as in the sampler
                     norm.forward = functools.partial(rms_norm, norm)
 
     def forward(self, batch: "Batch", temperature: float, vocab_size: int, entropy_grad: bool = False):

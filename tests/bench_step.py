@@ -13,8 +13,8 @@ responses, and only attention sees padding) make the update x 1.4 / 1.5 as fast 
 models outside the Llama family have them (--padded). Each run is a process of its own (the first step warms up and is
 not counted), runs take turns, a ratio is of two neighbours.
 
-On a GPU (or with --rows) it is a step of the paper's run, in the rows of engine/README.md, which says what is expected
-of each: every response has exactly --tokens tokens and is graded wrong, the paper's corrections are made (a quarter of
+On a GPU (or with --rows) it is a step of the paper's run, in the rows of engine/README.md, which says what an H200 took
+for each: every response has exactly --tokens tokens and is graded wrong, the paper's corrections are made (a quarter of
 the rows answered, a quarter referenced, half go on by 256 tokens), and all is trained on. MFU is the share of the GPU's
 dense bf16 peak that 6 (update) or 2 (sampling, scoring) floating-point operations per weight and token make up;
 recomputed activations do not count as work.

@@ -84,21 +84,30 @@ def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(monkeypatc
     assert (sampler.last_slots, sampler.slots.capacity) == (slots, capacity)
 
 
-def test_joined_projections_are_the_models_own_and_saved_as_they_were(tmp_path):
-    model = small_policy(torch.bfloat16, tied=False).model
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    x, attn = torch.randn(3, model.config.hidden_size, dtype=torch.bfloat16), model.model.layers[0].self_attn
-    weight, bias = rollout.join_projections(model)[0]
-    for _ in range(2):
-        apart = [part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        assert torch.equal(F.linear(x, weight, bias), torch.cat(apart, 1))
-        with torch.no_grad():
-            attn.k_proj.weight.mul_(2)                                        # as an optimizer does, in place
+def test_joined_projections_compute_the_same_and_are_told_of_updates():
+    model = small_policy(torch.float32, tied=False).model
+    x, attn = torch.randn(3, model.config.hidden_size), model.model.layers[0].self_attn
     with torch.no_grad():
-        attn.k_proj.weight.div_(4)
-    model.save_pretrained(tmp_path)
-    after = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        joined = rollout.join_projections(model)
+        for _ in range(2):
+            apart = torch.cat([part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj)], 1)
+            assert torch.allclose(F.linear(x, *joined[0]), apart, atol=1e-6)
+            attn.k_proj.weight.mul_(2)                                        # as an optimizer does, in place
+            assert rollout.join_projections(model, joined)[0][0] is joined[0][0]
+
+
+def test_an_adapter_is_not_passed_by():
+    """A projection of another class is called as it is, also where plain ones are joined."""
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+    policy = small_policy(torch.float32, tied=False)
+    for layer in policy.model.model.layers:
+        layer.self_attn.q_proj.__class__ = Adapter
+    samplers = [Sampler(policy.model, set()) for _ in range(2)]
+    samplers[1].fixed = True
+    first, second = ([s.ids for s in sampler.sample([[1, 2, 3]], 4, 20, 1.0, seed=0)[0]] for sampler in samplers)
+    assert first == second and samplers[1].slots.joined is None
 
 
 def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():

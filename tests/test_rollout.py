@@ -57,7 +57,6 @@ def qwen(request):
     def sampler(*args, **kwargs):
         made = Sampler(model, *args, **kwargs)
         made.fixed = request.param == "fixed"
-        made._join()
         return made
     return model, sampler
 
