@@ -351,17 +351,18 @@ def test_the_real_models_table_is_that_of_its_packed_runs():
     """Every row of the first table in results/smollm2/README.md that belongs to a training run."""
     text = (RESULTS / "smollm2" / "README.md").read_text("utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
-    told = {(row[0], row[1]): row for row in rows if len(row) == 10 and row[1] in ("1", "2")}
+    told = {(row[0], row[1]): row for row in rows if len(row) == 11 and row[1] in ("1", "2")}
     names = dict(grpo="GRPO", edge="EDGE-GRPO", sft="SFT goes on") | {"no-answers": "EDGE-GRPO without answers"}
     for run in runs.read_runs([RESULTS / "smollm2" / "runs.jsonl.xz" / "*-seed?"]):
-        row, [score] = told.pop((names[run.path.name.split("-seed")[0]], str(run.seed))), run.scores.values()
-        accuracy, error, passed = (100 * score[key] for key in ("accuracy", "stderr", "pass@8"))
-        assert row[2:4] == [f"{accuracy:.1f} ± {error:.1f}", f"{passed:.0f}"]
+        row = told.pop((names[run.path.name.split("-seed")[0]], str(run.seed)))
+        own, test = run.scores["gsm8k-train", "avg@8 T=0.6"], run.scores["gsm8k", "T=0.1"]
+        percent = [f"{100 * score['accuracy']:.1f} ± {100 * score['stderr']:.1f}" for score in (own, test)]
+        assert row[2:5] == [percent[0], f"{100 * own['pass@8']:.0f}", percent[1]]
         mean = {key: f"{statistics.fmean(m[key] for m in run.metrics):.2f}"
                 for key in run.metrics[0] if key.startswith(("advantage_variance", "mixed"))}
         pairs = [f"{mean[key]} → {mean[key + end]}" for key, end in
                  (("mixed_groups", "_corrected"), ("advantage_variance", "_eda")) if key in mean]
-        assert row[4:6] == (pairs or ["–", "–"])
+        assert row[5:7] == (pairs or ["–", "–"])
     assert not told
 
 
