@@ -96,14 +96,15 @@ def test_joined_projections_compute_the_same_and_are_told_of_updates():
             assert rollout.join_projections(model, joined)[0][0] is joined[0][0]
 
 
-def test_an_adapter_is_not_passed_by():
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_an_adapter_is_not_passed_by(name):
     """A projection of another class is called as it is, also where plain ones are joined."""
     class Adapter(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
     policy = small_policy(torch.float32, tied=False)
     for layer in policy.model.model.layers:
-        layer.self_attn.q_proj.__class__ = Adapter
+        getattr(layer.self_attn, name).__class__ = Adapter
     samplers = [Sampler(policy.model, set()) for _ in range(2)]
     samplers[1].fixed = True
     first, second = ([s.ids for s in sampler.sample([[1, 2, 3]], 4, 20, 1.0, seed=0)[0]] for sampler in samplers)
