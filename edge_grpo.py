@@ -82,13 +82,16 @@ class Flags:
     eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
     eda_clamp: list[float] = flag([], "bounds LO HI of the relative entropy in EDA, or LO HI LO HI for positive and "
                                   "negative advantages apart (default: only a tiny floor)", names="BOUND")
+    eda_rows: str = flag("all", "rows whose advantages EDA divides: all, right, wrong, or not-reference (all but those "
+                         "that a reference replaced)", choices=["all", "right", "wrong", "not-reference"])
     eda_grad: bool = flag(False, "let the gradient flow through each response's own entropy, as the released code does")
     sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
     advantage_std: str = flag("group", "divide advantages by the standard deviation of the group's rewards, of the "
                               "batch's, or not at all (Dr. GRPO)", choices=["group", "batch", "none"])
     all_wrong_advantage: float = flag(0.0, "advantage of the responses of a group without a right one; -1: "
                                       "negative-sample reinforcement", -100, 0)
-    injected_weight: float = flag(1.0, "factor on the loss of injected tokens, which count in |o| all the same", 0)
+    correction_factors: list[float] = flag([1, 1, 1, 1], "factors on the advantages of responses corrected by reflect, "
+                                           "answer, reference, prefix; left out is 1", 0, names="F")
     injected_shaping: float = flag(0.0, "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: "
                                    "trained as if sampled, as in the paper", 0)
     mask_injected: bool = flag(False, "leave injected tokens out of the loss and of all counts in it")
@@ -167,15 +170,16 @@ def parse_flags(argv: list[str]) -> Flags:
          "--guide and --guide-at-most belong to a --correction, which is none: add one, or drop them"),
         (len(clamp) not in (0, 2, 4) or any(not 0 < lo < hi for lo, hi in zip(clamp[::2], clamp[1::2])),
          f"--eda-clamp {' '.join(map(str, clamp))}: needs LO HI or LO HI LO HI with 0 < LO < HI"),
-        ((clamp or flags.eda_grad) and not flags.eda,
-         "--eda-clamp and --eda-grad belong to EDA, which is off: add --eda, or drop them"),
+        ((clamp or flags.eda_grad or flags.eda_rows != "all") and not flags.eda,
+         "--eda-clamp, --eda-rows and --eda-grad belong to EDA, which is off: add --eda, or drop them"),
+        (len(flags.correction_factors) > len(CORRECTIONS), f"--correction-factors: at most {len(CORRECTIONS)}"),
         (flags.eda_grad and (flags.updates_per_rollout > 1 or flags.injected_shaping),
          "--eda-grad is defined where every ratio is 1: set --updates-per-rollout 1 --injected-shaping 0"),
         (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
-        (flags.sft and (flags.correction != "none" or flags.eda or flags.kl or flags.injected_weight != 1
-                        or flags.injected_shaping or flags.mask_injected),
+        (flags.sft and (flags.correction != "none" or flags.eda or flags.kl or flags.injected_shaping
+                        or flags.mask_injected),
          "--sft trains on reference solutions alone: use --correction none --no-eda --kl 0, and drop "
-         "--injected-weight, --injected-shaping and --mask-injected"),
+         "--injected-shaping and --mask-injected"),
         (flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
          "--group-size 1: a group of one has no advantage, so nothing would be learned; give 2 or more"),
         (flags.resume and flags.overwrite, "--resume goes on with a run, --overwrite deletes it: give one of the two"),
@@ -350,6 +354,13 @@ def entropy_driven_advantages(advantages: Tensor, response_entropy: Tensor,
     return advantages / bounded
 
 
+def rows_of_eda(responses: list[Response], flags: Flags) -> Tensor:
+    """(Q, G): whether EDA divides the advantage of each response (--eda-rows)."""
+    of_row = {"all": lambda r: True, "right": lambda r: r.accuracy > 0, "wrong": lambda r: r.accuracy == 0,
+              "not-reference": lambda r: r.correction != "reference"}[flags.eda_rows]
+    return torch.tensor([of_row(r) for r in responses]).view(-1, flags.group_size)
+
+
 # --- Guided Error Correction (GEC) -----------------------------------------------------------------------------------
 
 REFLECT = " Wait! Something is wrong here."
@@ -420,6 +431,13 @@ def corrected_by(name: str, response: Response, policy: engine.Policy, u: float 
     return Response(response.problem, response.prompt, response.ids[:kept] + added,
                     response.injected[:kept] + [True] * len(added), response.logprobs[:kept] + unknown,
                     response.entropies[:kept] + unknown, finished=not correction.goes_on, correction=name)
+
+
+def factors_of_corrections(responses: list[Response], flags: Flags) -> Tensor:
+    """(Q, G): what the advantage of each response is multiplied by (--correction-factors); 1 for untouched ones."""
+    of_correction = dict(zip(CORRECTIONS, flags.correction_factors))
+    factors = [of_correction.get(r.correction, 1.0) for r in responses]
+    return torch.tensor(factors, dtype=torch.float64).view(-1, 1 if flags.sft else flags.group_size)
 
 
 def to_be_corrected(responses: list[Response], flags: Flags) -> list[int]:
@@ -514,8 +532,7 @@ def tokens_of(responses: list[Response], A_hat: Tensor, flags: Flags) -> list[To
     tokens = []
     for i, (r, a) in enumerate(zip(responses, A_hat.flatten().tolist())):
         injected = torch.tensor(r.injected, dtype=torch.float32)
-        weights = torch.tensor([of_row.get(i, 0.0) * c * (flags.injected_weight if x else 1.0)
-                                for c, x in zip(counted[i], r.injected)])
+        weights = torch.tensor([of_row.get(i, 0.0) * c for c in counted[i]])
         tokens.append(Tokens(weights, torch.full_like(weights, a), injected))
     return tokens
 
@@ -583,6 +600,8 @@ def train(flags: Flags) -> int:
             if flags.eda:
                 P = response_entropy(trainer, corrected, flags.group_size).requires_grad_(flags.eda_grad)   # Eq. 3
                 A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None)                       # Eq. 6-7
+                A_hat = torch.where(rows_of_eda(corrected, flags), A_hat, A)
+            A_hat = A_hat * factors_of_corrections(corrected, flags)
             stats = update(trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps))
             metrics = measure(sampled, corrected, A, A_hat, partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats | metrics, readable(policy, responses, corrected, A, A_hat, flags.save_tokens))

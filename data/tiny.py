@@ -33,7 +33,7 @@ VERBS = {
     "*": ["multiplies by"],
 }
 MAX_STEPS = 8
-SIZES = {"train": 2048, "validation": 256, "test": 256}
+SIZES = {"train": 2048, "validation": 256, "test": 2048}
 STYLES = ("full", "terse", "half")
 REFLECT = " Wait! Something is wrong here."     # the paper's reflection phrase; the warm start shows what may follow it
 
