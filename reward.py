@@ -65,7 +65,11 @@ def final_answer(response: str) -> str | None:
     if not closed:
         return None
     _, content, end = closed.pop()
-    while closed and not response[content:closed[-1][0]].strip() and not response[closed[-1][2] + 1:end].strip():
+    while (
+        closed
+        and not response[content : closed[-1][0]].strip()
+        and not response[closed[-1][2] + 1 : end].strip()
+    ):
         _, content, end = closed.pop()
     return response[content:end]
 
@@ -74,12 +78,15 @@ def _texts(gold) -> list[str]:
     """The golds as texts, without their boxes; one of several boxes side by side is also their list."""
     if isinstance(gold, (list, tuple)):
         return [text for one in gold for text in _texts(one)]
-    if gold is None or gold != gold:                      # None, NaN
+    if gold is None or gold != gold:  # None, NaN
         return []
     text = str(gold)
     boxes, last = _boxes(text), final_answer(text)
-    together = [", ".join(text[content:end] for _, content, end in boxes)] if len(boxes) > 1 and all(
-        first[2] < second[0] for first, second in zip(boxes, boxes[1:])) else []
+    together = (
+        [", ".join(text[content:end] for _, content, end in boxes)]
+        if len(boxes) > 1 and all(first[2] < second[0] for first, second in zip(boxes, boxes[1:]))
+        else []
+    )
     return [*together, text if last is None else last]
 
 
@@ -93,7 +100,9 @@ def score(response: str, gold, question: str = "", patience: float = 0.0) -> tup
     answer = (_safely(final_answer, response) or "").strip()
     if not answer:
         return 0.0, 0.0
-    return float(_safely(readable, answer)), float(_safely(_is_right, answer, gold, question, patience))
+    return float(_safely(readable, answer)), float(
+        _safely(_is_right, answer, gold, question, patience)
+    )
 
 
 def _safely(judge, *args):
@@ -124,10 +133,14 @@ def form(text: str) -> str:
 
 def is_echo(answer: str, question: str) -> bool:
     """Whether an answer stands in the question and is longer than a number or a name."""
-    return form(answer) in form(question) and not re.fullmatch(r"-?[\d,]*|\\?[a-zA-Z]+(_.)?", form(answer))
+    return form(answer) in form(question) and not re.fullmatch(
+        r"-?[\d,]*|\\?[a-zA-Z]+(_.)?", form(answer)
+    )
 
 
-def score_all(responses: list[str], golds: list, questions: list[str] | None = None) -> list[tuple[float, float]]:
+def score_all(
+    responses: list[str], golds: list, questions: list[str] | None = None
+) -> list[tuple[float, float]]:
     """score of each pair, in order. Raises ValueError if there are not as many golds (or questions) as responses.
 
     Unlike `score` it waits for a sympy process that gets little processor time, so that a run's rewards do not depend
@@ -135,5 +148,7 @@ def score_all(responses: list[str], golds: list, questions: list[str] | None = N
     """
     questions = [""] * len(responses) if questions is None else questions
     if not len(responses) == len(golds) == len(questions):
-        raise ValueError(f"{len(responses)} responses for {len(golds)} golds and {len(questions)} questions")
+        raise ValueError(
+            f"{len(responses)} responses for {len(golds)} golds and {len(questions)} questions"
+        )
     return [score(*row, sympy_process.PATIENCE) for row in zip(responses, golds, questions)]

@@ -14,6 +14,7 @@ so that reinforcement learning has a behaviour to select.
 At temperature 1 the shipped model guesses at one problem in six of 1 to 3 steps and at nearly all of 5 to 8 steps,
 where one guess in 80 is right by luck and 85% of the groups of 8 are all wrong.
 """
+
 import argparse
 import hashlib
 import random
@@ -22,7 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Problem, UserError
+from data import Problem
+from errors import UserError
 
 MODEL = Path(__file__).parent / "tiny_model"
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Leo", "Eva", "Sam"]
@@ -35,12 +37,15 @@ VERBS = {
 MAX_STEPS = 8
 SIZES = {"train": 2048, "validation": 256, "test": 2048}
 STYLES = ("full", "terse", "half")
-REFLECT = " Wait! Something is wrong here."     # the paper's reflection phrase; the warm start shows what may follow it
+REFLECT = " Wait! Something is wrong here."  # the paper's reflection phrase; the warm start shows what may follow it
 
-Chain = tuple[int, list[tuple[str, int]]]       # the starting number, then (operator, operand) of each step
+Chain = tuple[
+    int, list[tuple[str, int]]
+]  # the starting number, then (operator, operand) of each step
 
 
 # --- Problems --------------------------------------------------------------------------------------------------------
+
 
 def problems(name: str) -> list[Problem]:
     """The problems of `tiny:STEPS[:SPLIT[:STYLE]]`, for example tiny:5-8, tiny:4:test or tiny:5-8:train:half.
@@ -58,17 +63,27 @@ def problems(name: str) -> list[Problem]:
             terse = style == "terse" or style == "half" and len(found) % 2 == 1
             solution = terse_solution(chain) if terse else full_solution(chain)
             answers = (str(results(chain)[-1]),)
-            found.append(Problem(question(chain, rng), answers, solution, f"{name}:{len(found) + 1}"))
+            found.append(
+                Problem(question(chain, rng), answers, solution, f"{name}:{len(found) + 1}")
+            )
     return found
 
 
 def _parts(name: str) -> tuple[range, str, str]:
     match = re.fullmatch(r"tiny:(\d)(?:-(\d))?(?::(\w+))?(?::(\w+))?", name, re.ASCII)
     first, last, split, style = match.groups() if match else ("0", None, None, None)
-    steps, split, style = range(int(first), int(last or first) + 1), split or "train", style or "full"
-    if not (steps and 1 <= steps[0] and steps[-1] <= MAX_STEPS and split in SIZES and style in STYLES):
-        raise UserError(f"{name!r} is not a tiny set: it is tiny:STEPS[:SPLIT[:STYLE]], such as tiny:5-8:test, with "
-                        f"STEPS from 1 to {MAX_STEPS}, SPLIT of {', '.join(SIZES)}, and STYLE of {', '.join(STYLES)}")
+    steps, split, style = (
+        range(int(first), int(last or first) + 1),
+        split or "train",
+        style or "full",
+    )
+    if not (
+        steps and 1 <= steps[0] and steps[-1] <= MAX_STEPS and split in SIZES and style in STYLES
+    ):
+        raise UserError(
+            f"{name!r} is not a tiny set: it is tiny:STEPS[:SPLIT[:STYLE]], such as tiny:5-8:test, with "
+            f"STEPS from 1 to {MAX_STEPS}, SPLIT of {', '.join(SIZES)}, and STYLE of {', '.join(STYLES)}"
+        )
     return steps, split, style
 
 
@@ -79,7 +94,9 @@ def random_chain(rng: random.Random, steps: int) -> Chain:
     for _ in range(steps):
         possible = {"+": value < 99, "-": value > 1, "*": value < 50}
         operator = rng.choice([operator for operator in possible if possible[operator]])
-        low, high = {"+": (1, 99 - value), "-": (1, value - 1), "*": (2, min(9, 99 // value))}[operator]
+        low, high = {"+": (1, 99 - value), "-": (1, value - 1), "*": (2, min(9, 99 // value))}[
+            operator
+        ]
         operand = rng.randint(low, high)
         operations.append((operator, operand))
         value = apply(value, operator, operand)
@@ -98,11 +115,16 @@ def results(chain: Chain) -> list[int]:
 
 def split_of(chain: Chain) -> str:
     """The one split that a chain can be in, whatever the names around it: by its hash, a tenth each is held out."""
-    return {0: "validation", 1: "test"}.get(hashlib.sha256(str(chain).encode()).digest()[0] % 10, "train")
+    return {0: "validation", 1: "test"}.get(
+        hashlib.sha256(str(chain).encode()).digest()[0] % 10, "train"
+    )
 
 
 def question(chain: Chain, rng: random.Random) -> str:
-    steps = [f"({k}) {rng.choice(VERBS[sign])} {operand}." for k, (sign, operand) in enumerate(chain[1], start=1)]
+    steps = [
+        f"({k}) {rng.choice(VERBS[sign])} {operand}."
+        for k, (sign, operand) in enumerate(chain[1], start=1)
+    ]
     return f"{rng.choice(NAMES)} has {chain[0]} {rng.choice(ITEMS)}. {' '.join(steps)} How many?"
 
 
@@ -132,10 +154,14 @@ def final_line(value: int) -> str:
 
 # --- Tokenizer -------------------------------------------------------------------------------------------------------
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]    # padding, begin and end of a turn
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, begin and end of a turn
 WORDS = (
-    [f"({k})" for k in range(1, MAX_STEPS + 1)] + ["\\boxed{", ". ", "How many?"] + NAMES + [" has "]
-    + [f" {item}" for item in ITEMS] + [f" {verb} " for verbs in VERBS.values() for verb in verbs]
+    [f"({k})" for k in range(1, MAX_STEPS + 1)]
+    + ["\\boxed{", ". ", "How many?"]
+    + NAMES
+    + [" has "]
+    + [f" {item}" for item in ITEMS]
+    + [f" {verb} " for verbs in VERBS.values() for verb in verbs]
     + ["The", " answer", " is", "Wait!", " Wait!", " Something", " wrong", " here"]
     + ["After", " verification", " the", " correct"]
 )
@@ -155,11 +181,22 @@ def make_tokenizer():
     """
     from tokenizers import AddedToken, pre_tokenizers
     from transformers import Qwen2Tokenizer
+
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               unk_token=None, chat_template=CHAT_TEMPLATE, model_max_length=512,
-                               clean_up_tokenization_spaces=False)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL], special_tokens=True)
+    tokenizer = Qwen2Tokenizer(
+        vocab=alphabet,
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        special_tokens=True,
+    )
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
     return tokenizer
 
@@ -172,16 +209,28 @@ def prompt_text(question: str) -> str:
 # --- Model and warm start --------------------------------------------------------------------------------------------
 # torch and transformers are imported where they are used, so that loading problems does not wait for them.
 
-STAGES = [(28000, False), (6400, True)]                     # (rows, with guesses?), one after the other
-GUESS_SHARE = [.05, .1, .2, .5, .85, .94, .97, .98]         # of the replies in the last stage, for 1 to 8 steps
-SECOND_ATTEMPTS = .25                                       # share of the rows that show a second attempt
-BATCH, LEARNING_RATE, WARM_UP = 16, 1.5e-3, 50              # rows, of AdamW, steps
+STAGES = [(28000, False), (6400, True)]  # (rows, with guesses?), one after the other
+GUESS_SHARE = [
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    0.85,
+    0.94,
+    0.97,
+    0.98,
+]  # of the replies in the last stage, for 1 to 8 steps
+SECOND_ATTEMPTS = 0.25  # share of the rows that show a second attempt
+BATCH, LEARNING_RATE, WARM_UP = 16, 1.5e-3, 50  # rows, of AdamW, steps
 
 
 def make(folder: Path, seed: int) -> None:
     """Make the tiny model with its tokenizer and save both, in Hugging Face format."""
     import torch
-    torch.set_num_threads(1)          # the order of additions, and so the checkpoint, depends on the number of threads
+
+    torch.set_num_threads(
+        1
+    )  # the order of additions, and so the checkpoint, depends on the number of threads
     tokenizer = make_tokenizer()
     model = make_model(seed, tokenizer)
     warm_start(model, tokenizer, seed)
@@ -193,14 +242,27 @@ def make_model(seed: int, tokenizer):
     """A Qwen2 model of 0.12 million parameters with random weights."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                         tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None, eos_token_id=end,
-                         pad_token_id=pad)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)    # either one ends a sample
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end, pad], pad_token_id=pad
+    )  # either one ends a sample
     return model
 
 
@@ -232,16 +294,20 @@ def training_row(rng: random.Random, guesses: bool) -> list[tuple[str, bool]]:
 
 def tokenized(rows: list[list[tuple[str, bool]]], tokenizer) -> list[tuple[list[int], list[bool]]]:
     """(ids, is it learned?) of each row, both as long as the row."""
-    ids = iter(tokenizer([text for row in rows for text, _ in row], add_special_tokens=False)["input_ids"])
+    ids = iter(
+        tokenizer([text for row in rows for text, _ in row], add_special_tokens=False)["input_ids"]
+    )
     pieces = [[(next(ids), learned) for _, learned in row] for row in rows]
-    return [([i for piece, _ in row for i in piece], [learned for piece, learned in row for _ in piece])
-            for row in pieces]
+    return [
+        ([i for piece, _ in row for i in piece], [learned for piece, learned in row for _ in piece])
+        for row in pieces
+    ]
 
 
 def batches(rows: list, rng: random.Random) -> list[list]:
     """Batches of rows of about equal length, in random order."""
     rows = sorted(rows, key=lambda row: len(row[0]))
-    out = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+    out = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     rng.shuffle(out)
     return out
 
@@ -249,13 +315,20 @@ def batches(rows: list, rng: random.Random) -> list[list]:
 def warm_start(model, tokenizer, seed: int) -> None:
     """Supervised training through STAGES: AdamW, learning rate constant at first, then falling linearly to 0."""
     import torch
+
     todo = []
     for count, guesses in STAGES:
         rng = random.Random(f"{seed} {guesses}")
-        todo += batches(tokenized([training_row(rng, guesses) for _ in range(count)], tokenizer), rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(.9, .99), weight_decay=.01, fused=True)
+        todo += batches(
+            tokenized([training_row(rng, guesses) for _ in range(count)], tokenizer), rng
+        )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     for step, batch in enumerate(tqdm(todo, unit="step")):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP, 2 * (1 - step / len(todo)))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(
+            1, (step + 1) / WARM_UP, 2 * (1 - step / len(todo))
+        )
         row_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -265,17 +338,27 @@ def warm_start(model, tokenizer, seed: int) -> None:
 def row_loss(model, batch: list[tuple[list[int], list[bool]]]):
     """Mean cross-entropy of the learned tokens of a batch."""
     import torch
+
     width = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])                        # (B, T)
-    learned = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])[:, 1:]      # (B, T-1)
-    hidden = model.model(ids[:, :-1]).last_hidden_state[learned]                                   # (learned tokens, H)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])  # (B, T)
+    learned = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])[
+        :, 1:
+    ]  # (B, T-1)
+    hidden = model.model(ids[:, :-1]).last_hidden_state[learned]  # (learned tokens, H)
     return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][learned])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.tiny", description="Make the tiny model.")
-    parser.add_argument("--out", type=Path, default=MODEL, help="the model's folder [data/tiny_model]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the warm start's problems [0]")
+    parser.add_argument(
+        "--out", type=Path, default=MODEL, help="the model's folder [data/tiny_model]"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the weights and of the warm start's problems [0]",
+    )
     flags = parser.parse_args()
     make(flags.out, flags.seed)
 

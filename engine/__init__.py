@@ -13,6 +13,7 @@ folder.py       a folder of results: locked, written whole, its JSON read
 console.py      what is printed, and how an error becomes one sentence
 flags.py        a dataclass of flags as a command line
 """
+
 from engine.models import Policy, load_policy
 
 __all__ = ["Policy", "load_policy"]

@@ -1,4 +1,5 @@
 """A folder that a program writes its results to: one program at a time, nothing half-written, one reader of JSON."""
+
 import fcntl
 import json
 import math
@@ -8,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
-from data import UserError
 from engine.processes import is_main
+from errors import UserError
 
 
 def claim(folder: Path) -> IO:
@@ -18,10 +19,12 @@ def claim(folder: Path) -> IO:
     file = open(folder / ".lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:                                    # any other: a file system without locks
+    except OSError as error:  # any other: a file system without locks
         if isinstance(error, (BlockingIOError, PermissionError)):
-            raise UserError(f"--out {folder}: another process is at work in it; wait until it has ended, or give "
-                            "another --out") from None
+            raise UserError(
+                f"--out {folder}: another process is at work in it; wait until it has ended, or give "
+                "another --out"
+            ) from None
     return file
 
 
@@ -29,13 +32,15 @@ def append(path: Path, rows: Iterable[dict]) -> None:
     """Append rows to a JSONL file, on the main process. JSON has no NaN and no infinities: they become null."""
     if not is_main():
         return
+
     def finite(value: object) -> object:
         value = [finite(v) for v in value] if isinstance(value, list) else value
         return None if isinstance(value, float) and not math.isfinite(value) else value
+
     try:
         with open(path, "a", encoding="utf-8") as f:
             f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
-    except OSError as error:                                    # that of a write does not name the file
+    except OSError as error:  # that of a write does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -45,7 +50,11 @@ def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: typ
     try:
         content, wrong = json.loads(path.read_bytes() if text is None else text), "no JSON object"
         if isinstance(content, dict):
-            wrong = ", ".join(f"no usable {k}" for k, kind in kinds.items() if not isinstance(content.get(k), kind))
+            wrong = ", ".join(
+                f"no usable {k}"
+                for k, kind in kinds.items()
+                if not isinstance(content.get(k), kind)
+            )
     except (ValueError, RecursionError) as error:
         line, wrong = line + getattr(error, "lineno", 1) - 1, "not valid JSON"
     if wrong:
@@ -61,7 +70,9 @@ def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
     except FileNotFoundError:
         whole = b""
     lines = whole.split(b"\n") if whole else []
-    return [read_json(path, text, n, **kinds) for n, text in enumerate(lines, start=1)], len(whole) + bool(whole)
+    return [read_json(path, text, n, **kinds) for n, text in enumerate(lines, start=1)], len(
+        whole
+    ) + bool(whole)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,5 +1,6 @@
 """One process (then nothing is ever gathered), or several under torchrun: all run the same program on the same list of
 rows; `spread` lets each work on its share and gives all of them everything."""
+
 import hashlib
 import os
 import re
@@ -12,9 +13,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from errors import UserError
 
-SMALL_MODEL = 1e7           # parameters; at 4e6 two threads took 17 times as long as one on two busy cores
+SMALL_MODEL = 1e7  # parameters; at 4e6 two threads took 17 times as long as one on two busy cores
 
 
 def start_processes(device: str) -> torch.device:
@@ -23,18 +24,30 @@ def start_processes(device: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: must be auto, cpu, cuda or cuda:N")
     if device.startswith("cuda:") and several:
-        raise UserError(f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun")
+        raise UserError(
+            f"--device {device}: puts every process on the same GPU; take --device cuda under torchrun"
+        )
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    found = torch.device(device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    found = torch.device(
+        device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    )
     if cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
-                        "take --device cpu, or install a CUDA build of torch")
+        raise UserError(
+            f"--device {device}: this machine has no CUDA GPU that torch {torch.__version__} can use; "
+            "take --device cpu, or install a CUDA build of torch"
+        )
     if cuda and found.index >= gpus:
-        raise UserError(f"--device {found}: this machine has {gpus} GPUs; start as many processes (--nproc-per-node)")
+        raise UserError(
+            f"--device {found}: this machine has {gpus} GPUs; start as many processes (--nproc-per-node)"
+        )
     if cuda:
         torch.cuda.set_device(found)
-    if several and not dist.is_initialized():       # two hours: a checkpoint on a slow disk takes its time
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if (
+        several and not dist.is_initialized()
+    ):  # two hours: a checkpoint on a slow disk takes its time
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2)
+        )
     return found
 
 
@@ -62,10 +75,17 @@ def one_error() -> Iterator[None]:
     the others, who may be waiting for us."""
     try:
         yield
-    except BaseException:                           # Ctrl-C and exits as well; whatever it was goes on
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                                  timeout=timedelta(seconds=10))
+    except BaseException:  # Ctrl-C and exits as well; whatever it was goes on
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and int(os.environ["WORLD_SIZE"]) > 1
+        ):
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=10),
+            )
             if store.add("processes that failed", 1) > 1:
                 raise SystemExit(1) from None
         raise
@@ -103,14 +123,16 @@ def spread(items: list, work: Callable[[list], list]) -> list:
     """`work` on this process's share of `items` (every W-th); returns the results of all of them, in order. It takes a
     list, also an empty one, and returns one of the same length."""
     results = [None] * len(items)
-    for r, part in enumerate(gather(work(items[rank()::world_size()]))):
-        results[r::world_size()] = part
+    for r, part in enumerate(gather(work(items[rank() :: world_size()]))):
+        results[r :: world_size()] = part
     return results
 
 
 def stream(*key) -> int:
     """63 bits of `key` alone, for random choices that are the same in any order and on any number of processes."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    )
 
 
 def uniform(*key) -> float:

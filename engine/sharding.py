@@ -1,4 +1,5 @@
 """A model cut over several processes (FSDP2), beside the whole replica that samples. One process needs none of this."""
+
 import copy
 
 import torch
@@ -15,13 +16,15 @@ def shard(model: nn.Module) -> nn.Module:
     """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
     only one is ever whole in fp32. It computes in the model's own dtype and adds up gradients in fp32."""
     param = next(model.parameters())
-    mesh = init_device_mesh(param.device.type, (world_size(),))     # FSDP2's own choice is a GPU whenever there is one
+    mesh = init_device_mesh(
+        param.device.type, (world_size(),)
+    )  # FSDP2's own choice is a GPU whenever there is one
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
     empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
-    scorer = Scorer(copy.deepcopy(model, empty))                    # the same modules, no weights yet
+    scorer = Scorer(copy.deepcopy(model, empty))  # the same modules, no weights yet
     originals = dict(zip(scorer.parameters(), model.parameters()))
     layers = [m for m in scorer.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    del empty                                                       # or it would keep every layer whole
+    del empty  # or it would keep every layer whole
     for module in [*layers, scorer]:
         for p in list(module.parameters()):
             if p in originals:
@@ -40,14 +43,16 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     rows = -(-len(tensor) // world_size())
-    return tensor[rank() * rows:(rank() + 1) * rows]
+    return tensor[rank() * rows : (rank() + 1) * rows]
 
 
 def whole(tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse of `share` (a collective)."""
     if not isinstance(like, DTensor):
         return tensor
-    sharded = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    sharded = DTensor.from_local(
+        tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
     return sharded.full_tensor()
 
 

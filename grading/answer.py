@@ -11,9 +11,11 @@ from grading.words import TEXT
 
 _INTEGER = re.compile(r"-?\d{1,18}")
 _MARKUP = rf"\\(?:{'|'.join(TEXT)}|mathbf)(?![a-z])"
-_CHOICE = re.compile(rf"(?:{_MARKUP}\s*\{{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))"
-                     r"(?:[).:]\s*\}?(?:\\?[ ~]+(?!.*(?:\b(?:or|and|not)\b|[A-J]\)))[^,;]*)?|\}?)",
-                     re.IGNORECASE | re.DOTALL)
+_CHOICE = re.compile(
+    rf"(?:{_MARKUP}\s*\{{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))"
+    r"(?:[).:]\s*\}?(?:\\?[ ~]+(?!.*(?:\b(?:or|and|not)\b|[A-J]\)))[^,;]*)?|\}?)",
+    re.IGNORECASE | re.DOTALL,
+)
 _MONTH = re.compile(r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*")
 _cached_parse = lru_cache(maxsize=2048)(parse)
 
@@ -36,13 +38,23 @@ def _prose(text: str) -> str | None:
 def _same_words(a: str, b: str) -> bool:
     """East and east; C and \\textbf{(C)}\\ 12, if one is nothing but the letter; July 4 and 4 July."""
     left, right = _prose(a), _prose(b)
-    if left and right and (left == right or len(left) > 2 and left.lower() == right.lower() and not (
-            left.isupper() or right.isupper())):
+    if (
+        left
+        and right
+        and (
+            left == right
+            or len(left) > 2
+            and left.lower() == right.lower()
+            and not (left.isupper() or right.isupper())
+        )
+    ):
         return True
     choice, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if choice and other and choice[1] == other[1] and choice[1] in (left, right):
         return True
-    words, words2 = (sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower())) for text in (a, b))
+    words, words2 = (
+        sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower())) for text in (a, b)
+    )
     return words == words2 and len(words) == 2 and bool(_MONTH.fullmatch(words[1]))
 
 
@@ -52,7 +64,11 @@ def same(answer: str, gold: str) -> bool:
         return int(answer) == int(gold)
     if not _squash(answer) or not _squash(gold):
         return False
-    if _squash(answer) == _squash(gold) or max(len(answer), len(gold)) < 500 and _same_words(answer, gold):
+    if (
+        _squash(answer) == _squash(gold)
+        or max(len(answer), len(gold)) < 500
+        and _same_words(answer, gold)
+    ):
         return True
     try:
         left, right = _tree(answer), _tree(gold)

@@ -24,13 +24,30 @@ class Judge:
         if a == b:
             return True
         compare = {
-            "chain": lambda a, b: self.same(settle(a[1][-1]), b),               # sqrt(4) = 2: the last value counts
-            "assign": self.assigned, "residues": self.congruence, "record": self.record,
-            "eq": lambda a, b: b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:]), "region": self.region,
-            "unit": self.unit, "set": self.listed, "list": self.listed, "mat": self.matrix, "tuple": self.tuple,
-            "dots": lambda a, b: False, "percent": self.percent}
-        kinds = ["region" if is_region(node) else "mat" if _as_matrix(node) else node[0] for node in (a, b)]
-        for kind, method in compare.items():              # in this order: the first kind that either has decides
+            "chain": lambda a, b: self.same(
+                settle(a[1][-1]), b
+            ),  # sqrt(4) = 2: the last value counts
+            "assign": self.assigned,
+            "residues": self.congruence,
+            "record": self.record,
+            "eq": lambda a, b: b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:]),
+            "region": self.region,
+            "unit": self.unit,
+            "set": self.listed,
+            "list": self.listed,
+            "mat": self.matrix,
+            "tuple": self.tuple,
+            "dots": lambda a, b: False,
+            "percent": self.percent,
+        }
+        kinds = [
+            "region" if is_region(node) else "mat" if _as_matrix(node) else node[0]
+            for node in (a, b)
+        ]
+        for (
+            kind,
+            method,
+        ) in compare.items():  # in this order: the first kind that either has decides
             if kind in kinds:
                 return method(a, b) if kinds[0] == kind else method(b, a)
         return self.same_expression(a, b)
@@ -41,10 +58,14 @@ class Judge:
     # -- names and statements
     def congruence(self, a, b):
         _, modulus, residues, left = a
-        if b[0] != "residues":                            # 5 mod 7
+        if b[0] != "residues":  # 5 mod 7
             return left is None and len(residues) == 1 and self.same(residues[0], b)
         reduced = [{constant(residue) % modulus for residue in node[2]} for node in (a, b)]
-        return modulus == b[1] and reduced[0] == reduced[1] and (None in (left, b[3]) or self.same(left, b[3]))
+        return (
+            modulus == b[1]
+            and reduced[0] == reduced[1]
+            and (None in (left, b[3]) or self.same(left, b[3]))
+        )
 
     def assigned(self, a, b):
         if b[0] == "assign":
@@ -58,7 +79,9 @@ class Judge:
     def record(self, a, b):
         if b[0] == "record":
             left, right = dict(a[1]), dict(b[1])
-            return left.keys() == right.keys() and all(self.both(left[name], right[name]) for name in left)
+            return left.keys() == right.keys() and all(
+                self.both(left[name], right[name]) for name in left
+            )
         values = tuple(settle(value) for _, value in sorted(a[1], key=str))
         if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
             return self.listed(("list", ",", values), b)  # x_1 = 2, x_2 = 3: roots, in any order
@@ -94,13 +117,19 @@ class Judge:
                 return False
             if once:
                 remaining.remove(partner)
-        return not remaining if once else all(any(self.both(item, other) for item in left) for other in right)
+        return (
+            not remaining
+            if once
+            else all(any(self.both(item, other) for item in left) for other in right)
+        )
 
     def tuple(self, a, b):
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
         if a[3] == b[3] == ":" and (a[1], b[1]) != ("clock", "clock") and num(0) not in a[2] + b[2]:
-            return self.each([("mul", x, b[2][0]) for x in a[2]], [("mul", y, a[2][0]) for y in b[2]])     # 2:3 = 4:6
+            return self.each(
+                [("mul", x, b[2][0]) for x in a[2]], [("mul", y, a[2][0]) for y in b[2]]
+            )  # 2:3 = 4:6
         return (a[1], a[3]) == (b[1], b[3]) and self.each(a[2], b[2])
 
     def matrix(self, a, b):
@@ -111,16 +140,26 @@ class Judge:
 
     def region(self, a, b):
         letters = names(a, b)
-        draws = [{name: _sample(name, attempt, k) for k, name in enumerate(letters)} for attempt in range(6)]
+        draws = [
+            {name: _sample(name, attempt, k) for k, name in enumerate(letters)}
+            for attempt in range(6)
+        ]
         return same_region(a, b, self.evaluator, draws if letters else [{}])
 
     # -- values
     def unit(self, a, b):
         if b[0] != "unit":
-            spelt = ("mul", a[1], ("sym", a[2].partition("^")[0]))      # 5 m, where m could be a letter
-            return self.same(settle(a[1]), b) or " " not in a[2] and bool(names(b)) and self.same_expression(spelt, b)
+            spelt = ("mul", a[1], ("sym", a[2].partition("^")[0]))  # 5 m, where m could be a letter
+            return (
+                self.same(settle(a[1]), b)
+                or " " not in a[2]
+                and bool(names(b))
+                and self.same_expression(spelt, b)
+            )
         factor = ratio(a[2], b[2])
-        return factor is not None and self.same(a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1])
+        return factor is not None and self.same(
+            a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1]
+        )
 
     def percent(self, a, b):
         if b[0] == "percent":
@@ -140,7 +179,11 @@ class Judge:
 
     def same_number(self, a, b):
         try:
-            x, big, scale = self.evaluator.value(a, {}), self.evaluator.rounded, self.evaluator.scale
+            x, big, scale = (
+                self.evaluator.value(a, {}),
+                self.evaluator.rounded,
+                self.evaluator.scale,
+            )
             y, big2 = self.evaluator.value(b, {}), self.evaluator.rounded
         except Undefined:
             return False
@@ -156,9 +199,17 @@ class Judge:
         wanted, self.sampled = (20 if coarse else 12), 0
         for unreal_allowed in [True] if has(both, "i") else [False, True]:
             for attempt in range(4 * wanted):
-                env = {name: _sample(name, attempt, k) for k, name in enumerate(letters) if name[:5] != "text "}
+                env = {
+                    name: _sample(name, attempt, k)
+                    for k, name in enumerate(letters)
+                    if name[:5] != "text "
+                }
                 try:
-                    x, unreal, scale = self.evaluator.value(a, env), self.evaluator.unreal, self.evaluator.scale
+                    x, unreal, scale = (
+                        self.evaluator.value(a, env),
+                        self.evaluator.unreal,
+                        self.evaluator.scale,
+                    )
                     y = self.evaluator.value(b, env)
                 except Undefined:
                     if attempt > 11 and not self.sampled:
@@ -178,8 +229,12 @@ def _sample(name: str, attempt: int, position: int) -> Fraction:
     """A value for a letter: near, farther and far out by turns, of both signs for x, y and z."""
     rng = random.Random(97 * attempt + position)
     if name[0] in _INTEGERS:
-        return Fraction(attempt + 1 if attempt < 3 else rng.randint(*((1, 20), (20, 200), (200, 5000))[attempt % 3]))
-    value = Fraction(rng.randint(300, 3000), 1009) * (1, 12, 12 ** 3)[attempt % 3]
+        return Fraction(
+            attempt + 1
+            if attempt < 3
+            else rng.randint(*((1, 20), (20, 200), (200, 5000))[attempt % 3])
+        )
+    value = Fraction(rng.randint(300, 3000), 1009) * (1, 12, 12**3)[attempt % 3]
     return -value if attempt >> min(position, 2) & 1 and name[0] in "xyz" else value
 
 
@@ -188,12 +243,19 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
     shift, sign, other_digits = 0, 1, other[0] == "num" and (other[2] or other[1].denominator == 1)
     if decimal[0] == "neg":
         sign, decimal = -1, decimal[1]
-    if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)) and abs(constant(decimal[2][2]) or 999) < 400:
+    if (
+        decimal[0] == "mul"
+        and decimal[2][:2] == ("pow", num(10))
+        and abs(constant(decimal[2][2]) or 999) < 400
+    ):
         shift, decimal = int(constant(decimal[2][2])), decimal[1]
     if decimal[0] != "num" or not decimal[2] or other_digits:
         return False
-    scaled, written = sign * lift(value) * mp.mpf(10) ** (decimal[2] - shift), decimal[1] * 10 ** decimal[2]
-    if written < 10 ** 9 or not mp.isfinite(scaled) or scaled.imag:
+    scaled, written = (
+        sign * lift(value) * mp.mpf(10) ** (decimal[2] - shift),
+        decimal[1] * 10 ** decimal[2],
+    )
+    if written < 10**9 or not mp.isfinite(scaled) or scaled.imag:
         return False
     return abs(scaled - lift(written)) <= 1 and abs(scaled - mp.nint(scaled)) > 1e-30
 
@@ -203,7 +265,7 @@ def _as_matrix(node: Node) -> tuple | None:
     if node[0] == "mat":
         return node[1]
     for k in range(1, len(node) if node[0] in ("neg", "mul") else 2 if node[0] == "div" else 0):
-        rows, scalars = _as_matrix(node[k]), node[1:k] + node[k + 1:]
+        rows, scalars = _as_matrix(node[k]), node[1:k] + node[k + 1 :]
         if rows and not has(("list", *scalars), "mat"):
             return tuple(tuple((node[0], cell, *scalars) for cell in row) for row in rows)
     return None

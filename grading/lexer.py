@@ -6,7 +6,8 @@ from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
 from grading.units import UNITS
 from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
 
-_LEX = re.compile(rf"""
+_LEX = re.compile(
+    rf"""
     (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;|\\(?:left|right)(?![A-Za-z])\.?)+)
   | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*\{{\d{{1,50}}\}})
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
@@ -25,18 +26,23 @@ _LEX = re.compile(rf"""
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
   | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
-""", re.VERBOSE | re.ASCII)
-_SIMPLE = {                                               # group -> its one token
+""",
+    re.VERBOSE | re.ASCII,
+)
+_SIMPLE = {  # group -> its one token
     **{name: lambda text, name=name: ("op", name) for name in ("deg", "row", "dots")},
     "clock": lambda text: ("num", re.sub(r"\s", "", text)),
     "based": lambda text: ("num", re.sub(r"[{}()]", "", text)),
     "scientific": lambda text: ("num", text),
     "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
-    "blackboard": lambda text: ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])}
+    "blackboard": lambda text: (
+        ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])
+    ),
+}
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
 _SYSTEMS = ("cases", "aligned", "align", "gathered", "split")
-_BARE_UNITS = set("m s g h L N J W".split())              # 5 m
+_BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
 
 class Lexer:
@@ -87,13 +93,13 @@ class Lexer:
     def comma(self, text, match):
         listed = len(self.tokens) > 1 and self.tokens[-1][1] == "," and self.tokens[-2][0] == "num"
         if ",0" not in text and (self.as_list or self.parens or listed):
-            return self.number(text[:text.index(",")], match)
+            return self.number(text[: text.index(",")], match)
         self.thousands(text, match)
 
     def operator(self, text, match):
         if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
-            return                                        # what aligns, what abbreviates
-        if text == "!=" and self.glued:                   # 5!=120
+            return  # what aligns, what abbreviates
+        if text == "!=" and self.glued:  # 5!=120
             self.add("op", "!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
@@ -105,28 +111,37 @@ class Lexer:
 
     def environment(self, text, match):
         name = "system" if match["name"] in _SYSTEMS else match["name"]
-        self.environments = self.environments + [name] if match["edge"] == "begin" else self.environments[:-1]
+        self.environments = (
+            self.environments + [name] if match["edge"] == "begin" else self.environments[:-1]
+        )
         self.add("op", match["edge"])
         self.add("env", name)
 
     def letters(self, text, match):
-        low, next_char = text.lower(), self.text[match.end():match.end() + 9].lstrip()[:1]
+        low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
         bare = text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if low in WORDS:
             self.add("op", WORDS[low])
-        elif self.in_text:                                # a single letter that is no unit is a variable
+        elif self.in_text:  # a single letter that is no unit is a variable
             variable = len(text) == 1 and not (text in UNITS and self.after_value())
             self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
-        elif self.after_value() and (bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))):
+        elif self.after_value() and (
+            bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))
+        ):
             self.add("text", text)
         elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
         elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
             self.add("fn", found[1])
             self.add("id", found[2])
-        elif text in FUNCTIONS or len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
+        elif (
+            text in FUNCTIONS
+            or len(text) > 3
+            and not text.isupper()
+            and list(text) != sorted(set(text))
+        ):
             self.add(*("fn", FUNCTIONS[text]) if text in FUNCTIONS else ("text", text))
-        else:                                             # short, capitals, or letters in their order: a product
+        else:  # short, capitals, or letters in their order: a product
             for letter in text:
                 self.add("id", letter)
 
@@ -135,7 +150,11 @@ class Lexer:
         if name not in COMMANDS:
             raise Unreadable("unknown command")
         if COMMANDS[name]:
-            self.add(*("text", name) if name in ("Omega", "AA") and self.after_value() else COMMANDS[name])
+            self.add(
+                *("text", name)
+                if name in ("Omega", "AA") and self.after_value()
+                else COMMANDS[name]
+            )
 
     def group(self, text, match):
         r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they spell."""

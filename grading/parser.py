@@ -12,12 +12,17 @@ from grading.words import NUMBERS, PHRASES
 _RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
 _SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
-_APPLIED = set("fghFGHPQ")                                # P(x) is a value of P; n(n+1) is a product
+_APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "system")
 _INFINITY = ("const", "oo")
-_ATOMS = {"pi": ("const", "pi"), "oo": _INFINITY, "empty": ("set", ()), "dots": ("dots",),
-          "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")")}
+_ATOMS = {
+    "pi": ("const", "pi"),
+    "oo": _INFINITY,
+    "empty": ("set", ()),
+    "dots": ("dots",),
+    "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")"),
+}
 _STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
@@ -40,9 +45,11 @@ def number(text: str) -> Node:
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
         places = len(head.partition(".")[2])
-        return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10 ** places))
+        return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10**places))
     mantissa, _, exponent = text.lower().partition("e")
-    node = num(Decimal(mantissa), len(mantissa.partition(".")[2]) or None)     # int() refuses long numerals
+    node = num(
+        Decimal(mantissa), len(mantissa.partition(".")[2]) or None
+    )  # int() refuses long numerals
     return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
 
 
@@ -51,7 +58,7 @@ def _determinant(rows: list[tuple]) -> Node:
         raise Unreadable("determinant")
     if len(rows) == 1:
         return rows[0][0]
-    minors = [_determinant([row[:k] + row[k + 1:] for row in rows[1:]]) for k in range(len(rows))]
+    minors = [_determinant([row[:k] + row[k + 1 :] for row in rows[1:]]) for k in range(len(rows))]
     terms = [("mul", (cell, ("neg", cell))[k % 2], minors[k]) for k, cell in enumerate(rows[0])]
     return reduce(lambda total, term: ("add", total, term), terms)
 
@@ -124,7 +131,11 @@ class Parser:
                 joiner = second
             joiners.add(joiner)
             items.append(self.relation())
-        return items[0] if len(items) == 1 else ("list", "or" if "or" in joiners else ",", tuple(items))
+        return (
+            items[0]
+            if len(items) == 1
+            else ("list", "or" if "or" in joiners else ",", tuple(items))
+        )
 
     def relation(self) -> Node:
         self.accept("~")
@@ -184,13 +195,20 @@ class Parser:
         kind, value, _ = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        return value in _STARTS or value == "|" and not self.bars and (
-            self.depth > 0 or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1:]))
+        return (
+            value in _STARTS
+            or value == "|"
+            and not self.bars
+            and (
+                self.depth > 0
+                or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1 :])
+            )
+        )
 
     def juxtaposed(self, left: Node) -> Node:
         if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
             return ("add", left, self.product())
-        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)        # 2^6 3^5
+        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)  # 2^6 3^5
         if self.peek()[0] == self.peek(-1)[0] == "num" and not powers:
             raise Unreadable("two numbers side by side")
         right = self.power()
@@ -201,8 +219,12 @@ class Parser:
     def unit(self, node: Node) -> Node:
         """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
         names = []
-        while self.peek()[0] == "text" or names and self.is_op("*", "/") and (
-                self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS):
+        while (
+            self.peek()[0] == "text"
+            or names
+            and self.is_op("*", "/")
+            and (self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS)
+        ):
             sign = -1 if self.accept("/") else 1
             self.accept("*")
             name = self.take()[1]
@@ -237,8 +259,10 @@ class Parser:
     # -- atoms
     def argument(self) -> Node:
         kind, value, glued = self.peek()
-        if kind == "num" and value.isdigit() and len(value) > 1:      # \\frac12: the arguments are single digits
-            self.tokens[self.at:self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
+        if (
+            kind == "num" and value.isdigit() and len(value) > 1
+        ):  # \\frac12: the arguments are single digits
+            self.tokens[self.at : self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
         return self.signed(self.atom)
 
     def atom(self) -> Node:
@@ -247,8 +271,14 @@ class Parser:
             return _ATOMS[value]
         if kind in ("num", "id", "text"):
             return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        read = {"(": self.bracket, "[": self.bracket, "{": self.bracket, "{{": self.bracket, "begin": self.matrix,
-                **dict.fromkeys(_BARS, self.bars_group)}.get(value)
+        read = {
+            "(": self.bracket,
+            "[": self.bracket,
+            "{": self.bracket,
+            "{{": self.bracket,
+            "begin": self.matrix,
+            **dict.fromkeys(_BARS, self.bars_group),
+        }.get(value)
         if kind == "fn" or kind == "op" and read:
             return self.nested(self.function if kind == "fn" else read, value)
         raise Unreadable(f"unexpected {value!r}")
@@ -283,7 +313,12 @@ class Parser:
             return ("set", items)
         if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
             return node
-        if node[0] != "list" or node[1] == "or" or opening + closing in ("(]", "[)") and len(items) != 2:
+        if (
+            node[0] != "list"
+            or node[1] == "or"
+            or opening + closing in ("(]", "[)")
+            and len(items) != 2
+        ):
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
 
@@ -311,7 +346,7 @@ class Parser:
         rows = [tuple(row) for row in rows if row]
         if kind not in _MATRICES or not rows or kind != "system" and len(set(map(len, rows))) > 1:
             raise Unreadable("matrix")
-        if kind == "system":                              # of equations
+        if kind == "system":  # of equations
             return ("list", ",", tuple(cell for row in rows for cell in row))
         return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
 
@@ -319,7 +354,7 @@ class Parser:
     def function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             return ("div" if name == "frac" else "binom", self.argument(), self.argument())
-        if name == "int":                                 # \\int{0}{1}{x^2}{x}, see words.py
+        if name == "int":  # \\int{0}{1}{x^2}{x}, see words.py
             (low, high), body = (self.argument(), self.argument()), self.argument()
             return ("int", self.spelt(), low, high, body)
         if name == "sqrt":
@@ -328,7 +363,7 @@ class Parser:
                 index = self.sum()
                 self.expect("]")
             return ("root", self.signed(self.atom), index)
-        if name.startswith("accent"):                     # \\dot{x}, \\overline{AB}: a name
+        if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
             return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
         low = self.atom() if self.accept("_") else None
@@ -345,13 +380,22 @@ class Parser:
         return node if power is None else ("pow", node, power)
 
     def function_arguments(self) -> tuple:
-        if self.is_op("{{", "(", "{", "["):               # max{a, b}
+        if self.is_op("{{", "(", "{", "["):  # max{a, b}
             node = self.nested(self.atom)
-            return node[1] if node[0] == "set" else node[2] if node[0] in ("tuple", "list") else (node,)
+            return (
+                node[1]
+                if node[0] == "set"
+                else node[2]
+                if node[0] in ("tuple", "list")
+                else (node,)
+            )
         negative = self.accept("-")
         node = self.power()
-        while self.starts_atom() and not self.is_op("(") and (
-                self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num"):
+        while (
+            self.starts_atom()
+            and not self.is_op("(")
+            and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num")
+        ):
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
@@ -360,11 +404,19 @@ class Parser:
         if low is None:
             return ("mul", ("sym", name), self.product())
         sign = "to" if name == "lim" else "="
-        if low[0] != "rel" or low[1][1::2] != (sign,) or low[1][0][0] not in ("sym", "const") or (
-                high is None) != (name == "lim"):
+        if (
+            low[0] != "rel"
+            or low[1][1::2] != (sign,)
+            or low[1][0][0] not in ("sym", "const")
+            or (high is None) != (name == "lim")
+        ):
             raise Unreadable("bounds")
         (_, variable), _, start = low[1]
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
-        return ("lim", variable, start, body) if name == "lim" else ("big", name, variable, start, high, body)
+        return (
+            ("lim", variable, start, body)
+            if name == "lim"
+            else ("big", name, variable, start, high, body)
+        )

@@ -5,19 +5,29 @@ from fractions import Fraction
 from grading.tree import Node, Undefined, names, walk
 from grading.value import Evaluator, lift, mp, real
 
-_GRID, _NEAR = 10 ** 60, Fraction(1, 10 ** 50)            # numbers have 60 decimals here; such close ones are equal
-_PROBES = [Fraction(x) for x in ("-1e99", "-1234.5", "-17", "-2.7", "0", "1.9", "23", "4321.5", "1e99")]
+_GRID, _NEAR = (
+    10**60,
+    Fraction(1, 10**50),
+)  # numbers have 60 decimals here; such close ones are equal
+_PROBES = [
+    Fraction(x) for x in ("-1e99", "-1234.5", "-17", "-2.7", "0", "1.9", "23", "4321.5", "1e99")
+]
 
 
 def is_region(node: Node) -> bool:
     """Inequalities, unions and the like, which only sets of reals equal."""
-    return node[0] in ("less", "cup", "cap", "minus") or node[0] == "list" and any(
-        item[0] == "less" for item in node[2])
+    return (
+        node[0] in ("less", "cup", "cap", "minus")
+        or node[0] == "list"
+        and any(item[0] == "less" for item in node[2])
+    )
 
 
 def _bound(node: Node) -> set[str]:
     """The names that the inequalities of a region may bound."""
-    sides = [side for part in walk(node) if part[0] == "less" for pair in part[1] for side in pair[::2]]
+    sides = [
+        side for part in walk(node) if part[0] == "less" for pair in part[1] for side in pair[::2]
+    ]
     return {side[1] for side in sides if side[0] == "sym"} or set(names(*sides))
 
 
@@ -31,8 +41,10 @@ class Region:
         if node == ("sym", self.name) and x is not None:
             return x
         if node not in self.known or x is not None:
-            value = real(self.evaluator.value(node, self.env if x is None else self.env | {self.name: x}))
-            if mp.isfinite(value) and abs(value) > 10 ** 300:
+            value = real(
+                self.evaluator.value(node, self.env if x is None else self.env | {self.name: x})
+            )
+            if mp.isfinite(value) and abs(value) > 10**300:
                 raise Undefined("out of reach")
             rounded = mp.nint(lift(value) * _GRID)
             self.known[node] = Fraction(int(rounded), _GRID) if mp.isfinite(value) else float(value)
@@ -49,7 +61,9 @@ class Region:
             if low < high or low == high and node[1] + node[3] == "[]":
                 return [low, high]
         elif is_region(node) or node[:2] == ("list", "or"):
-            return [x for part in (node[2] if node[0] == "list" else node[1:]) for x in self.ends(part)]
+            return [
+                x for part in (node[2] if node[0] == "list" else node[1:]) for x in self.ends(part)
+            ]
         raise Undefined("no set of reals")
 
     def crossings(self, left: Node, right: Node) -> list:
@@ -64,16 +78,23 @@ class Region:
         kind = node[0]
         if kind == "tuple":
             low, high = map(self.number, node[2])
-            return _holds(low, "<=" if node[1] == "[" else "<", x) and _holds(x, "<=" if node[3] == "]" else "<", high)
+            return _holds(low, "<=" if node[1] == "[" else "<", x) and _holds(
+                x, "<=" if node[3] == "]" else "<", high
+            )
         if kind == "set":
             return any(not _holds(self.number(item), "!=", x) for item in node[1])
         if kind == "less":
             try:
-                return all(_holds(self.number(left, x), sign, self.number(right, x)) for left, sign, right in node[1])
+                return all(
+                    _holds(self.number(left, x), sign, self.number(right, x))
+                    for left, sign, right in node[1]
+                )
             except Undefined:
                 return False
         inside = [self.contains(part, x) for part in (node[2] if kind == "list" else node[1:])]
-        conditions = kind == "list" and node[1] != "or" and all(item[0] == "less" for item in node[2])
+        conditions = (
+            kind == "list" and node[1] != "or" and all(item[0] == "less" for item in node[2])
+        )
         if kind == "minus":
             return inside[0] and not inside[1]
         return all(inside) if conditions or kind == "cap" else any(inside)
@@ -87,7 +108,9 @@ def _holds(left, sign: str, right) -> bool:
 def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bool:
     """draws: values for all letters. Where one is no set of reals, they are not equal."""
     bound, bound2 = _bound(a), _bound(b)
-    candidates = bound & bound2 if bound and bound2 else (bound | bound2) - set(names(b if bound else a))
+    candidates = (
+        bound & bound2 if bound and bound2 else (bound | bound2) - set(names(b if bound else a))
+    )
     if (bound or bound2) and not candidates:
         return False
     compared = 0

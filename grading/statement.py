@@ -75,7 +75,9 @@ def _list(joiner: str, nodes) -> Node:
     distinct = {item[1] for item in named}
     if len(named) == len(items) > 1 and len(distinct) == len(items):
         return ("record", tuple(item[1:] for item in items))
-    if len(distinct) == 1 and (len(named) == len(items) or items[0] == named[0] and len(named) == 1):
+    if len(distinct) == 1 and (
+        len(named) == len(items) or items[0] == named[0] and len(named) == 1
+    ):
         items = [item[2] if item[0] == "assign" else item for item in items]
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
@@ -85,9 +87,16 @@ def is_name(node: Node) -> bool:
     if node[0] == "div":
         return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
     if node[0] == "mul":
-        return all(part[0] in ("sym", "mul") and part[1][0].isupper() or is_name(part) and part[0] == "mul"
-                   for part in node[1:])
-    return node[0] == "sym" and not node[1].startswith("text") or node[0] == "tuple" and all(map(is_name, node[2]))
+        return all(
+            part[0] in ("sym", "mul") and part[1][0].isupper() or is_name(part) and part[0] == "mul"
+            for part in node[1:]
+        )
+    return (
+        node[0] == "sym"
+        and not node[1].startswith("text")
+        or node[0] == "tuple"
+        and all(map(is_name, node[2]))
+    )
 
 
 def _relation(parts: tuple) -> Node:
@@ -100,8 +109,11 @@ def _relation(parts: tuple) -> Node:
     if operators == {"="}:
         return _equation(operands)
     if operators <= _MIRRORED.keys():
-        pairs = [parts[k:k + 3] for k in range(0, len(parts) - 2, 2)]
-        return ("less", tuple((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b) for a, sign, b in pairs))
+        pairs = [parts[k : k + 3] for k in range(0, len(parts) - 2, 2)]
+        return (
+            "less",
+            tuple((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b) for a, sign, b in pairs),
+        )
     (operator, *others), (left, right, *more) = operators, operands
     if others or more or operator == "to" or operator == "in" and not is_name(left):
         raise Unreadable("mixed relations")
@@ -127,7 +139,7 @@ def _equation(operands: tuple) -> Node:
 def named_value(node: Node) -> Node:
     """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it is."""
     if node[:2] == ("tuple", ":") and node[2][0][0] == "sym" and len(node[2]) == 2:
-        return settle(node[2][1])                         # Answer: 5
+        return settle(node[2][1])  # Answer: 5
     if node[0] == "eq" and bool(names(node[1])) != bool(names(node[2])):
         return settle(node[2] if names(node[1]) else node[1])
     return node

@@ -20,11 +20,13 @@ from grading.answer import same
 from grading.tree import Node, Undefined
 from grading.value import Evaluator, Number, mp
 
-CLOCK, MEMORY = 0.7, 900 << 20                            # seconds for one answer; bytes
-START, RESTART = 10.0, 1.0                                # seconds that one answer waits for it to be ready
-PATIENCE = 60.0                                           # seconds more that a caller may wait on a crowded machine
+CLOCK, MEMORY = 0.7, 900 << 20  # seconds for one answer; bytes
+START, RESTART = 10.0, 1.0  # seconds that one answer waits for it to be ready
+PATIENCE = 60.0  # seconds more that a caller may wait on a crowded machine
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PROGRAM = f"import sys; sys.path.insert(0, {_ROOT!r}); from grading.sympy_process import serve; serve()"
+_PROGRAM = (
+    f"import sys; sys.path.insert(0, {_ROOT!r}); from grading.sympy_process import serve; serve()"
+)
 
 
 class Process(subprocess.Popen):
@@ -32,8 +34,13 @@ class Process(subprocess.Popen):
 
     def __init__(self):
         self.pipe, other = Pipe()
-        super().__init__([sys.executable, "-c", _PROGRAM, str(other.fileno())], pass_fds=[other.fileno()],
-                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        super().__init__(
+            [sys.executable, "-c", _PROGRAM, str(other.fileno())],
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         other.close()
         self.ready = False
 
@@ -48,7 +55,7 @@ class Process(subprocess.Popen):
         return json.loads(self.pipe.recv_bytes()) if self.pipe.poll(seconds) else None
 
 
-_lock, _running = threading.Lock(), []                    # at most one process
+_lock, _running = threading.Lock(), []  # at most one process
 
 
 def running() -> Process:
@@ -81,9 +88,9 @@ def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
         wait, reply = RESTART if _running else START, None
         try:
             if not running().starts(wait + patience):
-                return False                              # too late for this answer, not for the next
+                return False  # too late for this answer, not for the next
             reply = running().reply([answer, golds], CLOCK + patience)
-        except (OSError, EOFError):                       # it has ended, or there is no process to be had
+        except (OSError, EOFError):  # it has ended, or there is no process to be had
             pass
         if reply is None:
             end()
@@ -94,20 +101,30 @@ def ask(answer: str, golds: list[str], patience: float = 0.0) -> bool:
 def serve() -> None:
     """The process's program: answers until the other end of the pipe is closed."""
     Evaluator.symbolic = _symbolic
-    for number in (signal.SIGINT, signal.SIGTERM):        # meant for its parent, which may have answers yet to grade
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # meant for its parent, which may have answers yet to grade
         signal.signal(number, signal.SIG_IGN)
     import sympy  # noqa: F401  before the limit and before "ready", so that the clock measures only the work
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     pipe = Connection(int(sys.argv[1]))
-    for text in (r"\sum_{n=0}^{\infty} \frac{1}{n!}", r"\int_0^1 x^2 dx", r"\lim_{x \to 0} \frac{\sin x}{x}"):
-        same(text, "0.5")                                 # so that sympy has loaded what it loads late
+    for text in (
+        r"\sum_{n=0}^{\infty} \frac{1}{n!}",
+        r"\int_0^1 x^2 dx",
+        r"\lim_{x \to 0} \frac{\sin x}{x}",
+    ):
+        same(text, "0.5")  # so that sympy has loaded what it loads late
     pipe.send_bytes(b"ready")
     while True:
         try:
             answer, golds = json.loads(pipe.recv_bytes())
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, CLOCK)       # of processor time: the signal it sends ends this process
+        signal.setitimer(
+            signal.ITIMER_PROF, CLOCK
+        )  # of processor time: the signal it sends ends this process
         pipe.send_bytes(json.dumps(any(same(answer, gold) for gold in golds)).encode())
 
 
@@ -120,15 +137,30 @@ def _symbolic(evaluator: Evaluator, node: Node) -> Number:
     return mp.mpc(re, im) if im else re
 
 
-_CALLED = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling", "ln": "log",
-           "binom": "binomial", "fact": "factorial", "pow": "Pow", "add": "Add", "mul": "Mul", "sum": "Sum",
-           "prod": "Product", "int": "Integral", "lim": "Limit"}
+_CALLED = {
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "abs": "Abs",
+    "ceil": "ceiling",
+    "ln": "log",
+    "binom": "binomial",
+    "fact": "factorial",
+    "pow": "Pow",
+    "add": "Add",
+    "mul": "Mul",
+    "sum": "Sum",
+    "prod": "Product",
+    "int": "Integral",
+    "lim": "Limit",
+}
 _CALLED |= {name: name for name in "floor log sin cos tan cot sec csc sinh cosh exp".split()}
 
 
 def _to_sympy(node: Node, env: dict):
     """The sympy expression of a tree, of nodes and numbers only. env maps names to Fractions and to bound symbols."""
     import sympy
+
     kind, *parts = node
     if kind in ("num", "sym"):
         value = parts[0] if kind == "num" else env[parts[0]]
@@ -138,9 +170,22 @@ def _to_sympy(node: Node, env: dict):
     if kind in ("big", "int", "lim"):
         (kind, name, *bounds), body = (parts if kind == "big" else node)[:-1], node[-1]
         symbol = sympy.Dummy(name, integer=kind in ("sum", "prod") or None)
-        bounds, body = [_to_sympy(bound, env) for bound in bounds], _to_sympy(body, env | {name: symbol})
-        return getattr(sympy, _CALLED[kind])(body, *((symbol, *bounds) if kind == "lim" else [(symbol, *bounds)]))
+        bounds, body = (
+            [_to_sympy(bound, env) for bound in bounds],
+            _to_sympy(body, env | {name: symbol}),
+        )
+        return getattr(sympy, _CALLED[kind])(
+            body, *((symbol, *bounds) if kind == "lim" else [(symbol, *bounds)])
+        )
     args = [_to_sympy(part, env) for part in parts]
     if kind in ("div", "root", "neg"):
-        return -args[0] if kind == "neg" else args[0] / args[1] if kind == "div" else args[0] ** (1 / args[1])
-    return getattr(sympy, _CALLED[kind])(*args)            # KeyError, which has no value: a function not in the table
+        return (
+            -args[0]
+            if kind == "neg"
+            else args[0] / args[1]
+            if kind == "div"
+            else args[0] ** (1 / args[1])
+        )
+    return getattr(sympy, _CALLED[kind])(
+        *args
+    )  # KeyError, which has no value: a function not in the table

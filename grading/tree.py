@@ -10,7 +10,11 @@
 from fractions import Fraction
 
 MAX_TEXT, MAX_TOKENS, MAX_DEPTH, MAX_LIST = 20_000, 2_000, 40, 40  # of one answer
-MAX_DIGITS, MAX_BITS, MAX_STEPS = 10_000, 200_000, 20_000  # of a literal, of an exact number, of one comparison
+MAX_DIGITS, MAX_BITS, MAX_STEPS = (
+    10_000,
+    200_000,
+    20_000,
+)  # of a literal, of an exact number, of one comparison
 
 Node = tuple
 
@@ -55,5 +59,7 @@ def has(node: Node, *kinds: str) -> bool:
 def names(*nodes: Node) -> list[str]:
     """The free letters, sorted."""
     parts = [part for node in nodes for part in walk(node)]
-    bound = {part[2] for part in parts if part[0] == "big"} | {part[1] for part in parts if part[0] in ("int", "lim")}
+    bound = {part[2] for part in parts if part[0] == "big"} | {
+        part[1] for part in parts if part[0] in ("int", "lim")
+    }
     return sorted({part[1] for part in parts if part[0] == "sym"} - bound)

@@ -14,18 +14,34 @@ from grading.tree import MAX_BITS, MAX_STEPS, NeedsSympy, Node, Undefined, num
 
 mp = MPContext()
 mp.dps = 160
-TOLERANCE = mp.mpf("1e-120")                              # relative: numbers closer than that are equal
-CANCELLED = mp.mpf("1e-20")                               # a sum that much smaller than its terms is partly noise
-MAX_EXPONENT, MAX_COMPLEX_EXPONENT, MAX_ANGLE = 4 * 10 ** 12, 100_000, 10 ** 12
+TOLERANCE = mp.mpf("1e-120")  # relative: numbers closer than that are equal
+CANCELLED = mp.mpf("1e-20")  # a sum that much smaller than its terms is partly noise
+MAX_EXPONENT, MAX_COMPLEX_EXPONENT, MAX_ANGLE = 4 * 10**12, 100_000, 10**12
 Number = Fraction | mp.mpf | mp.mpc
 
 _CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}
 _FUNCTIONS = {
-    "exp": mp.exp, "sin": mp.sin, "cos": mp.cos, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh, "arcsin": mp.asin,
-    "arccos": mp.acos, "arctan": mp.atan, "arcsinh": mp.asinh, "arccosh": mp.acosh, "arctanh": mp.atanh,
-    "arccot": lambda x: mp.pi / 2 - mp.atan(x), "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x))}
-_QUOTIENTS = {"tan": (mp.sin, mp.cos), "cot": (mp.cos, mp.sin), "sec": (lambda x: mp.one, mp.cos),
-              "csc": (lambda x: mp.one, mp.sin)}
+    "exp": mp.exp,
+    "sin": mp.sin,
+    "cos": mp.cos,
+    "sinh": mp.sinh,
+    "cosh": mp.cosh,
+    "tanh": mp.tanh,
+    "arcsin": mp.asin,
+    "arccos": mp.acos,
+    "arctan": mp.atan,
+    "arcsinh": mp.asinh,
+    "arccosh": mp.acosh,
+    "arctanh": mp.atanh,
+    "arccot": lambda x: mp.pi / 2 - mp.atan(x),
+    "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x)),
+}
+_QUOTIENTS = {
+    "tan": (mp.sin, mp.cos),
+    "cot": (mp.cos, mp.sin),
+    "sec": (lambda x: mp.one, mp.cos),
+    "csc": (lambda x: mp.one, mp.sin),
+}
 
 
 def lift(value: Number):
@@ -35,7 +51,7 @@ def lift(value: Number):
 
 def size(value):
     """The absolute value. (mpmath's own adds exactly, which huge exponents do not allow.)"""
-    return mp.sqrt(value.real ** 2 + value.imag ** 2) if value.imag else abs(value.real)
+    return mp.sqrt(value.real**2 + value.imag**2) if value.imag else abs(value.real)
 
 
 def is_close(x: Number, y: Number, scale=mp.zero) -> bool:
@@ -82,15 +98,17 @@ class Evaluator:
         self.steps -= 1
         if self.steps < 0:
             raise Undefined("too many steps")
-        value = _OPERATIONS[kind](self, *args) if kind in _OPERATIONS else self.function(kind, *args)
-        value = mp.mpf(value) if isinstance(value, float) else value           # an infinite end of a region
+        value = (
+            _OPERATIONS[kind](self, *args) if kind in _OPERATIONS else self.function(kind, *args)
+        )
+        value = mp.mpf(value) if isinstance(value, float) else value  # an infinite end of a region
         if not isinstance(value, Fraction):
             most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
             if max(abs(part._mpf_[2]) for part in (value.real, value.imag)) > most:
                 raise Undefined("exponent out of reach")
         return value
 
-    def integer(self, node: Node, most: int = 10 ** 6) -> int:
+    def integer(self, node: Node, most: int = 10**6) -> int:
         value = real(self.eval(node))
         if abs(value) <= most and is_close(value, nearest := Fraction(int(mp.nint(lift(value))))):
             return int(nearest)
@@ -107,7 +125,7 @@ class Evaluator:
         return value if _bits(value) <= MAX_BITS else lift(value)
 
     def add(self, a, b):
-        terms = [b]                                       # a long sum leans left: walk down instead of recursing
+        terms = [b]  # a long sum leans left: walk down instead of recursing
         while a[0] == "add":
             a, b = a[1:]
             terms.append(b)
@@ -118,7 +136,11 @@ class Evaluator:
 
     def plus(self, a: Number, b: Number) -> Number:
         total = self.exact(operator.add, a, b)
-        return total if isinstance(total, Fraction) else self.noisy(total, max(size(lift(a)), size(lift(b))))
+        return (
+            total
+            if isinstance(total, Fraction)
+            else self.noisy(total, max(size(lift(a)), size(lift(b))))
+        )
 
     def noisy(self, value, before):
         """Remembers what cancelled if the value is much smaller than what it was made from."""
@@ -135,7 +157,11 @@ class Evaluator:
         return self.exact(operator.truediv, a, b)
 
     def pow(self, a, b):
-        return self.function("exp", b) if a == ("const", "e") else self.power(self.eval(a), self.eval(b))
+        return (
+            self.function("exp", b)
+            if a == ("const", "e")
+            else self.power(self.eval(a), self.eval(b))
+        )
 
     def power(self, a: Number, b: Number) -> Number:
         integer = isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1
@@ -152,17 +178,17 @@ class Evaluator:
         most = MAX_EXPONENT if not a.imag and not b.imag else MAX_COMPLEX_EXPONENT
         if a and mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
             raise Undefined("power out of reach")
-        return a ** b
+        return a**b
 
     def root(self, a, n):
         a, n = self.eval(a), self.eval(n)
         if isinstance(n, Fraction) and n % 2 == 1 and not lift(a).imag and lift(a).real < 0:
-            return -self.power(-a, 1 / n)                 # the cube root of -8 is -2
+            return -self.power(-a, 1 / n)  # the cube root of -8 is -2
         return self.power(a, self.over(Fraction(1), n))
 
     # -- functions
     def function(self, name, node):
-        degrees, self.degree = self.degree, True          # sin 30^\circ is a half in any reading
+        degrees, self.degree = self.degree, True  # sin 30^\circ is a half in any reading
         x = lift(self.eval(node))
         self.degree = degrees
         self.steps -= 20
@@ -184,10 +210,12 @@ class Evaluator:
 
     def floor(self, a):
         value = lift(real(self.eval(a)))
-        if not abs(value) < 10 ** 40:
+        if not abs(value) < 10**40:
             raise Undefined("floor")
         nearest = mp.nint(value)
-        return Fraction(int(nearest if abs(value - nearest) < 1e-30 else mp.floor(value)))  # floor(log2 8) is 3
+        return Fraction(
+            int(nearest if abs(value - nearest) < 1e-30 else mp.floor(value))
+        )  # floor(log2 8) is 3
 
     def fact(self, a):
         n = self.integer(a)
@@ -203,7 +231,10 @@ class Evaluator:
 
     def big(self, kind, name, low, high, body):
         """A sum or a product, term by term if that is not too long."""
-        start, end = self.integer(low, 10 ** 12), high != ("const", "oo") and self.integer(high, 10 ** 12)
+        start, end = (
+            self.integer(low, 10**12),
+            high != ("const", "oo") and self.integer(high, 10**12),
+        )
         if end is False or (end - start) * 3 > (self.steps // 8 if self.env else self.steps):
             if self.env:
                 raise Undefined("too long a sum")
@@ -232,12 +263,15 @@ _OPERATIONS = {
     "deg": lambda self, a: self.times(self.eval(a), mp.pi / 180) if self.degree else self.eval(a),
     "lg": lambda self, a: self.over(self.ln(a), mp.ln(10)),
     "log": lambda self, a: self.over(self.ln(a), mp.ln(10)) if self.decimal_log else self.ln(a),
-    "abs": lambda self, a: abs(value) if isinstance(value := self.eval(a), Fraction) else size(value),
+    "abs": lambda self, a: (
+        abs(value) if isinstance(value := self.eval(a), Fraction) else size(value)
+    ),
     "ceil": lambda self, a: -self.floor(("neg", a)),
-    "gcd": lambda self, *args: Fraction(gcd(*[self.integer(arg, 10 ** 30) for arg in args])),
-    "lcm": lambda self, *args: Fraction(lcm(*[self.integer(arg, 10 ** 30) for arg in args])),
+    "gcd": lambda self, *args: Fraction(gcd(*[self.integer(arg, 10**30) for arg in args])),
+    "lcm": lambda self, *args: Fraction(lcm(*[self.integer(arg, 10**30) for arg in args])),
     "min": lambda self, *args: min((real(self.eval(arg)) for arg in args), key=lift),
     "max": lambda self, *args: max((real(self.eval(arg)) for arg in args), key=lift),
     "int": lambda self, *node: self.symbolic(("int", *node)),
     "lim": lambda self, *node: self.symbolic(("lim", *node)),
-    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact binom big".split()}}
+    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact binom big".split()},
+}

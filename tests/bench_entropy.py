@@ -17,6 +17,7 @@ loss beforehand, so it fits only one update per rollout with entropies known by 
 in blocks and add up the weight's gradient in fp32. It took 9.1 s where this took 9.3 (hidden size 256,
 blocks of 256 tokens), with 5 times the memory.
 """
+
 import argparse
 import json
 import resource
@@ -31,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from entropy import logprob_entropy  # noqa: E402
 
-MIB = 2 ** 20
+MIB = 2**20
 
 
 def naive(hidden, weight, targets, temperature):
@@ -45,6 +46,7 @@ def naive(hidden, weight, targets, temperature):
 def trl_logits(hidden, weight, targets, temperature):
     """TRL's functions on whole logits: log-probabilities row by row, entropies 128 rows at a time."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
+
     logits = (hidden @ weight.T)[None]
     logp, entropy = selective_log_softmax_and_entropy(logits, targets[None], False, temperature)
     return logp[0], entropy[0]
@@ -54,18 +56,35 @@ def trl_chunked(hidden, weight, targets, temperature):
     """TRL's own autograd.Function that never holds the logits, as its GRPOTrainer calls it."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, None,
-                                        1.0, ("log_probs", "entropy"))[:2]
+
+    return ChunkedLogProbFunction.apply(
+        hidden,
+        weight,
+        None,
+        targets,
+        temperature,
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("log_probs", "entropy"),
+    )[:2]
 
 
-VARIANTS = {"naive": naive, "trl, whole logits": trl_logits, "trl, chunked": trl_chunked, "entropy.py": logprob_entropy}
+VARIANTS = {
+    "naive": naive,
+    "trl, whole logits": trl_logits,
+    "trl, chunked": trl_chunked,
+    "entropy.py": logprob_entropy,
+}
 
 
 def peak(device: str) -> int:
     """Bytes: the highest that was ever in use."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def clock(device: str) -> float:
@@ -78,15 +97,17 @@ def clock(device: str) -> float:
 def measure(variant: str, tokens: int, hidden: int, vocab: int, device: str, dtype: str) -> dict:
     """One variant in this process: seconds (CPU time on a CPU) and extra bytes of a forward and backward pass."""
     if variant.startswith("trl"):
-        import trl.kernels, trl.trainer.utils       # noqa: E401, F401  takes seconds, which are not the variant's
+        import trl.kernels  # noqa: E401, F401  takes seconds, which are not the variant's
     torch.manual_seed(0)
     make = dict(device=device, dtype=getattr(torch, dtype), requires_grad=True)
     x = torch.randn(tokens, hidden, **make)
     weight = torch.empty(vocab, hidden, **make)
     with torch.no_grad():
-        weight.normal_(std=2 / hidden ** 0.5)
+        weight.normal_(std=2 / hidden**0.5)
     targets, g = torch.randint(vocab, (tokens,), device=device), torch.randn(tokens, device=device)
-    for n in (8, tokens)[device != "cuda":]:        # a GPU's first call loads kernels; a CPU's would hide in the peak
+    for n in (8, tokens)[
+        device != "cuda" :
+    ]:  # a GPU's first call loads kernels; a CPU's would hide in the peak
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before, start = peak(device), clock(device)
@@ -98,14 +119,18 @@ def measure(variant: str, tokens: int, hidden: int, vocab: int, device: str, dty
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--one", choices=VARIANTS, help="measure one variant here and print it as JSON")
+    parser.add_argument(
+        "--one", choices=VARIANTS, help="measure one variant here and print it as JSON"
+    )
     args = parser.parse_args()
     sizes = args.tokens, args.hidden, args.vocab, args.device, args.dtype
     if args.one:
@@ -114,6 +139,7 @@ def main() -> None:
     names = list(VARIANTS)
     try:
         import trl
+
         print(f"torch {torch.__version__}, trl {trl.__version__}")
     except ImportError:
         names = ["naive", "entropy.py"]
@@ -122,7 +148,11 @@ def main() -> None:
     runs = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            out = subprocess.run([sys.executable, __file__, "--one", name, *flags], stdout=subprocess.PIPE, check=True)
+            out = subprocess.run(
+                [sys.executable, __file__, "--one", name, *flags],
+                stdout=subprocess.PIPE,
+                check=True,
+            )
             runs[name].append(json.loads(out.stdout.splitlines()[-1]))
     report(runs, args)
 
@@ -130,16 +160,24 @@ def main() -> None:
 def report(runs: dict, args) -> None:
     size = torch.finfo(getattr(torch, args.dtype)).bits // 8
     gradients = (args.vocab + args.tokens) * args.hidden * size
-    print(f"{args.tokens} tokens x {args.vocab} vocabulary, hidden {args.hidden}, {args.dtype}, {args.device}, "
-          f"{args.rounds} rounds, {torch.get_num_threads()} threads; gradients of {gradients / MIB:.0f} MiB")
-    print(f"{'':20}{'seconds':>9}{'speed':>8}{'extra MiB':>11}{'less':>8}{'largest difference':>20}")
+    print(
+        f"{args.tokens} tokens x {args.vocab} vocabulary, hidden {args.hidden}, {args.dtype}, {args.device}, "
+        f"{args.rounds} rounds, {torch.get_num_threads()} threads; gradients of {gradients / MIB:.0f} MiB"
+    )
+    print(
+        f"{'':20}{'seconds':>9}{'speed':>8}{'extra MiB':>11}{'less':>8}{'largest difference':>20}"
+    )
     base = runs["naive"]
     for name, mine in runs.items():
         speed = statistics.median(b["seconds"] / m["seconds"] for b, m in zip(base, mine))
-        extra, base_extra = (statistics.median(r["extra"] for r in rs) - gradients for rs in (mine, base))
+        extra, base_extra = (
+            statistics.median(r["extra"] for r in rs) - gradients for rs in (mine, base)
+        )
         off = max(abs(a / b - 1) for a, b in zip(mine[0]["sums"], base[0]["sums"]))
-        print(f"{name:20}{statistics.median(r['seconds'] for r in mine):9.2f}{speed:7.2f}x{extra / MIB:11.0f}"
-              f"{base_extra / extra:7.1f}x{off:20.1e}")
+        print(
+            f"{name:20}{statistics.median(r['seconds'] for r in mine):9.2f}{speed:7.2f}x{extra / MIB:11.0f}"
+            f"{base_extra / extra:7.1f}x{off:20.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import reward  # noqa: E402
 from test_grading import fuzz  # noqa: E402
 from test_reward import SHARED, benchmarks, box, pairs  # noqa: E402
+
+import reward  # noqa: E402
 
 
 def measure(name: str, cases: list[tuple[str, object, bool]]) -> None:
@@ -28,16 +29,24 @@ def measure(name: str, cases: list[tuple[str, object, bool]]) -> None:
         seconds.append(time.perf_counter() - started)
         right[expected].append(verdict == expected)
     seconds.sort()
-    shares = "   ".join(f"{label} {sum(hits)}/{len(hits)} right ({sum(hits) / max(len(hits), 1):.1%})"
-                        for label, hits in (("equal", right[True]), ("different", right[False])))
+    shares = "   ".join(
+        f"{label} {sum(hits)}/{len(hits)} right ({sum(hits) / max(len(hits), 1):.1%})"
+        for label, hits in (("equal", right[True]), ("different", right[False]))
+    )
     median, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
-    print(f"{name:8} {shares}   median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   "
-          f"slowest {seconds[-1] * 1e3:.0f} ms")
+    print(
+        f"{name:8} {shares}   median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   "
+        f"slowest {seconds[-1] * 1e3:.0f} ms"
+    )
 
 
 def shared_cases(name: str) -> list[tuple[str, object, bool]]:
     rows = [json.loads(line) for line in (SHARED / "graders" / name).read_text().splitlines()]
-    return [(row["response"], row["gold"], row["expected"]) for row in rows if row["expected"] != "either"]
+    return [
+        (row["response"], row["gold"], row["expected"])
+        for row in rows
+        if row["expected"] != "either"
+    ]
 
 
 def quoted(question: str) -> list[str]:
@@ -45,25 +54,40 @@ def quoted(question: str) -> list[str]:
     found = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", question, re.DOTALL)
     formulas = ["".join(groups).strip(" .,\n") for groups in found]
     sides = [side.strip() for formula in formulas for side in formula.split("=")]
-    return [text for text in dict.fromkeys(formulas + sides) if len(text) < 300 and not re.fullmatch(
-        r"-?[\d.,]*|\\?[a-zA-Z]+(_.)?", text)]
+    return [
+        text
+        for text in dict.fromkeys(formulas + sides)
+        if len(text) < 300 and not re.fullmatch(r"-?[\d.,]*|\\?[a-zA-Z]+(_.)?", text)
+    ]
 
 
 def echo(name: str, problems: list) -> None:
     """On how many problems a quoted formula is right, though it has not the gold's form: what `score` with the question
     refuses. And on how many it has the gold's form, and stays right."""
-    right = [[text for text in quoted(p.question) if reward.grade(box(text), p.answers)] for p in problems]
-    kept = [any(reward.score(box(text), p.answers, p.question)[1] for text in texts)
-            for p, texts in zip(problems, right)]
-    print(f"{name:20} {len(problems):5} problems: a quoted formula is right on {sum(map(bool, right)):3}, "
-          f"with the question known on {sum(kept)}")
+    right = [
+        [text for text in quoted(p.question) if reward.grade(box(text), p.answers)]
+        for p in problems
+    ]
+    kept = [
+        any(reward.score(box(text), p.answers, p.question)[1] for text in texts)
+        for p, texts in zip(problems, right)
+    ]
+    print(
+        f"{name:20} {len(problems):5} problems: a quoted formula is right on {sum(map(bool, right)):3}, "
+        f"with the question known on {sum(kept)}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fuzz", type=int, default=200_000, metavar="N", help="random strings to try")
+    parser.add_argument(
+        "--fuzz", type=int, default=200_000, metavar="N", help="random strings to try"
+    )
     flags = parser.parse_args()
-    measure("table", [(box(answer), gold, equal) for kind in pairs().values() for gold, answer, equal in kind])
+    measure(
+        "table",
+        [(box(answer), gold, equal) for kind in pairs().values() for gold, answer, equal in kind],
+    )
     if SHARED.exists():
         for path in sorted((SHARED / "graders").glob("*.jsonl")):
             measure(path.stem, shared_cases(path.name))
@@ -74,7 +98,10 @@ def main() -> None:
     measure("integers", [(box(k % 7), k % 5, k % 7 == k % 5) for k in range(10_000)])
     started = time.perf_counter()
     raised = fuzz(flags.fuzz, seed=0)
-    print(f"{flags.fuzz} random strings: {len(raised)} raised, {time.perf_counter() - started:.0f} s", *raised[:5])
+    print(
+        f"{flags.fuzz} random strings: {len(raised)} raised, {time.perf_counter() - started:.0f} s",
+        *raised[:5],
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ share of what a copy on the device reaches, and the ratio to generate() on the w
 Without a CUDA device it says so and runs the same code with a tiny model on the CPU, graphs off: no number of that
 means anything.
 """
+
 import argparse
 import math
 import multiprocessing
@@ -35,35 +36,75 @@ import rollout  # noqa: E402
 from rollout import Sampler  # noqa: E402
 
 SHAPES = {
-    "small": dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                  num_attention_heads=4, num_key_value_heads=2),
-    "27m": dict(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-                num_attention_heads=8, num_key_value_heads=2),
-    "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2),
-    "1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                 num_attention_heads=12, num_key_value_heads=2),
-    "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-               num_attention_heads=28, num_key_value_heads=4),
+    "small": dict(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "27m": dict(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    ),
+    "tiny": dict(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "1.5b": dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    ),
+    "7b": dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
 }
 
 
 def build(shape: str, device="cpu", dtype=torch.float32) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False,
-                         bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = Qwen2Config(
+        **SHAPES[shape],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     with torch.device(device):
         return Qwen2ForCausalLM(config).to(dtype).eval()
 
 
-def work(shape: str, questions=64, samples=8, limit=128, prompt=(16, 48), share=0.4) -> tuple[list, list[int]]:
+def work(
+    shape: str, questions=64, samples=8, limit=128, prompt=(16, 48), share=0.4
+) -> tuple[list, list[int]]:
     """Ragged prompts, and a length for each row: exponential, cut at the limit, `share` of the limit on average."""
     draw = random.Random(0)
-    prompts = [[draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(draw.randint(*prompt))]
-               for _ in range(questions)]
+    prompts = [
+        [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(draw.randint(*prompt))]
+        for _ in range(questions)
+    ]
     waits = [draw.expovariate(1) for _ in range(questions * samples)]
     low, high = 0.0, 100.0 * limit
-    for _ in range(60):                                                       # the scale that gives the wanted mean
+    for _ in range(60):  # the scale that gives the wanted mean
         scale = (low + high) / 2
         lengths = [min(limit, 1 + int(scale * w)) for w in waits]
         low, high = (scale, high) if statistics.mean(lengths) < share * limit else (low, scale)
@@ -82,11 +123,22 @@ def run_generate(model, prompts, lengths, seed: int) -> int:
     torch.manual_seed(seed)
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
     with torch.no_grad():
-        model.generate(ids, attention_mask=mask, num_return_sequences=len(lengths) // len(prompts), do_sample=True,
-                       temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), pad_token_id=0,
-                       stopping_criteria=StoppingCriteriaList([EndAt(width, lengths, model.device)]))
+        model.generate(
+            ids,
+            attention_mask=mask,
+            num_return_sequences=len(lengths) // len(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(lengths),
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([EndAt(width, lengths, model.device)]),
+        )
     return sum(lengths)
 
 
@@ -105,9 +157,10 @@ def cpu_seconds(run, *args) -> float:
 
 # ---- what each trick brings: the sampler with that trick replaced by the plain way --------------------------------
 
+
 def keep_finished(self):
     """Finished rows stay until all are done."""
-    self.lengths = self.length[:len(self.rows)].tolist()
+    self.lengths = self.length[: len(self.rows)].tolist()
     if all(length >= stop for length, stop in zip(self.lengths, self.stop.tolist())):
         drop_finished(self)
 
@@ -124,7 +177,9 @@ def expand_heads(q, keys, values, mask, scale):
 
 def attend_by_sdpa(q, keys, values, mask, scale):
     grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
+    return F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=mask, scale=scale
+    ).reshape(q.shape)
 
 
 def draw_multinomial(p, u):
@@ -143,14 +198,26 @@ def one_prefill_a_row(model, slots, prompts, targets):
     prefill(model, slots, [prompt for prompt, _ in each], [to for _, to in each])
 
 
-drop_finished, attend_masked, prefill = rollout.Slots.drop_finished, rollout.attend_masked, rollout.prefill
+drop_finished, attend_masked, prefill = (
+    rollout.Slots.drop_finished,
+    rollout.attend_masked,
+    rollout.prefill,
+)
 ABLATIONS = [
-    ("own layers and slot cache -> model.forward, DynamicCache", "rollout.has_llama_layers", lambda model: False),
+    (
+        "own layers and slot cache -> model.forward, DynamicCache",
+        "rollout.has_llama_layers",
+        lambda model: False,
+    ),
     ("finished rows dropped -> kept to the end", "rollout.Slots.drop_finished", keep_finished),
     ("static cache -> a longer one every step", "rollout.Slots.make_room", concatenate),
     ("one prefill a prompt -> one a sample", "rollout.prefill", one_prefill_a_row),
     ("grouped heads -> keys and values expanded", "rollout.attend_masked", expand_heads),
-    ("attention as two products -> scaled_dot_product_attention", "rollout.attend_masked", attend_by_sdpa),
+    (
+        "attention as two products -> scaled_dot_product_attention",
+        "rollout.attend_masked",
+        attend_by_sdpa,
+    ),
     ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
     ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
     ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
@@ -159,6 +226,7 @@ ABLATIONS = [
 
 
 # ---- measurements --------------------------------------------------------------------------------------------------
+
 
 def peak_memory(shape: str, run) -> float:
     """MiB that one run adds to the process's peak, in a process of its own."""
@@ -170,7 +238,7 @@ def _peak(shape: str, name: str) -> float:
     torch.set_num_threads(1)
     model, (prompts, lengths) = build(shape), work(shape)
     run_of = {"run_generate": run_generate, "run_sampler": run_sampler}[name]
-    run_of(model, prompts[:1], [2], 0)                                        # what the libraries take for themselves
+    run_of(model, prompts[:1], [2], 0)  # what the libraries take for themselves
     before = _high_water()
     run_of(model, prompts, lengths, 0)
     return _high_water() - before
@@ -185,29 +253,40 @@ def _high_water() -> float:
 def bench_cpu(shape: str, rounds: int) -> None:
     model, (prompts, lengths) = build(shape), work(shape)
     tokens, millions = sum(lengths), sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"\n{shape}: Qwen2, {millions:.1f}M parameters, {len(prompts)} prompts x {len(lengths) // len(prompts)}, "
-          f"{tokens} tokens, mean {tokens / len(lengths):.1f}, max {max(lengths)}; {torch.get_num_threads()} thread(s)")
+    print(
+        f"\n{shape}: Qwen2, {millions:.1f}M parameters, {len(prompts)} prompts x {len(lengths) // len(prompts)}, "
+        f"{tokens} tokens, mean {tokens / len(lengths):.1f}, max {max(lengths)}; {torch.get_num_threads()} thread(s)"
+    )
     cpu_seconds(run_sampler, model, prompts[:2], lengths[:16], 0)
-    pairs = [(cpu_seconds(run_generate, model, prompts, lengths, i),
-              cpu_seconds(run_sampler, model, prompts, lengths, i)) for i in range(rounds)]
+    pairs = [
+        (
+            cpu_seconds(run_generate, model, prompts, lengths, i),
+            cpu_seconds(run_sampler, model, prompts, lengths, i),
+        )
+        for i in range(rounds)
+    ]
     theirs, ours = (statistics.median(column) for column in zip(*pairs))
     ratios = sorted(a / b for a, b in pairs)
     print(f"{'':58}tokens/CPU s   peak MiB")
     print(f"{'generate()':58}{tokens / theirs:12.0f} {peak_memory(shape, run_generate):10.0f}")
     print(f"{'rollout.Sampler':58}{tokens / ours:12.0f} {peak_memory(shape, run_sampler):10.0f}")
-    print(f"ratio: median {statistics.median(ratios):.2f}, {rounds} pairs from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    print(
+        f"ratio: median {statistics.median(ratios):.2f}, {rounds} pairs from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    )
     for name, target, plain in ABLATIONS:
         factors = []
         for i in range(rounds):
             base = cpu_seconds(run_sampler, model, prompts, lengths, i)
             with mock.patch(target, plain):
                 factors.append(cpu_seconds(run_sampler, model, prompts, lengths, i) / base)
-        print(f"  {name:58} x{statistics.median(factors):.2f}  ({min(factors):.2f} to {max(factors):.2f})")
+        print(
+            f"  {name:58} x{statistics.median(factors):.2f}  ({min(factors):.2f} to {max(factors):.2f})"
+        )
 
 
 def seconds(run) -> float:
     start = time.perf_counter()
-    run()                                                                     # ends with a copy to the host
+    run()  # ends with a copy to the host
     return time.perf_counter() - start
 
 
@@ -224,17 +303,29 @@ def bytes_a_step(model, rows: int, context: int) -> int:
     """All weights but the input embedding, and the keys and values of every row."""
     config, size = model.config, model.dtype.itemsize
     head = config.hidden_size // config.num_attention_heads
-    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    return size * (weights + 2 * config.num_hidden_layers * config.num_key_value_heads * head * rows * context)
+    weights = (
+        sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    )
+    return size * (
+        weights + 2 * config.num_hidden_layers * config.num_key_value_heads * head * rows * context
+    )
 
 
 def bench_device(shape: str, rows_list: list[int], device: str) -> None:
     prompt, short, long = (500, 32, 232) if device == "cuda" else (20, 4, 12)
     model = build(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
     bandwidth = copy_bandwidth(device)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, graphs off, a smoke test: not a measurement"
-    print(f"{shape} on {where}; copy {bandwidth / 1e12:.2f} TB/s; context {prompt + short} to {prompt + long}")
-    print("rows  ms/step  replay  tokens/s  share of copy bandwidth  useful tokens/s  generate()  ratio  peak GiB")
+    where = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else "CPU, graphs off, a smoke test: not a measurement"
+    )
+    print(
+        f"{shape} on {where}; copy {bandwidth / 1e12:.2f} TB/s; context {prompt + short} to {prompt + long}"
+    )
+    print(
+        "rows  ms/step  replay  tokens/s  share of copy bandwidth  useful tokens/s  generate()  ratio  peak GiB"
+    )
     for rows in rows_list:
         sampler = Sampler(model, set())
         sampler.fixed = True
@@ -242,12 +333,20 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
 
         def draw(tokens):
             return seconds(lambda: sampler.sample(prompts, 1, tokens, 1.0, 0))
-        draw(long)                                                            # graphs
+
+        draw(long)  # graphs
         [graphs] = sampler.graphs.values()
         with torch.inference_mode():
-            replay = min(seconds(lambda: ([graphs[rows]() for _ in range(50)], sampler.knobs.tolist()))
-                         for _ in range(3)) / 50
-        step = (min(draw(long) for _ in range(3)) - min(draw(short) for _ in range(3))) / (long - short)
+            replay = (
+                min(
+                    seconds(lambda: ([graphs[rows]() for _ in range(50)], sampler.knobs.tolist()))
+                    for _ in range(3)
+                )
+                / 50
+            )
+        step = (min(draw(long) for _ in range(3)) - min(draw(short) for _ in range(3))) / (
+            long - short
+        )
         share = bytes_a_step(model, rows, prompt + (short + long) // 2) / step / bandwidth
         ragged, lengths = work(shape, max(1, rows // 8), min(rows, 8), long, (prompt // 2, prompt))
         sampler.sample(ragged, min(rows, 8), lengths, 1.0, 0)
@@ -256,12 +355,16 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         sampler.release()
         run_generate(model, ragged, [2] * len(lengths), 0)
         theirs = sum(lengths) / seconds(lambda: run_generate(model, ragged, lengths, 1))
-        print(f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} "
-              f"{theirs:11.0f} {ours / theirs:6.2f} {peak:9.1f}")
+        print(
+            f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} "
+            f"{theirs:11.0f} {ours / theirs:6.2f} {peak:9.1f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", help="cpu: small,27m (default); cuda: 7b (default), 1.5b")
     parser.add_argument("--rows", help="cuda: rows in the batch", default="8,64,256")
@@ -274,7 +377,9 @@ def main() -> None:
     elif torch.cuda.is_available():
         bench_device(flags.shape or "7b", [int(rows) for rows in flags.rows.split(",")], "cuda")
     else:
-        print("There is no CUDA device here, so nothing is measured; the same code with a tiny model, graphs off:")
+        print(
+            "There is no CUDA device here, so nothing is measured; the same code with a tiny model, graphs off:"
+        )
         bench_device("tiny", [8, 16], "cpu")
 
 

@@ -13,12 +13,13 @@ responses, and only attention sees padding) make the update x 1.4 / 1.5 as fast 
 models outside the Llama family have them (--padded). Each run is a process of its own (the first step warms up and is
 not counted), runs take turns, a ratio is of two neighbours.
 
-On a GPU (or with --rows) it is a step of the paper's run, in the rows of engine/README.md, which says what an H200 took
+On a GPU (or with --rows) it is a step of the paper's run, in the rows of docs/gpus.md, which says what an H200 took
 for each: every response has exactly --tokens tokens and is graded wrong, the paper's corrections are made (a quarter of
 the rows answered, a quarter referenced, half go on by 256 tokens), and all is trained on. MFU is the share of the GPU's
 dense bf16 peak that 6 (update) or 2 (sampling, scoring) floating-point operations per weight and token make up;
 recomputed activations do not count as work.
 """
+
 import argparse
 import json
 import random
@@ -35,31 +36,46 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from bench_rollout import SHAPES, build  # noqa: E402
+
 import edge_grpo  # noqa: E402
 import engine  # noqa: E402
-from bench_rollout import SHAPES, build  # noqa: E402
 from data import Problem  # noqa: E402
 from engine.trainer import Trainer  # noqa: E402
 from rollout import Sampler  # noqa: E402
 
 PROMPTS, GROUP, LIMIT = 8, 8, 128
-HAZARD = 1 / 57                 # chance of ending at each token: a mean of 51 tokens, 40% of the limit
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}        # dense bf16, from data sheets
-MIB = 2 ** 20
+HAZARD = 1 / 57  # chance of ending at each token: a mean of 51 tokens, 40% of the limit
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+}  # dense bf16, from data sheets
+MIB = 2**20
 
 
 def words(vocab: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose words are the ids: "w7 w3" is [7, 3]. Its chat template is the question alone."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w1", padding_side="left",
-                                   chat_template="{{ messages[-1]['content'] }}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="w0",
+        pad_token="w1",
+        padding_side="left",
+        chat_template="{{ messages[-1]['content'] }}",
+    )
 
 
 def questions(vocab: int, count: int, step: int) -> list[str]:
     """The prompts of a step, 16 to 48 tokens each."""
     draw = random.Random(step)
-    return [" ".join(f"w{draw.randrange(2, vocab)}" for _ in range(draw.randint(16, 48))) for _ in range(count)]
+    return [
+        " ".join(f"w{draw.randrange(2, vocab)}" for _ in range(draw.randint(16, 48)))
+        for _ in range(count)
+    ]
 
 
 def end_ids(vocab: int) -> list[int]:
@@ -82,12 +98,17 @@ def seconds(device: str) -> float:
 def highest(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
-def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[dict, dict, list[int]]:
+
+def our_step(
+    policy, trainer, problems, flags, step: int, score: bool
+) -> tuple[dict, dict, list[int]]:
     """The training loop of edge_grpo.py without files: seconds and tokens by phase, and the responses' lengths."""
     device, phases, tokens = policy.device.type, {}, {}
     start = seconds(device)
@@ -98,7 +119,7 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
         phases[name], tokens[name], start = phases.get(name, 0) + now - start, count, now
 
     def graded(rows):
-        if flags.correction != "none":                      # on a GPU: as a run does, but always wrong
+        if flags.correction != "none":  # on a GPU: as a run does, but always wrong
             edge_grpo.grade(policy, rows)
         for r in rows:
             r.text = policy.decode(r.ids)
@@ -127,6 +148,7 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
         norm = step_of(*args)
         lap("AdamW")
         return norm
+
     trainer.step = timed_step
     edge_grpo.update(trainer, responses, A_hat, P, flags, lr=flags.lr)
     trainer.step = step_of
@@ -135,33 +157,58 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
 
 def ours(args) -> dict:
     vocab, gpu = SHAPES[args.shape]["vocab_size"], args.device != "cpu"
-    tokens, groups, rows = (args.tokens, 1, args.rows) if gpu or args.rows else (LIMIT, PROMPTS, GROUP)
+    tokens, groups, rows = (
+        (args.tokens, 1, args.rows) if gpu or args.rows else (LIMIT, PROMPTS, GROUP)
+    )
     flags = edge_grpo.parse_flags(
         f"--model random --data none --method {'edge-grpo' if args.rows else 'grpo'} --eda --max-new-tokens {tokens} "
         f"--temperature 1 --correction-tokens {tokens // 4} "
         f"--questions-per-step {groups} --group-size {rows} --micro-batch-tokens {args.micro_batch_tokens} "
         f"--device {args.device} --seed {args.seed} --{'' if gpu else 'no-'}gradient-checkpointing "
-        f"--{'' if args.offload else 'no-'}offload-optimizer".split())
+        f"--{'' if args.offload else 'no-'}offload-optimizer".split()
+    )
     model = build(args.shape, args.device, torch.bfloat16 if gpu else torch.float32)
     ends = set() if args.rows else set(end_ids(vocab))
-    policy = engine.Policy(model, words(vocab), Sampler(model, ends, vocab), ends, 0, vocab, torch.device(args.device),
-                           "qwen")
-    trainer = Trainer(policy, flags.micro_batch_tokens, temperature=flags.temperature, betas=tuple(flags.betas),
-                      offload=flags.offload_optimizer, checkpointing=flags.gradient_checkpointing)
+    policy = engine.Policy(
+        model,
+        words(vocab),
+        Sampler(model, ends, vocab),
+        ends,
+        0,
+        vocab,
+        torch.device(args.device),
+        "qwen",
+    )
+    trainer = Trainer(
+        policy,
+        flags.micro_batch_tokens,
+        temperature=flags.temperature,
+        betas=tuple(flags.betas),
+        offload=flags.offload_optimizer,
+        checkpointing=flags.gradient_checkpointing,
+    )
     trainer.scorer.packed &= not args.padded
     before, steps, lengths = highest(args.device), [], []
     for step in range(args.steps + 1):
-        solution = " ".join(f"w{step + i + 2}" for i in range(200))          # as long as DeepScaleR's
+        solution = " ".join(f"w{step + i + 2}" for i in range(200))  # as long as DeepScaleR's
         problems = [Problem(q, ("7",), solution, "bench") for q in questions(vocab, groups, step)]
         phases, counts, T = our_step(policy, trainer, problems, flags, step, args.score)
         steps.append(phases)
         lengths.append(T)
-    return dict(phases=steps[1:], tokens=counts, seconds=[sum(p.values()) for p in steps[1:]], lengths=lengths[1:],
-                extra=highest(args.device) - before, peak=highest(args.device),
-                weights=sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel())
+    return dict(
+        phases=steps[1:],
+        tokens=counts,
+        seconds=[sum(p.values()) for p in steps[1:]],
+        lengths=lengths[1:],
+        extra=highest(args.device) - before,
+        peak=highest(args.device),
+        weights=sum(p.numel() for p in model.parameters())
+        - model.get_input_embeddings().weight.numel(),
+    )
 
 
 # --- TRL's -----------------------------------------------------------------------------------------------------------
+
 
 def trl_trainer(args, lengths: list, times: list):
     """GRPOTrainer on the same model, prompts and rewards; it fills `lengths` and `times`, a step an entry."""
@@ -185,14 +232,36 @@ def trl_trainer(args, lengths: list, times: list):
     model.generation_config.eos_token_id = end_ids(vocab)
     rows = PROMPTS * GROUP
     config = GRPOConfig(
-        output_dir=tempfile.gettempdir(), max_steps=args.steps + 1, num_generations=GROUP,
-        max_completion_length=LIMIT, beta=0.0, temperature=1.0,
-        per_device_train_batch_size=args.trl_rows, gradient_accumulation_steps=rows // args.trl_rows,
-        loss_type="grpo", gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none",
-        disable_tqdm=True, shuffle_dataset=False, seed=args.seed, logging_steps=1000)
-    data = Dataset.from_dict({"prompt": [q for s in range(args.steps + 1) for q in questions(vocab, PROMPTS, s)]})
-    return GRPOTrainer(model, odd_length, args=config, train_dataset=data, processing_class=words(vocab),
-                       callbacks=[Watch()])
+        output_dir=tempfile.gettempdir(),
+        max_steps=args.steps + 1,
+        num_generations=GROUP,
+        max_completion_length=LIMIT,
+        beta=0.0,
+        temperature=1.0,
+        per_device_train_batch_size=args.trl_rows,
+        gradient_accumulation_steps=rows // args.trl_rows,
+        loss_type="grpo",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        seed=args.seed,
+        logging_steps=1000,
+    )
+    data = Dataset.from_dict(
+        {"prompt": [q for s in range(args.steps + 1) for q in questions(vocab, PROMPTS, s)]}
+    )
+    return GRPOTrainer(
+        model,
+        odd_length,
+        args=config,
+        train_dataset=data,
+        processing_class=words(vocab),
+        callbacks=[Watch()],
+    )
 
 
 def trl(args) -> dict:
@@ -201,10 +270,13 @@ def trl(args) -> dict:
     before = highest("cpu")
     trainer.train()
     assert len(times) == len(lengths) == args.steps + 1, "one call for rewards a step"
-    return dict(seconds=times[1:], lengths=lengths[1:], extra=highest("cpu") - before, peak=highest("cpu"))
+    return dict(
+        seconds=times[1:], lengths=lengths[1:], extra=highest("cpu") - before, peak=highest("cpu")
+    )
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
+
 
 def mean_length(run: dict) -> float:
     return statistics.mean(n for step in run["lengths"] for n in step)
@@ -225,16 +297,23 @@ def report_phases(run: dict, args) -> None:
         if tokens and took:
             line += f"{tokens / took:12.0f} tokens/s"
             work = 6 if phase == "update" else 2
-            line += f"{work * run['weights'] * tokens / took / peak / 1e12:9.1%} MFU" if peak else ""
+            line += (
+                f"{work * run['weights'] * tokens / took / peak / 1e12:9.1%} MFU" if peak else ""
+            )
         print(line)
-    print(f"  step   {step:9.3f} s for {mean_length(run) * len(run['lengths'][0]):.0f} response tokens; peak "
-          f"{run['peak'] / MIB:.0f} MiB, {run['extra'] / MIB:.0f} of them added by the steps")
+    print(
+        f"  step   {step:9.3f} s for {mean_length(run) * len(run['lengths'][0]):.0f} response tokens; peak "
+        f"{run['peak'] / MIB:.0f} MiB, {run['extra'] / MIB:.0f} of them added by the steps"
+    )
 
 
 def child(side: str, args) -> dict:
     """One run in a process of its own."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()
-             if k not in ("one", "offload", "score", "padded", "pairs")]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in vars(args).items()
+        if k not in ("one", "offload", "score", "padded", "pairs")
+    ]
     flags += ["--offload"] * args.offload + ["--score"] * args.score + ["--padded"] * args.padded
     command = [sys.executable, __file__, "--one", side, *flags]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -247,31 +326,58 @@ def compare(args) -> None:
     report_phases(runs[-1][0], args)
     for name, side in (("ours", 0), ("TRL", 1)):
         mine = [pair[side] for pair in runs]
-        peak, extra = (statistics.median(run[key] for run in mine) / MIB for key in ("peak", "extra"))
-        print(f"  {name:5}{statistics.median(map(step_seconds, mine)):8.3f} CPU s a step; responses of "
-              f"{statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, {extra:.0f} by the steps")
+        peak, extra = (
+            statistics.median(run[key] for run in mine) / MIB for key in ("peak", "extra")
+        )
+        print(
+            f"  {name:5}{statistics.median(map(step_seconds, mine)):8.3f} CPU s a step; responses of "
+            f"{statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, {extra:.0f} by the steps"
+        )
     ratios = [step_seconds(b) / step_seconds(a) for a, b in runs]
     per_token = [r * mean_length(a) / mean_length(b) for r, (a, b) in zip(ratios, runs)]
     for name, values in (("a step", ratios), ("a response token", per_token)):
-        print(f"  TRL / ours, time of {name}: {' '.join(f'{v:.2f}' for v in values)}; "
-              f"median {statistics.median(values):.2f}x")
+        print(
+            f"  TRL / ours, time of {name}: {' '.join(f'{v:.2f}' for v in values)}; "
+            f"median {statistics.median(values):.2f}x"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", choices=SHAPES, help="default: small and 27m")
-    parser.add_argument("--rows", type=int, default=0, help="one question, this many responses of full length, no TRL")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=0,
+        help="one question, this many responses of full length, no TRL",
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="their length")
-    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU")
-    parser.add_argument("--offload", action="store_true", help="master weights and moments in CPU memory")
-    parser.add_argument("--score", action="store_true", help="add a scoring pass over all responses, as a phase")
-    parser.add_argument("--padded", action="store_true", help="update on padded rows, as models that cannot be packed")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=0, help="default: 1024 on a CPU, 8192 on a GPU"
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="master weights and moments in CPU memory"
+    )
+    parser.add_argument(
+        "--score", action="store_true", help="add a scoring pass over all responses, as a phase"
+    )
+    parser.add_argument(
+        "--padded",
+        action="store_true",
+        help="update on padded rows, as models that cannot be packed",
+    )
     parser.add_argument("--steps", type=int, default=3, help="steps counted in a run")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
-    parser.add_argument("--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64")
+    parser.add_argument(
+        "--trl-rows", type=int, default=8, help="TRL's per_device_train_batch_size, up to 64"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one", choices=["ours", "trl"], help="run one side here and print it as JSON")
+    parser.add_argument(
+        "--one", choices=["ours", "trl"], help="run one side here and print it as JSON"
+    )
     args = parser.parse_args()
     args.micro_batch_tokens = args.micro_batch_tokens or (1024 if args.device == "cpu" else 8192)
     if args.device != "cpu":
@@ -281,6 +387,7 @@ def main() -> None:
         return
     try:
         import trl as installed
+
         version = f"trl {installed.__version__}"
     except ImportError:
         version = "trl is not installed, so only ours is timed"

@@ -3,6 +3,7 @@
 The contracts are pinned on the CPU, also where there is a GPU: there they hold bit for bit. `python -m pytest --cuda`
 runs the tests that need a GPU instead, and only those.
 """
+
 import os
 import signal
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+HANDLERS = {
+    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +29,23 @@ def signals_end_pytest_and_no_run():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cuda", action="store_true", help="run only the tests that need a GPU, on this machine's")
+    parser.addoption(
+        "--cuda", action="store_true", help="run only the tests that need a GPU, on this machine's"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU; run by --cuda")
     if not config.getoption("--cuda"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch looks; subprocesses inherit it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; subprocesses inherit it
 
 
 def pytest_collection_modifyitems(config, items):
     on_gpu = config.getoption("--cuda")
     for item in items:
         if on_gpu != bool(item.get_closest_marker("cuda")):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU and --cuda" if not on_gpu else "runs on the CPU"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="needs a GPU and --cuda" if not on_gpu else "runs on the CPU"
+                )
+            )

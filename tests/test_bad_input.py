@@ -2,6 +2,7 @@
 
 Each row of the tables is (command line, what the sentence must hold); {tmp} is a folder with the bad files.
 """
+
 import json
 import shutil
 import socket
@@ -26,36 +27,71 @@ TINY = ROOT / "data" / "tiny_model"
 SMALL = "--steps 1 --questions-per-step 1 --group-size 2 --max-new-tokens 2 --correction-tokens 1 --eval-tasks".split()
 
 FLAGS = [
-    ("--stepz 3", "--stepz"), ("tiny", "unrecognized arguments: tiny"), ("--steps", "--steps"),
-    ("--steps 0", "--steps 0"), ("--steps 1.5", "1.5"), ("--steps many", "many"), ("--method ppo", "ppo"),
-    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
-    ("--lr -1", "--lr"), ("--temperature 0", "--temperature"), ("--top-p 0", "--top-p"), ("--top-p 1.5", "--top-p 1.5"),
-    ("--group-size 0", "--group-size"), ("--group-size 1", "a group of one"), ("--data tiny:1:test", "for testing"),
+    ("--stepz 3", "--stepz"),
+    ("tiny", "unrecognized arguments: tiny"),
+    ("--steps", "--steps"),
+    ("--steps 0", "--steps 0"),
+    ("--steps 1.5", "1.5"),
+    ("--steps many", "many"),
+    ("--method ppo", "ppo"),
+    ("--lr nan", "--lr nan"),
+    ("--lr inf", "--lr inf"),
+    ("--lr -1", "--lr"),
+    ("--temperature 0", "--temperature"),
+    ("--top-p 0", "--top-p"),
+    ("--top-p 1.5", "--top-p 1.5"),
+    ("--group-size 0", "--group-size"),
+    ("--group-size 1", "a group of one"),
+    ("--data tiny:1:test", "for testing"),
     ("--questions-per-step 0", "--questions-per-step"),
-    ("--max-new-tokens 0", "--max-new-tokens"), ("--micro-batch-tokens 0", "--micro-batch-tokens"),
-    ("--max-rows -1", "--max-rows"), ("--seed -1", "--seed"), ("--keep 0", "--keep"),
-    ("--max-bad-steps 0", "--max-bad-steps"), ("--eps-low 2", "--eps-low"), ("--format-weight -1", "--format-weight"),
-    ("--updates-per-rollout 0", "--updates-per-rollout"), ("--loss mean", "mean"), ("--template chatml", "chatml"),
-    ("--correction wait", "wait"), ("--betas 0.9 1", "--betas"), ("--betas 0.9", "--betas"),
+    ("--max-new-tokens 0", "--max-new-tokens"),
+    ("--micro-batch-tokens 0", "--micro-batch-tokens"),
+    ("--max-rows -1", "--max-rows"),
+    ("--seed -1", "--seed"),
+    ("--keep 0", "--keep"),
+    ("--max-bad-steps 0", "--max-bad-steps"),
+    ("--eps-low 2", "--eps-low"),
+    ("--format-weight -1", "--format-weight"),
+    ("--updates-per-rollout 0", "--updates-per-rollout"),
+    ("--loss mean", "mean"),
+    ("--template chatml", "chatml"),
+    ("--correction wait", "wait"),
+    ("--betas 0.9 1", "--betas"),
+    ("--betas 0.9", "--betas"),
     ("--method force-r --guided-probs 0.2 0.4 0.4", "belongs to --correction guided"),
     ("--method sft --injected-weight 0", "drop --injected-weight"),
-    ("--guided-probs 0.5 0.5 0.5", "must sum to 1, not 1.5"), ("--guided-probs .4 .3 .1 .1 .1", "at most 4"),
-    ("--guided-probs -1 1 1", "--guided-probs"), ("--guided-probs 0.5 0.25", "must sum to 1, not 0.75"),
-    ("--eda-clamp 2 1", "LO < HI"), ("--eda-clamp 0 1", "0 < LO"),
-    ("--eda-clamp 0.5 2 --no-eda", "--eda-clamp"), ("--eda-grad --no-eda", "--eda-grad"),
-    ("--eda-grad --updates-per-rollout 2", "--updates-per-rollout 1"), ("--method sft --eda", "--no-eda"),
-    ("--method sft --correction reflect", "--correction none"), ("--method sft --kl 0.1", "--kl 0"),
-    ("--resume --overwrite", "one of the two"), ("--device tpu", "--device tpu"), ("--device cpu:x", "--device cpu:x"),
-    ("--device cuda:", "--device cuda:"), ("--out {tmp}/file", "File exists"),
-    ("--out {tmp}/file/below", "Not a directory"), ("--eval-tasks nonsense", "nonsense"),
-    ("--eval-tasks tiny:9", "tiny:9"), ("--eval-tasks {tmp}/null.json", "null.json:1"),
+    ("--guided-probs 0.5 0.5 0.5", "must sum to 1, not 1.5"),
+    ("--guided-probs .4 .3 .1 .1 .1", "at most 4"),
+    ("--guided-probs -1 1 1", "--guided-probs"),
+    ("--guided-probs 0.5 0.25", "must sum to 1, not 0.75"),
+    ("--eda-clamp 2 1", "LO < HI"),
+    ("--eda-clamp 0 1", "0 < LO"),
+    ("--eda-clamp 0.5 2 --no-eda", "--eda-clamp"),
+    ("--eda-grad --no-eda", "--eda-grad"),
+    ("--eda-grad --updates-per-rollout 2", "--updates-per-rollout 1"),
+    ("--method sft --eda", "--no-eda"),
+    ("--method sft --correction reflect", "--correction none"),
+    ("--method sft --kl 0.1", "--kl 0"),
+    ("--resume --overwrite", "one of the two"),
+    ("--device tpu", "--device tpu"),
+    ("--device cpu:x", "--device cpu:x"),
+    ("--device cuda:", "--device cuda:"),
+    ("--out {tmp}/file", "File exists"),
+    ("--out {tmp}/file/below", "Not a directory"),
+    ("--eval-tasks nonsense", "nonsense"),
+    ("--eval-tasks tiny:9", "tiny:9"),
+    ("--eval-tasks {tmp}/null.json", "null.json:1"),
 ]
-DATA = {        # file: (content, what the sentence must hold)
+DATA = {  # file: (content, what the sentence must hold)
     "broken.json": ('[{"problem": "1+1?", "answer": "2"', "broken.json is not valid JSON"),
-    "broken.jsonl": ('{"problem": "1+1?", "answer": "2"}\n{"problem": ', "broken.jsonl:2 is not valid JSON"),
+    "broken.jsonl": (
+        '{"problem": "1+1?", "answer": "2"}\n{"problem": ',
+        "broken.jsonl:2 is not valid JSON",
+    ),
     "latin1.jsonl": (b'{"problem": "caf\xe9?", "answer": "2"}', "not UTF-8"),
     "binary.json": (bytes(range(128, 256)), "not UTF-8"),
-    "empty.jsonl": ("", "holds no problem"), "empty.json": ("[]", "holds no problem"),
+    "empty.jsonl": ("", "holds no problem"),
+    "empty.json": ("[]", "holds no problem"),
     "blank.jsonl": ("\n\n", "holds no problem"),
     "no_answer.jsonl": ('{"problem": "1+1?"}', "no field answer"),
     "no_problem.jsonl": ('{"answer": "2"}', "no field problem"),
@@ -66,12 +102,16 @@ DATA = {        # file: (content, what the sentence must hold)
     "answer_empty.jsonl": ('{"problem": "1+1?", "answer": " "}', "the answer is empty"),
     "question_empty.jsonl": ('{"problem": "", "answer": "2"}', "the problem is empty"),
     "question_number.jsonl": ('{"problem": 7, "answer": "2"}', "the problem is of type int"),
-    "rows_are_lists.jsonl": ('["1+1?", "2"]', "JSON"), "object.json": ('{"data": []}', "no field problem"),
+    "rows_are_lists.jsonl": ('["1+1?", "2"]', "JSON"),
+    "object.json": ('{"data": []}', "no field problem"),
     "number.json": ("3", "JSON int"),
     "surrogate.jsonl": (r'{"problem": "\ud800", "answer": "2"}', "surrogate"),
     "deep.json": ("[" * 100_000, "not valid JSON"),
     "no_solution.jsonl": ('{"problem": "1+1?", "answer": "2"}', "no reference solution"),
-    "long.jsonl": (json.dumps(dict(problem="1+1? " * 200, answer="2", solution="2")), "--max-prompt-tokens 512"),
+    "long.jsonl": (
+        json.dumps(dict(problem="1+1? " * 200, answer="2", solution="2")),
+        "--max-prompt-tokens 512",
+    ),
 }
 
 
@@ -120,14 +160,31 @@ def test_wrong_data(tmp_path, capfd, name):
     assert holds in said and name in said
 
 
-@pytest.mark.parametrize("name, holds", [
-    ("nothing.jsonl", "neither a file nor a known set"), (".", "is a folder"), ("x" * 300, "too long")])
+@pytest.mark.parametrize(
+    "name, holds",
+    [
+        ("nothing.jsonl", "neither a file nor a known set"),
+        (".", "is a folder"),
+        ("x" * 300, "too long"),
+    ],
+)
 def test_data_that_is_not_a_file(tmp_path, capfd, name, holds):
     assert holds in wrong(tmp_path, capfd, "--data {tmp}/" + name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:", "tiny:9", "tiny:5-3", "tiny:x", "tiny:5:nowhere",
-                                  "tiny:5:train:long", "tiny:5:a:b:c"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "tiny:",
+        "tiny:9",
+        "tiny:5-3",
+        "tiny:x",
+        "tiny:5:nowhere",
+        "tiny:5:train:long",
+        "tiny:5:a:b:c",
+    ],
+)
 def test_a_tiny_set_that_is_none(tmp_path, capfd, name):
     assert name in wrong(tmp_path, capfd, f"--data {name}")
 
@@ -135,11 +192,20 @@ def test_a_tiny_set_that_is_none(tmp_path, capfd, name):
 def test_sft_needs_solutions_and_reflection_does_not(tmp_path, capfd):
     (tmp_path / "d.jsonl").write_text(DATA["no_solution.jsonl"][0])
     assert "--sft needs" in wrong(tmp_path, capfd, "--method sft --data {tmp}/d.jsonl")
-    argv = [*SMALL, "--out", str(tmp_path / "ok"), "--data", str(tmp_path / "d.jsonl"), "--method", "force-r"]
+    argv = [
+        *SMALL,
+        "--out",
+        str(tmp_path / "ok"),
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--method",
+        "force-r",
+    ]
     assert edge_grpo.main(argv) == 0
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def no_cache(tmp_path, monkeypatch):
@@ -149,6 +215,7 @@ def no_cache(tmp_path, monkeypatch):
 def test_no_network_and_no_cache(tmp_path, capfd, monkeypatch, no_cache):
     def away(*_, **__):
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
     monkeypatch.setattr(urllib.request, "urlopen", away)
     said = wrong(tmp_path, capfd, "--data deepscaler-hard-1k")
     assert "no connection" in said and "--mirror" in said
@@ -175,6 +242,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, capfd, monkeypatch):
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
+
 def change_json(path, **changes):
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
@@ -185,11 +253,14 @@ def weights_with(change):
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         change(tensors)
         safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
     return damage
 
 
 def pickled(folder):
-    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save(
+        safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
+    )
     (folder / "model.safetensors").unlink()
 
 
@@ -209,49 +280,95 @@ def cut_off(folder):
 
 def of_100_tokens(folder):
     change_json(folder / "config.json", vocab_size=100, eos_token_id=0, pad_token_id=None)
-    weights_with(lambda t: t.update({k: v[:100].clone() for k, v in t.items() if "embed" in k}))(folder)
+    weights_with(lambda t: t.update({k: v[:100].clone() for k, v in t.items() if "embed" in k}))(
+        folder
+    )
 
 
 def with_remote_code(folder):
-    change_json(folder / "config.json", model_type="mine",
-                auto_map={"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"})
-    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Mine: pass\nclass Model: pass\n")
+    change_json(
+        folder / "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"},
+    )
+    (folder / "code.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\nclass Mine: pass\nclass Model: pass\n"
+    )
 
 
 def encoder(folder):
-    BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                               vocab_size=308)).save_pretrained(folder)
+    BertForMaskedLM(
+        BertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            vocab_size=308,
+        )
+    ).save_pretrained(folder)
 
 
-MODELS = {      # name: (damage to a copy of the tiny model, what the sentence must hold)
+MODELS = {  # name: (damage to a copy of the tiny model, what the sentence must hold)
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config of another kind": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "config empty": (lambda f: (f / "config.json").write_text(""), "config.json"),
     "config without a type": (lambda f: (f / "config.json").write_text("{}"), "config.json"),
-    "config of an unknown type": (lambda f: change_json(f / "config.json", model_type="nonesuch"), "nonesuch"),
-    "config with impossible sizes": (lambda f: change_json(f / "config.json", num_attention_heads=7), "--model"),
-    "config with text for a number": (lambda f: change_json(f / "config.json", hidden_size="big"), "--model"),
-    "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "no tokenizer"),
-    "tokenizer broken": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'), "tokenizer"),
+    "config of an unknown type": (
+        lambda f: change_json(f / "config.json", model_type="nonesuch"),
+        "nonesuch",
+    ),
+    "config with impossible sizes": (
+        lambda f: change_json(f / "config.json", num_attention_heads=7),
+        "--model",
+    ),
+    "config with text for a number": (
+        lambda f: change_json(f / "config.json", hidden_size="big"),
+        "--model",
+    ),
+    "no tokenizer": (
+        lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        "no tokenizer",
+    ),
+    "tokenizer broken": (
+        lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
+        "tokenizer",
+    ),
     "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("x"), "tokenizer"),
     "chat template broken": (with_chat_template("{% for %}"), "chat template"),
-    "chat template refuses": (with_chat_template("{{ raise_exception('no system turn') }}"), "no system turn"),
+    "chat template refuses": (
+        with_chat_template("{{ raise_exception('no system turn') }}"),
+        "no system turn",
+    ),
     "chat templates without a default": (templates_without_a_default, "multiple chat templates"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
     "pickled weights": (pickled, "pickled weights are not loaded"),
     "weights cut off": (cut_off, "cannot be loaded"),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
-    "weights no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096), "cannot be loaded"),
+    "weights no safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 4096),
+        "cannot be loaded",
+    ),
     "a weight missing": (weights_with(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
-    "a weight of another shape": (weights_with(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
-                                  "model.norm.weight"),
-    "other weights": (weights_with(lambda t: (t.clear(), t.update(x=torch.ones(2)))), "weights missing"),
+    "a weight of another shape": (
+        weights_with(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+        "model.norm.weight",
+    ),
+    "other weights": (
+        weights_with(lambda t: (t.clear(), t.update(x=torch.ones(2)))),
+        "weights missing",
+    ),
     "tokenizer of another model": (of_100_tokens, "the tokenizer has ids up to"),
-    "an end token outside the vocabulary": (lambda f: change_json(f / "config.json", eos_token_id=50256), "50256"),
+    "an end token outside the vocabulary": (
+        lambda f: change_json(f / "config.json", eos_token_id=50256),
+        "50256",
+    ),
     "remote code": (with_remote_code, "trust"),
     "not a causal model": (encoder, "--model"),
-    "not finite": (weights_with(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),
+    "not finite": (
+        weights_with(lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        "not finite",
+    ),
 }
 
 
@@ -260,9 +377,12 @@ def test_a_wrong_model_folder(tmp_path, capfd, name):
     damage, holds = MODELS[name]
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     damage(folder)
-    if name == "not finite":                                      # found only when it samples: the run has begun
-        said = the_sentence(capfd, edge_grpo.main, [*SMALL, "--out", str(tmp_path / "run"), "--model", str(folder),
-                                                    "--data", "tiny:1"])
+    if name == "not finite":  # found only when it samples: the run has begun
+        said = the_sentence(
+            capfd,
+            edge_grpo.main,
+            [*SMALL, "--out", str(tmp_path / "run"), "--model", str(folder), "--data", "tiny:1"],
+        )
     else:
         said = wrong(tmp_path, capfd, "--model {tmp}/model --data tiny:1")
     assert holds in said
@@ -270,16 +390,26 @@ def test_a_wrong_model_folder(tmp_path, capfd, name):
 
 
 def test_a_model_without_an_end_token(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(models, "find_end_ids", lambda *_: set())       # transformers' tokenizers add one by themselves
+    monkeypatch.setattr(
+        models, "find_end_ids", lambda *_: set()
+    )  # transformers' tokenizers add one by themselves
     assert "end token" in wrong(tmp_path, capfd, "--data tiny:1")
 
 
-@pytest.mark.parametrize("name, holds", [
-    ("{tmp}/nothing", "no such folder"), ("./nothing", "no such folder"), ("nothing", "neither a local folder"),
-    ("a/b/c", "no such folder"), ("~/nothing", "no such folder"), ("{tmp}", "no config.json")])
+@pytest.mark.parametrize(
+    "name, holds",
+    [
+        ("{tmp}/nothing", "no such folder"),
+        ("./nothing", "no such folder"),
+        ("nothing", "neither a local folder"),
+        ("a/b/c", "no such folder"),
+        ("~/nothing", "no such folder"),
+        ("{tmp}", "no config.json"),
+    ],
+)
 def test_a_model_that_is_not_there(tmp_path, capfd, name, holds):
     said = wrong(tmp_path, capfd, f"--data tiny:1 --model {name}")
-    assert holds in said and said.count("--model") == 1                  # not one message inside another
+    assert holds in said and said.count("--model") == 1  # not one message inside another
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-of-that-name", "Qwen2.5-Math-0.1B"])
@@ -289,8 +419,11 @@ def test_a_hub_model_without_network_fails_at_once(tmp_path, capfd, monkeypatch,
     def away(address, timeout):
         asked.append(address)
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
     monkeypatch.setattr(urllib.request, "urlopen", away)
-    monkeypatch.setattr(modelfiles, "ENDPOINT", "http://127.0.0.1:9")         # whatever else is asked is refused
+    monkeypatch.setattr(
+        modelfiles, "ENDPOINT", "http://127.0.0.1:9"
+    )  # whatever else is asked is refused
     modelfiles.hub_is_away.cache_clear()
     said = wrong(tmp_path, capfd, f"--data tiny:1 --model {name}")
     modelfiles.hub_is_away.cache_clear()
@@ -300,9 +433,12 @@ def test_a_hub_model_without_network_fails_at_once(tmp_path, capfd, monkeypatch,
 def test_with_permission_a_model_brings_its_own_code(tmp_path, capfd):
     """The other side of the refusal above: the flag is what decides."""
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
-    change_json(folder / "config.json", auto_map={"AutoConfig": "code_of_mine.Mine"}, model_type="mine")
-    (folder / "code_of_mine.py").write_text("from transformers import Qwen2Config\n"
-                                            "class Mine(Qwen2Config):\n    model_type = 'mine'\n")
+    change_json(
+        folder / "config.json", auto_map={"AutoConfig": "code_of_mine.Mine"}, model_type="mine"
+    )
+    (folder / "code_of_mine.py").write_text(
+        "from transformers import Qwen2Config\nclass Mine(Qwen2Config):\n    model_type = 'mine'\n"
+    )
     with pytest.raises(data.UserError, match="trust"):
         models.load_config(str(folder))
     assert type(models.load_config(str(folder), trust_remote_code=True)).__name__ == "Mine"
@@ -311,21 +447,36 @@ def test_with_permission_a_model_brings_its_own_code(tmp_path, capfd):
 # --- eval.py ---------------------------------------------------------------------------------------------------------
 
 EVAL = [
-    ("--model {tmp}/nothing --tasks tiny:1:test", "no such folder"), ("--model tiny --tasks nonsense", "nonsense"),
+    ("--model {tmp}/nothing --tasks tiny:1:test", "no such folder"),
+    ("--model tiny --tasks nonsense", "nonsense"),
     ("--model tiny --tasks {tmp}/null.json", "null.json:1"),
     ("--model tiny --tasks tiny:1:test --out {tmp}/file", "file"),
-    ("--model tiny --tasks tiny:1:test --device tpu", "--device tpu"), ("compare {tmp}/nothing", "nothing"),
-    ("plot {tmp}/nothing --out {tmp}/figures", "nothing"), ("compare {tmp}", "{tmp}"), ("compare {tmp}/file", "file"),
+    ("--model tiny --tasks tiny:1:test --device tpu", "--device tpu"),
+    ("compare {tmp}/nothing", "nothing"),
+    ("plot {tmp}/nothing --out {tmp}/figures", "nothing"),
+    ("compare {tmp}", "{tmp}"),
+    ("compare {tmp}/file", "file"),
 ]
-EVAL_FLAGS = ["", "--model tiny --n 0", "--model tiny --temperature -1", "--model tiny --limit 0",
-              "--model tiny --stepz", "compare", "--model tiny --n x"]
+EVAL_FLAGS = [
+    "",
+    "--model tiny --n 0",
+    "--model tiny --temperature -1",
+    "--model tiny --limit 0",
+    "--model tiny --stepz",
+    "compare",
+    "--model tiny --n x",
+]
 
 
 @pytest.mark.parametrize("flags, holds", EVAL, ids=[flags for flags, _ in EVAL])
 def test_a_wrong_evaluation(tmp_path, capfd, flags, holds):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "null.json").write_text(DATA["null.json"][0])
-    out = [] if "--out" in flags or not flags.startswith("--") else ["--out", str(tmp_path / "results")]
+    out = (
+        []
+        if "--out" in flags or not flags.startswith("--")
+        else ["--out", str(tmp_path / "results")]
+    )
     argv = flags.replace("{tmp}", str(tmp_path)).split() + out
     assert holds.replace("{tmp}", str(tmp_path)) in the_sentence(capfd, evaluation.main, argv)
     assert not (tmp_path / "results").exists() and not (tmp_path / "figures").exists()
@@ -338,8 +489,13 @@ def test_a_wrong_flag_of_an_evaluation(capfd, flags):
 
 def test_output_that_nobody_reads(tmp_path):
     """`edge_grpo.py | head`: the pipe is closed before anything is printed."""
-    run = subprocess.Popen([sys.executable, "edge_grpo.py", "--model", "tiny", "--out", str(tmp_path / "run"), *SMALL],
-                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "edge_grpo.py", "--model", "tiny", "--out", str(tmp_path / "run"), *SMALL],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     run.stdout.close()
     [said] = run.stderr.read().splitlines()
     assert run.wait() == 2 and "nobody reads" in said and "--resume" in said

@@ -1,4 +1,5 @@
 """engine/checkpoints.py: files of bounded size. Runs that are killed, damaged and resumed stand in test_resume.py."""
+
 import torch
 
 import engine
@@ -14,4 +15,6 @@ def test_a_model_is_saved_in_files_of_bounded_size(tmp_path, monkeypatch):
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) >= 3 and max(f.stat().st_size for f in files) < size / 2
     again = engine.load_policy(str(tmp_path), "cpu").model.state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in policy.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again[name]) for name, tensor in policy.model.state_dict().items()
+    )

@@ -1,11 +1,13 @@
 """What only a GPU can show: python -m pytest --cuda. Without that flag all of it is skipped. Bounds are those of bf16;
 what is exact is pinned on the CPU by the other files."""
+
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from helpers import Weights, backward, random_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import edge_grpo
@@ -14,7 +16,6 @@ import rollout
 from engine.forward import Scorer, micro_batches, response_logprobs
 from engine.trainer import Trainer
 from entropy import mm_wide
-from helpers import Weights, backward, random_rows
 from rollout import Sampler
 
 pytestmark = pytest.mark.cuda
@@ -23,9 +24,18 @@ DEVICE = "cuda"
 
 def bf16_model(seed=0, kind="qwen2"):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, head_dim=64,
-                                  num_key_value_heads=2, vocab_size=500, intermediate_size=512,
-                                  max_position_embeddings=1024, tie_word_embeddings=False)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=64,
+        num_key_value_heads=2,
+        vocab_size=500,
+        intermediate_size=512,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    )
     return AutoModelForCausalLM.from_config(config).to(DEVICE, torch.bfloat16).eval()
 
 
@@ -34,10 +44,17 @@ def bf16_model(seed=0, kind="qwen2"):
 def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, rows, length):
     """Recorded once, replayed with other lengths: the numbers on the device count, not those at recording."""
     like = dict(device=DEVICE, dtype=torch.bfloat16)
-    keys, values = (torch.randn(rows, length, shared, dim, **like).transpose(1, 2) for _ in range(2))
-    q, used = torch.randn(rows, 1, heads, dim, **like), torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    keys, values = (
+        torch.randn(rows, length, shared, dim, **like).transpose(1, 2) for _ in range(2)
+    )
+    q, used = (
+        torch.randn(rows, 1, heads, dim, **like),
+        torch.ones(rows, dtype=torch.int32, device=DEVICE),
+    )
     starts = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
-    attend = lambda: rollout.attend_flash(q, keys, values, (used, starts, starts * length), dim ** -0.5)
+    attend = lambda: rollout.attend_flash(
+        q, keys, values, (used, starts, starts * length), dim**-0.5
+    )
     attend()
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -47,7 +64,7 @@ def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, 
         graph.replay()
         beyond = torch.arange(length, device=DEVICE) >= used[:, None, None, None]
         mask = torch.zeros(rows, 1, 1, length, device=DEVICE).masked_fill(beyond, -torch.inf)
-        exact = rollout.attend_masked(q.float(), keys.float(), values.float(), mask, dim ** -0.5)
+        exact = rollout.attend_masked(q.float(), keys.float(), values.float(), mask, dim**-0.5)
         assert (out.float() - exact).abs().max() < 0.02
 
 
@@ -60,13 +77,20 @@ def test_samples_fit_the_model_and_come_again(kind):
     assert sampler.fixed
     for _ in range(2):
         first = sampler.sample(prompts, 4, 60, 1.0, seed=1)
-        assert [[s.ids for s in row] for row in sampler.sample(prompts, 4, 60, 1.0, seed=1)] == \
-            [[s.ids for s in row] for row in first]
+        assert [[s.ids for s in row] for row in sampler.sample(prompts, 4, 60, 1.0, seed=1)] == [
+            [s.ids for s in row] for row in first
+        ]
         gaps = []
         for prompt, row in zip(prompts, first):
             for s in row:
-                assert max(s.ids) < 480 and (s.ids[-1] == 0) == s.finished and (s.finished or len(s.ids) == 60)
-                logits = model(torch.tensor([prompt + s.ids], device=DEVICE)).logits[0, len(prompt) - 1:-1, :480]
+                assert (
+                    max(s.ids) < 480
+                    and (s.ids[-1] == 0) == s.finished
+                    and (s.finished or len(s.ids) == 60)
+                )
+                logits = model(torch.tensor([prompt + s.ids], device=DEVICE)).logits[
+                    0, len(prompt) - 1 : -1, :480
+                ]
                 logp = logits.float().log_softmax(-1).cpu()
                 gaps += (logp[range(len(s.ids)), s.ids] - torch.tensor(s.logprobs)).abs().tolist()
                 gaps += (-(logp.exp() * logp).sum(-1) - torch.tensor(s.entropies)).abs().tolist()
@@ -85,7 +109,7 @@ def test_attention_of_prefill_and_training_is_flash_and_not_cudnn(heads, shared,
     like = dict(device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     q = torch.randn(rows, heads, length, dim, **like)
     k, v = (torch.randn(rows, shared, length, dim, **like) for _ in range(2))
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=dim ** -0.5, enable_gqa=True)
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=dim**-0.5, enable_gqa=True)
     assert choice == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -100,9 +124,16 @@ def test_sampler_and_trainer_tell_nearly_the_same_log_probabilities_and_entropie
     """Rounding inside the layers is left, which depends on the number of rows; at T = 0.6 it weighs more."""
     model, prompts = bf16_model(), random_rows(12, vocab=480)[0]
     drawn = [s for row in Sampler(model, {0}).sample(prompts, 4, 60, 0.6, seed=1) for s in row]
-    scored = response_logprobs(model, [p for p in prompts for _ in range(4)], [s.ids for s in drawn], 0.6, 500, 2000)
+    scored = response_logprobs(
+        model, [p for p in prompts for _ in range(4)], [s.ids for s in drawn], 0.6, 500, 2000
+    )
     for told, of_trainer in (("logprobs", 0), ("entropies", 1)):
-        gaps = torch.cat([(torch.tensor(getattr(s, told)) - row[of_trainer]).abs() for s, row in zip(drawn, scored)])
+        gaps = torch.cat(
+            [
+                (torch.tensor(getattr(s, told)) - row[of_trainer]).abs()
+                for s, row in zip(drawn, scored)
+            ]
+        )
         assert gaps.mean() < 0.01, told
 
 
@@ -115,7 +146,7 @@ def test_two_samplers_live_beside_each_other_and_give_their_memory_back():
         before = torch.cuda.memory_reserved()
         second.release()
         assert torch.cuda.memory_reserved() < before
-        torch.empty(2**28, dtype=torch.uint8, device=DEVICE).fill_(255)         # where the workspaces lay
+        torch.empty(2**28, dtype=torch.uint8, device=DEVICE).fill_(255)  # where the workspaces lay
         again = first.sample([[1, 2, 3]], 8, 40, 1.0, seed=0)
         assert [s.ids for s in again[0]] == [s.ids for s in expected[0]]
 
@@ -148,7 +179,14 @@ def test_a_packed_batch_scores_and_learns_as_its_rows_alone():
     for budget in (1, 10_000):
         batches = micro_batches(prompts, responses, budget, DEVICE, scorer.packed)
         logp = [(b.index, b.by_row(*scorer(b, 0.7, 500))) for b in batches]
-        told.append([row[0] for _, row in sorted((i, row) for index, rows in logp for i, row in zip(index, rows))])
+        told.append(
+            [
+                row[0]
+                for _, row in sorted(
+                    (i, row) for index, rows in logp for i, row in zip(index, rows)
+                )
+            ]
+        )
         model.zero_grad()
         for b in batches:
             scorer(b, 0.7, 500)[0].sum().backward()
@@ -165,15 +203,19 @@ def test_offload_trains_as_without():
     masters = []
     for offload in (False, True):
         model = bf16_model()
-        policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
+        policy = engine.Policy(
+            model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen"
+        )
         trainer = Trainer(policy, 200, offload=offload, checkpointing=True)
         prompts, responses = random_rows(12)
         for _ in range(3):
             backward(trainer, prompts, responses, factor=-1 / 100)
             trainer.step(1e-4, 1.0)
         masters.append({name: m.float().cpu() for name, m in trainer.masters.items()})
-        assert all(torch.equal(p.cpu(), trainer.masters[name].to(torch.bfloat16).cpu())
-                   for name, p in trainer.params.items())
+        assert all(
+            torch.equal(p.cpu(), trainer.masters[name].to(torch.bfloat16).cpu())
+            for name, p in trainer.params.items()
+        )
     start = dict(bf16_model().named_parameters())
     moved = [(m - start[name].float().cpu()).norm() for name, m in masters[0].items()]
     apart = [(a - b).norm() for a, b in zip(masters[0].values(), masters[1].values())]
@@ -181,15 +223,24 @@ def test_offload_trains_as_without():
 
 
 def test_a_run_on_the_gpu_and_its_resume(tmp_path):
-    argv = (f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 --max-new-tokens 40 "
-            f"--eval-limit 8 --out {tmp_path / 'run'}").split()
+    argv = (
+        f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 --max-new-tokens 40 "
+        f"--eval-limit 8 --out {tmp_path / 'run'}"
+    ).split()
     assert edge_grpo.main(argv) == 0
-    before = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(m["logprob_gap"] < 0.05 and math.isfinite(m["grad_norm"]) for m in before) and len(before) == 4
+    before = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        all(m["logprob_gap"] < 0.05 and math.isfinite(m["grad_norm"]) for m in before)
+        and len(before) == 4
+    )
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
     assert edge_grpo.main([*argv, "--resume"]) == 0
-    after = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    after = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert after[:2] == before[:2] and [m["step"] for m in after] == [1, 2, 3, 4]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
@@ -197,15 +248,18 @@ def test_a_run_on_the_gpu_and_its_resume(tmp_path):
 def test_running_out_of_memory_in_the_update_is_survived():
     """The first try fails as the allocator does; the second, with half the budget, gives the whole gradient."""
     model = bf16_model()
-    policy = engine.Policy(model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen")
+    policy = engine.Policy(
+        model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen"
+    )
     trainer, (prompts, responses) = Trainer(policy, 400), random_rows(12)
     tokens, tries = [Weights(torch.full((len(r),), -1 / 100)) for r in responses], []
 
     def loss_of(logp, entropy, t):
         tries.append(trainer.micro_batch_tokens)
-        if len(tries) == 2:                                     # when there are gradients already
+        if len(tries) == 2:  # when there are gradients already
             torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
         return (t.weights * logp).sum()
+
     trainer.forward_backward(prompts, responses, tokens, loss_of)
     norm = trainer.gradient_norm()
     trainer.skip()

@@ -1,4 +1,5 @@
 """Problems, downloads and the tiny world: what is loaded is what the files hold, what cannot be loaded is named."""
+
 import hashlib
 import http.server
 import json
@@ -12,13 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from data import Problem, UserError, download, gold_text, load, tiny
+from data import Problem, download, gold_text, load, tiny
+from errors import UserError
 
 ROOT = Path(__file__).parents[1]
 UPSTREAM = Path(__file__).parents[2] / "shared" / "upstream"
-upstream = pytest.mark.skipif(not UPSTREAM.exists(), reason="needs the real data files in ../shared/upstream")
-SETS = {"deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675,
-        "gsm8k": 1319, "gsm8k-train": 7473}
+upstream = pytest.mark.skipif(
+    not UPSTREAM.exists(), reason="needs the real data files in ../shared/upstream"
+)
+SETS = {
+    "deepscaler-hard-1k": 1000,
+    "aime": 30,
+    "amc": 83,
+    "math": 500,
+    "minerva": 272,
+    "olympiad_bench": 675,
+    "gsm8k": 1319,
+    "gsm8k-train": 7473,
+}
 
 
 @pytest.fixture
@@ -35,11 +47,14 @@ def write(path: Path, text) -> str:
 
 # --- Real sets -------------------------------------------------------------------------------------------------------
 
+
 @upstream
 @pytest.mark.parametrize("name", SETS)
 def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     problems = load(name, mirror=str(UPSTREAM))
-    text = next(UPSTREAM.rglob(Path(download.FILES[name].paths[0]).name)).read_text(encoding="utf-8")
+    text = next(UPSTREAM.rglob(Path(download.FILES[name].paths[0]).name)).read_text(
+        encoding="utf-8"
+    )
     gsm8k = name.startswith("gsm8k")
     rows = [json.loads(line) for line in text.split("\n") if line] if gsm8k else json.loads(text)
     assert len(problems) == len(rows) == SETS[name] == download.FILES[name].rows
@@ -48,17 +63,26 @@ def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     if gsm8k:
         for p, row in zip(problems, rows):
             answer = p.answers[0]
-            solution = p.solution.removesuffix(f"\nThe answer is \\boxed{{{answer}}}.") + f"\n#### {answer}"
+            solution = (
+                p.solution.removesuffix(f"\nThe answer is \\boxed{{{answer}}}.")
+                + f"\n#### {answer}"
+            )
             assert "<<" not in p.solution and solution == re.sub("<<.*?>>", "", row["answer"])
     else:
         answers, solutions = [r["answer"] for r in rows], [r.get("solution") for r in rows]
-        assert [p.answers for p in problems] == [tuple(a) if isinstance(a, list) else (a,) for a in answers]
-        assert [p.solution for p in problems] == [s[0] if isinstance(s, list) else s for s in solutions]
+        assert [p.answers for p in problems] == [
+            tuple(a) if isinstance(a, list) else (a,) for a in answers
+        ]
+        assert [p.solution for p in problems] == [
+            s[0] if isinstance(s, list) else s for s in solutions
+        ]
 
 
 @upstream
 def test_kinds_of_golds(cache):
-    kinds = {name: {type(gold) for p in load(name, str(UPSTREAM)) for gold in p.answers} for name in SETS}
+    kinds = {
+        name: {type(gold) for p in load(name, str(UPSTREAM)) for gold in p.answers} for name in SETS
+    }
     assert kinds.pop("amc") == {float} and set(map(frozenset, kinds.values())) == {frozenset({str})}
     assert max(len(p.answers) for p in load("minerva", str(UPSTREAM))) == 3
 
@@ -67,8 +91,14 @@ def test_kinds_of_golds(cache):
 def test_the_easier_part_of_gsm8k_and_its_held_out_tenth(cache):
     """A problem is in one of the two parts whatever the number of lines, and keeps the row number of its file."""
     everything, two = load("gsm8k-train", str(UPSTREAM)), load("gsm8k-train:2", str(UPSTREAM))
-    assert len(two) == 1960 and set(two) <= set(everything) and load("gsm8k-train:9", str(UPSTREAM)) == everything
-    train, held_out = (load(f"gsm8k-train:2:{split}", str(UPSTREAM)) for split in ("train", "validation"))
+    assert (
+        len(two) == 1960
+        and set(two) <= set(everything)
+        and load("gsm8k-train:9", str(UPSTREAM)) == everything
+    )
+    train, held_out = (
+        load(f"gsm8k-train:2:{split}", str(UPSTREAM)) for split in ("train", "validation")
+    )
     assert sorted(train + held_out, key=two.index) == two and 150 < len(held_out) < 250
     assert set(held_out) <= set(load("gsm8k-train:9:validation", str(UPSTREAM)))
     for name in ("gsm8k-train:", "gsm8k-train:x", "gsm8k-train:2:test", "gsm8k-train:1"):
@@ -86,8 +116,19 @@ def test_references_of_gsm8k_grade_right(cache):
 
 def test_test_sets_are_known_by_their_names():
     from data import is_test_set
-    assert all(map(is_test_set, ("gsm8k", "math", "aime", "minerva", "tiny:5-8:test", "tiny:1-3:test:terse")))
-    assert not any(map(is_test_set, ("gsm8k-train", "gsm8k-train:2", "deepscaler-hard-1k", "tiny:5-8", "mine.jsonl")))
+
+    assert all(
+        map(
+            is_test_set,
+            ("gsm8k", "math", "aime", "minerva", "tiny:5-8:test", "tiny:1-3:test:terse"),
+        )
+    )
+    assert not any(
+        map(
+            is_test_set,
+            ("gsm8k-train", "gsm8k-train:2", "deepscaler-hard-1k", "tiny:5-8", "mine.jsonl"),
+        )
+    )
 
 
 def test_a_large_float_is_injected_as_it_was_written(tmp_path):
@@ -103,7 +144,11 @@ def test_manifest_agrees_with_the_table():
     for entry in manifest["files"]:
         file = download.FILES["deepscaler-hard-1k" if entry["name"] == "train" else entry["name"]]
         assert file.paths == (entry["url_path"], *entry.get("alternative_url_paths", []))
-        assert (file.sha256, file.size, file.rows) == (entry["sha256"], entry["bytes"], entry["rows"])
+        assert (file.sha256, file.size, file.rows) == (
+            entry["sha256"],
+            entry["bytes"],
+            entry["rows"],
+        )
 
 
 @upstream
@@ -122,62 +167,111 @@ def test_a_gold_may_be_an_integer_beyond_every_float(tmp_path):
     assert p.answers == (10**400,) and gold_text(p) == str(10**400)
 
 
-@pytest.mark.parametrize("gold, text", [
-    ("52", "52"), (142.0, "142"), (0.5, "0.5"), (7, "7"), ("9.6\n", "9.6"), ("$0.10", "$0.10"), ("$ $", "$ $"),
-    ("$60^{\\circ}$", "60^{\\circ}"), ("$$x$$", "x"), ("$\\boxed{a=170}$", "a=170"), ("\\(\\boxed{77}\\)", "77"),
-    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\}}", "\\}"), ("$69$,$84$", "$69$,$84$"),
-    ("\\boxed{5} or \\boxed{6}", "\\boxed{5} or \\boxed{6}")])
+@pytest.mark.parametrize(
+    "gold, text",
+    [
+        ("52", "52"),
+        (142.0, "142"),
+        (0.5, "0.5"),
+        (7, "7"),
+        ("9.6\n", "9.6"),
+        ("$0.10", "$0.10"),
+        ("$ $", "$ $"),
+        ("$60^{\\circ}$", "60^{\\circ}"),
+        ("$$x$$", "x"),
+        ("$\\boxed{a=170}$", "a=170"),
+        ("\\(\\boxed{77}\\)", "77"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\}}", "\\}"),
+        ("$69$,$84$", "$69$,$84$"),
+        ("\\boxed{5} or \\boxed{6}", "\\boxed{5} or \\boxed{6}"),
+    ],
+)
 def test_gold_text(gold, text):
     assert gold_text(Problem("q", (gold, "other"), None, "s:1")) == text
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
+
 def test_json_and_jsonl_give_the_same_problems(tmp_path):
-    rows = [{"problem": "1+1?\u2028", "answer": "2", "solution": "\nso \\boxed{2}"},
-            {"question": " x ", "answer": [1, 2.5, "3"], "id": 7}]
+    rows = [
+        {"problem": "1+1?\u2028", "answer": "2", "solution": "\nso \\boxed{2}"},
+        {"question": " x ", "answer": [1, 2.5, "3"], "id": 7},
+    ]
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     as_list = write(tmp_path / "a.json", "\ufeff" + json.dumps(rows))
     as_lines = write(tmp_path / "b.jsonl", lines + "\n")
-    for path, second in ((as_list, 2), (as_lines, 3)):                  # a JSONL row is found again by its line
-        assert load(path) == [Problem("1+1?\u2028", ("2",), "\nso \\boxed{2}", f"{path}:1"),
-                              Problem(" x ", (1, 2.5, "3"), None, f"{path}:{second}")]
+    for path, second in ((as_list, 2), (as_lines, 3)):  # a JSONL row is found again by its line
+        assert load(path) == [
+            Problem("1+1?\u2028", ("2",), "\nso \\boxed{2}", f"{path}:1"),
+            Problem(" x ", (1, 2.5, "3"), None, f"{path}:{second}"),
+        ]
 
 
 def test_answer_field_in_the_style_of_gsm8k(tmp_path):
-    rows = [{"question": "q", "answer": " so 1\n2 \n\n#### 1,002 "}, {"question": "q", "answer": "#### 5"},
-            {"question": "q", "answer": "#### 1\n#### 2"},
-            {"question": "q", "answer": "is #### 5", "solution": "s"}]
+    rows = [
+        {"question": "q", "answer": " so 1\n2 \n\n#### 1,002 "},
+        {"question": "q", "answer": "#### 5"},
+        {"question": "q", "answer": "#### 1\n#### 2"},
+        {"question": "q", "answer": "is #### 5", "solution": "s"},
+    ]
     problems = load(write(tmp_path / "rows.json", json.dumps(rows)))
     found = [(p.solution, p.answers) for p in problems]
-    assert found == [(" so 1\n2 \n\nThe answer is \\boxed{1,002}.", ("1,002",)), (None, ("5",)),
-                     ("#### 1\nThe answer is \\boxed{2}.", ("2",)), ("s", ("is #### 5",))]
+    assert found == [
+        (" so 1\n2 \n\nThe answer is \\boxed{1,002}.", ("1,002",)),
+        (None, ("5",)),
+        ("#### 1\nThe answer is \\boxed{2}.", ("2",)),
+        ("s", ("is #### 5",)),
+    ]
 
 
-@pytest.mark.parametrize("row, says", [
-    ({"answer": "1"}, "no field problem"), ({"problem": "q", "solution": "s"}, "no field answer"),
-    ({}, "no field problem"), ({"problem": "q", "answer": None}, "answer is of type NoneType"),
-    ({"problem": "q", "answer": " "}, "answer is empty"), ({"problem": "", "answer": "1"}, "problem is empty"),
-    ({"question": ["q"], "answer": "1"}, "question is of type list"),
-    ({"problem": "q", "answer": {"a": 1}}, "answer is of type dict"),
-    ({"problem": "q", "answer": True}, "answer is of type bool"),
-    ({"problem": "q", "answer": []}, "empty list of answers"),
-    ({"problem": "q", "answer": ["1", None]}, "answer is of type NoneType"),
-    ({"problem": "q", "answer": float("nan")}, "finite"), ({"problem": "q", "answer": "\ud800"}, "surrogate"),
-    ({"problem": "q", "answer": "1", "solution": 3}, "solution is of type int"),
-    (["q", "1"], "is a JSON list"), ("q", "is a JSON str"), (None, "NoneType")])
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"answer": "1"}, "no field problem"),
+        ({"problem": "q", "solution": "s"}, "no field answer"),
+        ({}, "no field problem"),
+        ({"problem": "q", "answer": None}, "answer is of type NoneType"),
+        ({"problem": "q", "answer": " "}, "answer is empty"),
+        ({"problem": "", "answer": "1"}, "problem is empty"),
+        ({"question": ["q"], "answer": "1"}, "question is of type list"),
+        ({"problem": "q", "answer": {"a": 1}}, "answer is of type dict"),
+        ({"problem": "q", "answer": True}, "answer is of type bool"),
+        ({"problem": "q", "answer": []}, "empty list of answers"),
+        ({"problem": "q", "answer": ["1", None]}, "answer is of type NoneType"),
+        ({"problem": "q", "answer": float("nan")}, "finite"),
+        ({"problem": "q", "answer": "\ud800"}, "surrogate"),
+        ({"problem": "q", "answer": "1", "solution": 3}, "solution is of type int"),
+        (["q", "1"], "is a JSON list"),
+        ("q", "is a JSON str"),
+        (None, "NoneType"),
+    ],
+)
 def test_malformed_row_is_named_by_file_and_row(tmp_path, row, says):
     path = write(tmp_path / "rows.json", json.dumps([{"problem": "q", "answer": "1"}, row]))
     with pytest.raises(UserError) as error:
         load(path)
-    assert f"{path}:2" in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert (
+        f"{path}:2" in str(error.value)
+        and says in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("content, says", [
-    ("", "holds no problem"), ("[]", "holds no problem"), ("[{]", "not valid JSON"),
-    ('{"problem": "q"\n', ":1 is not valid JSON"), ('{"problem": "q", "answer": "1"}\nthen', ":2 is not valid JSON"),
-    (b'[{"problem": "\xe9"}]', "not UTF-8"), ("[" * 100000, "not valid JSON"),
-    ('[{"problem": "q", "answer": ' + "1" * 5000 + "}]", "not valid JSON")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("", "holds no problem"),
+        ("[]", "holds no problem"),
+        ("[{]", "not valid JSON"),
+        ('{"problem": "q"\n', ":1 is not valid JSON"),
+        ('{"problem": "q", "answer": "1"}\nthen', ":2 is not valid JSON"),
+        (b'[{"problem": "\xe9"}]', "not UTF-8"),
+        ("[" * 100000, "not valid JSON"),
+        ('[{"problem": "q", "answer": ' + "1" * 5000 + "}]", "not valid JSON"),
+    ],
+)
 def test_malformed_file_is_one_sentence(tmp_path, content, says):
     path = write(tmp_path / "rows.json", content)
     with pytest.raises(UserError, match=re.escape(path)) as error:
@@ -209,6 +303,7 @@ def small_set(monkeypatch, cache):
 @pytest.fixture
 def server():
     """A local HTTP server that answers paths from `server.answers`: (status, body, how many bytes of it are sent)."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             status, body, sent = self.server.answers.get(self.path, (404, b"", 0))
@@ -224,7 +319,9 @@ def server():
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.answers, running.asked = {}, []
     running.url = f"http://127.0.0.1:{running.server_port}/mirror"
-    threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     yield running
     running.shutdown()
     running.server_close()
@@ -233,7 +330,9 @@ def server():
 def test_download_from_an_address_then_from_the_cache(server, small_set):
     server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, len(CONTENT))
     assert len(load("small", mirror=server.url)) == 3000
-    assert small_set.read_bytes() == CONTENT and [p.name for p in small_set.parent.iterdir()] == ["small.json"]
+    assert small_set.read_bytes() == CONTENT and [p.name for p in small_set.parent.iterdir()] == [
+        "small.json"
+    ]
     load("small", mirror="/nowhere")
     assert server.asked == ["/mirror/a/repo/commit/x.json"]
 
@@ -271,10 +370,14 @@ def test_damaged_cache_is_fetched_again(tmp_path, small_set):
 
 
 def test_no_network_and_no_mirror_file_name_the_addresses(tmp_path, small_set, monkeypatch):
-    with pytest.raises(UserError, match=f"{tmp_path}/b/repo/commit/x.json: there is no such file.*--mirror"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/b/repo/commit/x.json: there is no such file.*--mirror"
+    ):
         download.fetch("small", str(tmp_path))
     monkeypatch.setattr(download, "BASE", "http://127.0.0.1:9/")
-    with pytest.raises(UserError, match="http://127.0.0.1:9/a/repo/commit/x.json: no connection.*run again"):
+    with pytest.raises(
+        UserError, match="http://127.0.0.1:9/a/repo/commit/x.json: no connection.*run again"
+    ):
         download.fetch("small")
 
 
@@ -282,6 +385,7 @@ def test_failed_write_keeps_the_old_file_and_no_part(tmp_path, small_set, monkey
     def full_disk(part, target):
         assert Path(part).read_bytes() == CONTENT
         raise OSError(28, "No space left on device")
+
     (tmp_path / "a/repo/commit").mkdir(parents=True)
     (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
     small_set.parent.mkdir()
@@ -289,7 +393,9 @@ def test_failed_write_keeps_the_old_file_and_no_part(tmp_path, small_set, monkey
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(UserError, match=f"cannot write {small_set}: No space left on device"):
         download.fetch("small", str(tmp_path))
-    assert [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()] == [("small.json", b"old")]
+    assert [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()] == [
+        ("small.json", b"old")
+    ]
 
 
 def test_unwritable_cache(tmp_path, small_set, monkeypatch):
@@ -298,7 +404,7 @@ def test_unwritable_cache(tmp_path, small_set, monkeypatch):
     write(small_set.parent, "a file where the folder should be")
     with pytest.raises(UserError, match=f"{small_set} cannot be read: Not a directory; remove it"):
         download.fetch("small", str(tmp_path))
-    monkeypatch.setattr(download, "CACHE", Path("/proc/self/cache"))                # nobody can make this folder
+    monkeypatch.setattr(download, "CACHE", Path("/proc/self/cache"))  # nobody can make this folder
     with pytest.raises(UserError, match="cannot write /proc/self/cache/small.json"):
         download.fetch("small", str(tmp_path))
 
@@ -318,8 +424,12 @@ def test_download_command(tmp_path, small_set, capsys):
 
 # --- The tiny world --------------------------------------------------------------------------------------------------
 
-SIGNS = {"multiplies": "*", **dict.fromkeys(("finds", "buys", "wins", "gets"), "+"),
-         **dict.fromkeys(("loses", "sells", "gives", "eats"), "-")}
+SIGNS = {
+    "multiplies": "*",
+    **dict.fromkeys(("finds", "buys", "wins", "gets"), "+"),
+    **dict.fromkeys(("loses", "sells", "gives", "eats"), "-"),
+}
+
 
 def work_out(question: str) -> list[int]:
     """The numbers of a tiny question's chain, read from its text alone."""
@@ -350,7 +460,9 @@ def test_terse_and_half_styles_change_the_solutions_alone():
     for p in terse:
         expression, answer = re.fullmatch(r"([-+*()\d]+)=\\boxed\{(\d+)\}\.", p.solution).groups()
         assert eval(expression) == int(answer) == int(p.answers[0]) and "(1)" not in expression
-    assert [p.solution for p in half] == [pair[i % 2].solution for i, pair in enumerate(zip(full, terse))]
+    assert [p.solution for p in half] == [
+        pair[i % 2].solution for i, pair in enumerate(zip(full, terse))
+    ]
     assert [p.solution for p in load("tiny:5-8")] == [p.solution for p in full]
 
 
@@ -363,8 +475,14 @@ def chain_of(question: str) -> str:
 def test_tiny_splits_are_disjoint_in_their_chains():
     """Not even a held-out chain with other names and things occurs in training, for any pair of STEPS."""
     splits = ("train", "validation", "test")
-    train, validation, test = ({chain_of(p.question) for steps in ("1-3", "2", "4-6", "5-8", "1-8")
-                                for p in load(f"tiny:{steps}:{split}")} for split in splits)
+    train, validation, test = (
+        {
+            chain_of(p.question)
+            for steps in ("1-3", "2", "4-6", "5-8", "1-8")
+            for p in load(f"tiny:{steps}:{split}")
+        }
+        for split in splits
+    )
     assert not train & validation and not train & test and not validation & test
     assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 256]
     assert len({chain_of(p.question) for p in load("tiny:1-3")}) == 2048
@@ -376,13 +494,31 @@ def test_tiny_problems_are_the_same_in_every_process():
     code = "from data import load; print(repr(load('tiny:5-8:test:half')))"
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+        )
         assert run.stdout == repr(load("tiny:5-8:test:half")) + "\n"
 
 
-@pytest.mark.parametrize("name", [
-    "tiny", "tiny:", "tiny:0", "tiny:0-3", "tiny:9", "tiny:3-2", "tiny:5-9", "tiny:4:dev", "tiny:x", "tiny:4:test:long",
-    "tiny:4:test:full:x", "tiny:4:", "tiny:4:test:full:", "tiny:4\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "tiny:",
+        "tiny:0",
+        "tiny:0-3",
+        "tiny:9",
+        "tiny:3-2",
+        "tiny:5-9",
+        "tiny:4:dev",
+        "tiny:x",
+        "tiny:4:test:long",
+        "tiny:4:test:full:x",
+        "tiny:4:",
+        "tiny:4:test:full:",
+        "tiny:4\n",
+    ],
+)
 def test_wrong_tiny_name_is_one_sentence(name):
     with pytest.raises(UserError, match="is not a tiny set.*such as tiny:"):
         load(name)
@@ -390,14 +526,19 @@ def test_wrong_tiny_name_is_one_sentence(name):
 
 # --- Tokenizer and checkpoint ----------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def tokenizer():
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_model", local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(
+        ROOT / "data" / "tiny_model", local_files_only=True
+    )
 
 
-INJECTED = [" Wait! Something is wrong here.",
-            "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{52}."]
+INJECTED = [
+    " Wait! Something is wrong here.",
+    "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{52}.",
+]
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -417,7 +558,11 @@ def test_round_trip_and_concatenation_of_ids(tokenizer):
 def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
     """Digits, words, (k) and the box are single tokens; nothing of this world is spelled in letters."""
     for text in INJECTED + [t for p in load("tiny:1-8:test") for t in (p.question, p.solution)]:
-        assert not [t for t in tokenizer.convert_ids_to_tokens(ids(tokenizer, text)) if re.fullmatch("[A-Za-z]", t)]
+        assert not [
+            t
+            for t in tokenizer.convert_ids_to_tokens(ids(tokenizer, text))
+            if re.fullmatch("[A-Za-z]", t)
+        ]
     tokens = tokenizer.convert_ids_to_tokens(ids(tokenizer, "(8)52=\\boxed{7}."))
     assert tokens == ["(8)", "5", "2", "=", "\\boxed{", "7", "}", "."]
     assert len(tokenizer) == 256 + len(tiny.SPECIAL) + len(tiny.WORDS)
@@ -425,35 +570,48 @@ def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
 
 def test_chat_template(tokenizer):
     question = load("tiny:4")[0].question
-    turns = [{"role": "system", "content": "Please reason step by step."}, {"role": "user", "content": question}]
+    turns = [
+        {"role": "system", "content": "Please reason step by step."},
+        {"role": "user", "content": question},
+    ]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert prompt == tiny.prompt_text(question)
-    assert prompt == tokenizer.apply_chat_template(turns[1:], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(turns + [{"role": "assistant", "content": "4"}], tokenize=False)
+    assert prompt == tokenizer.apply_chat_template(
+        turns[1:], add_generation_prompt=True, tokenize=False
+    )
+    whole = tokenizer.apply_chat_template(
+        turns + [{"role": "assistant", "content": "4"}], tokenize=False
+    )
     assert whole == prompt + "4<|im_end|>" and ids(tokenizer, whole)[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_shipped_tokenizer_is_the_recipe_s(tokenizer):
     made = tiny.make_tokenizer()
-    assert made.get_vocab() == tokenizer.get_vocab() and made.chat_template == tokenizer.chat_template
+    assert (
+        made.get_vocab() == tokenizer.get_vocab() and made.chat_template == tokenizer.chat_template
+    )
     assert (made.eos_token, made.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
 
 
 def test_shipped_checkpoint(tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
+
     folder = ROOT / "data" / "tiny_model"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.float32
     assert model.config.vocab_size == len(tokenizer) and model.config.tie_word_embeddings
-    assert set(model.generation_config.eos_token_id) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert set(model.generation_config.eos_token_id) == {
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    }
     p = load("tiny:2:test")[0]
     row = torch.tensor([ids(tokenizer, tiny.prompt_text(p.question) + p.solution + "<|im_end|>")])
     start = len(ids(tokenizer, tiny.prompt_text(p.question)))
-    logp = model(row).logits.log_softmax(-1)[0, start - 1:-1].gather(1, row[0, start:, None])
-    assert logp.mean() > -1.0               # it knows its world: far from the -5.7 of chance
+    logp = model(row).logits.log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])
+    assert logp.mean() > -1.0  # it knows its world: far from the -5.7 of chance
 
 
 def test_training_rows_learn_the_replies_only():
@@ -461,5 +619,9 @@ def test_training_rows_learn_the_replies_only():
     rows = [tiny.training_row(rng, guesses=True) for _ in range(300)]
     for row in rows:
         learned = "".join(text for text, is_learned in row if is_learned)
-        assert learned.endswith("}.<|im_end|>") and "How many?" not in learned and "Wait!" not in learned
+        assert (
+            learned.endswith("}.<|im_end|>")
+            and "How many?" not in learned
+            and "Wait!" not in learned
+        )
     assert any(tiny.REFLECT in [text for text, _ in row] for row in rows)

@@ -1,4 +1,5 @@
 """entropy.py against log_softmax and softmax in float64: values, gradients, any block size, every edge."""
+
 import pytest
 import torch
 
@@ -41,10 +42,22 @@ def test_values_and_gradients_equal_float64_at_any_chunk(chunk, temperature):
     hidden, weight, targets = inputs()
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     for entropy_grad in (False, True):
-        got = gradients(logprob_entropy, hidden, weight, targets, temperature, entropy_grad=entropy_grad, chunk=chunk,
-                        g_entropy=0.5 * entropy_grad)
-        assert_equal(got, gradients(reference, *exact, targets, temperature, g_entropy=0.5 * entropy_grad))
-        assert got[0].dtype == got[1].dtype == torch.float32 and got[0].shape == got[1].shape == (N,)
+        got = gradients(
+            logprob_entropy,
+            hidden,
+            weight,
+            targets,
+            temperature,
+            entropy_grad=entropy_grad,
+            chunk=chunk,
+            g_entropy=0.5 * entropy_grad,
+        )
+        assert_equal(
+            got, gradients(reference, *exact, targets, temperature, g_entropy=0.5 * entropy_grad)
+        )
+        assert got[0].dtype == got[1].dtype == torch.float32 and got[0].shape == got[1].shape == (
+            N,
+        )
         assert got[0].requires_grad and got[1].requires_grad == entropy_grad
 
 
@@ -60,7 +73,7 @@ def test_float64_stays_float64_inside():
 def test_ids_from_vocab_size_on_are_outside_the_distribution(chunk):
     hidden, weight, targets = inputs()
     with torch.no_grad():
-        weight[90:] *= 100      # would swallow all probability
+        weight[90:] *= 100  # would swallow all probability
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     got = gradients(logprob_entropy, hidden, weight, targets, 0.7, 90, True, chunk=chunk)
     assert_equal(got, gradients(reference, *exact, targets, 0.7, 90))
@@ -70,9 +83,15 @@ def test_ids_from_vocab_size_on_are_outside_the_distribution(chunk):
 @pytest.mark.parametrize("scale", [0.0, 30.0, 1e4])
 def test_flat_peaked_and_huge_logits(scale):
     hidden, weight, targets = inputs(scale=scale)
-    logp, entropy, g_hidden, g_weight = gradients(logprob_entropy, hidden, weight, targets, 0.6, None, True, chunk=10)
+    logp, entropy, g_hidden, g_weight = gradients(
+        logprob_entropy, hidden, weight, targets, 0.6, None, True, chunk=10
+    )
     assert all(x.isfinite().all() for x in (logp, entropy, g_hidden, g_weight))
-    assert (logp <= 0).all() and (entropy >= 0).all() and (entropy <= torch.tensor(float(V)).log() + 1e-5).all()
+    assert (
+        (logp <= 0).all()
+        and (entropy >= 0).all()
+        and (entropy <= torch.tensor(float(V)).log() + 1e-5).all()
+    )
     if scale == 0:
         torch.testing.assert_close(entropy, torch.full((N,), float(V)).log())
         torch.testing.assert_close(-logp, entropy)
@@ -93,7 +112,9 @@ def test_half_precision_is_summed_in_float32(dtype):
     """Against float64 of the same rounded numbers: values as exact as fp32, gradients as exact as their own dtype."""
     hidden, weight, targets = inputs(dtype, scale=0.1)
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    got = gradients(logprob_entropy, hidden, weight, targets, 0.6, 95, True, chunk=1)     # as many sums as can be
+    got = gradients(
+        logprob_entropy, hidden, weight, targets, 0.6, 95, True, chunk=1
+    )  # as many sums as can be
     want = gradients(reference, *exact, targets, 0.6, 95)
     assert_equal(got[:2], want[:2])
     assert got[2].dtype == got[3].dtype == dtype
@@ -107,14 +128,16 @@ def test_the_weight_gradient_of_many_tokens_is_not_rounded_on_the_way():
     hidden = torch.ones(4096, 4, dtype=torch.bfloat16)
     weight = torch.zeros(64, 4, dtype=torch.bfloat16, requires_grad=True)
     logp, _ = logprob_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64))
-    grad, = torch.autograd.grad(logp.sum(), weight)
+    (grad,) = torch.autograd.grad(logp.sum(), weight)
     torch.testing.assert_close(grad[0].float(), torch.full((4,), 4096 * 63 / 64), rtol=0.01, atol=0)
     torch.testing.assert_close(grad[1].float(), torch.full((4,), -64.0), rtol=0.01, atol=0)
 
 
 def test_no_tokens():
     hidden, weight, targets = inputs(n=0)
-    logp, entropy, g_hidden, g_weight = gradients(logprob_entropy, hidden, weight, targets, entropy_grad=True)
+    logp, entropy, g_hidden, g_weight = gradients(
+        logprob_entropy, hidden, weight, targets, entropy_grad=True
+    )
     assert logp.shape == entropy.shape == (0,) and g_hidden.shape == (0, H)
     assert (g_weight == 0).all() and g_weight.shape == (V, H)
 
@@ -123,8 +146,12 @@ def test_only_the_gradients_asked_for():
     hidden, weight, targets = inputs()
     both = gradients(logprob_entropy, hidden, weight, targets, g_entropy=0)
     weights = torch.linspace(-1, 2, N)
-    g_hidden, = torch.autograd.grad((logprob_entropy(hidden, weight.detach(), targets)[0] * weights).sum(), hidden)
-    g_weight, = torch.autograd.grad((logprob_entropy(hidden.detach(), weight, targets)[0] * weights).sum(), weight)
+    (g_hidden,) = torch.autograd.grad(
+        (logprob_entropy(hidden, weight.detach(), targets)[0] * weights).sum(), hidden
+    )
+    (g_weight,) = torch.autograd.grad(
+        (logprob_entropy(hidden.detach(), weight, targets)[0] * weights).sum(), weight
+    )
     assert torch.equal(g_hidden, both[2]) and torch.equal(g_weight, both[3])
     assert not logprob_entropy(hidden.detach(), weight.detach(), targets)[0].requires_grad
 
@@ -147,24 +174,34 @@ def test_never_more_logits_than_a_block():
     weight, targets = torch.randn(3000, 4, requires_grad=True), torch.randint(0, 3000, (500,))
     with Largest() as largest:
         gradients(logprob_entropy, hidden, weight, targets, entropy_grad=True, chunk=100)
-    assert largest.numbers <= 500 * 100      # all logits are 500 * 3000
+    assert largest.numbers <= 500 * 100  # all logits are 500 * 3000
 
 
 def test_the_default_block_is_bounded():
     for n, h in [(0, 8), (1, 8), (64, 128), (2048, 3584), (100_000, 3584)]:
         chunk = default_chunk(torch.empty(n, h, device="meta"))
-        assert chunk == 64 or chunk * (n + h) <= 2 ** 22
+        assert chunk == 64 or chunk * (n + h) <= 2**22
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(temperature=0), "temperature"), (dict(temperature=-1), "temperature"),
-    (dict(temperature=float("nan")), "temperature"),
-    (dict(targets=torch.full((N,), V)), "targets"), (dict(targets=torch.full((N,), -1)), "targets"),
-    (dict(vocab_size=80, targets=torch.full((N,), 80)), "targets"), (dict(targets=torch.zeros(N)), "int64"),
-    (dict(targets=torch.zeros(N + 1, dtype=torch.int64)), "one per row"), (dict(hidden=torch.zeros(N, H + 1)), "H"),
-    (dict(hidden=torch.zeros(1, N, H)), "hidden"), (dict(hidden=torch.zeros(N, H).bfloat16()), "dtype"),
-    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=V + 1), "vocab_size"), (dict(chunk=0), "chunk"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(temperature=0), "temperature"),
+        (dict(temperature=-1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(targets=torch.full((N,), V)), "targets"),
+        (dict(targets=torch.full((N,), -1)), "targets"),
+        (dict(vocab_size=80, targets=torch.full((N,), 80)), "targets"),
+        (dict(targets=torch.zeros(N)), "int64"),
+        (dict(targets=torch.zeros(N + 1, dtype=torch.int64)), "one per row"),
+        (dict(hidden=torch.zeros(N, H + 1)), "H"),
+        (dict(hidden=torch.zeros(1, N, H)), "hidden"),
+        (dict(hidden=torch.zeros(N, H).bfloat16()), "dtype"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(vocab_size=V + 1), "vocab_size"),
+        (dict(chunk=0), "chunk"),
+    ],
+)
 def test_mistakes_are_told(change, sentence):
     hidden, weight, targets = inputs()
     arguments = dict(hidden=hidden, weight=weight, targets=targets) | change
@@ -176,17 +213,28 @@ def test_mean_entropy_is_over_a_response_s_own_tokens():
     entropies = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([]), torch.tensor([5.0])]
     assert mean_entropy(entropies).tolist() == [3.0, 0.0, 5.0]
     assert mean_entropy([]).shape == (0,)
-    token = torch.tensor([1.0, 3.0], requires_grad=True)        # --eda-grad needs the gradient
+    token = torch.tensor([1.0, 3.0], requires_grad=True)  # --eda-grad needs the gradient
     mean_entropy([token, token.new_zeros(0)]).sum().backward()
     assert token.grad.tolist() == [0.5, 0.5]
 
 
 def tiny(name, **config):
     import transformers
+
     torch.manual_seed(0)
     config = getattr(transformers, name + "Config")(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=0, eos_token_id=1, **config)
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        **config,
+    )
     return getattr(transformers, name + "ForCausalLM")(config).eval()
 
 
@@ -198,15 +246,26 @@ def test_plain_output_layers_are_accepted_and_give_the_model_s_numbers(name, dty
     ids = torch.randint(0, 60, (1, 9))
     hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
     logp, _ = logprob_entropy(hidden, model.lm_head.weight, ids[0, 1:])
-    want = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(logp.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    want = (
+        model(input_ids=ids)
+        .logits[0, :-1]
+        .double()
+        .log_softmax(-1)
+        .gather(1, ids[0, 1:, None])[:, 0]
+    )
+    torch.testing.assert_close(
+        logp.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
+    )
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda: tiny("Gemma2", final_logit_softcapping=30.0), "caps its logits"),
-    (lambda: tiny("Cohere", logit_scale=0.0625), "scale"),
-    (lambda: tiny("Granite", logits_scaling=8.0), "scale"),
-])
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: tiny("Gemma2", final_logit_softcapping=30.0), "caps its logits"),
+        (lambda: tiny("Cohere", logit_scale=0.0625), "scale"),
+        (lambda: tiny("Granite", logits_scaling=8.0), "scale"),
+    ],
+)
 def test_other_output_layers_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_output_layer(make())

@@ -1,4 +1,5 @@
 """What a CPU can show of the path that a GPU takes: offload, fused norms, out of memory in CUDA's words, capacity."""
+
 import copy
 
 import pytest
@@ -17,12 +18,20 @@ def test_offload_fetches_gradients_that_the_last_micro_batch_did_not_touch():
     weights, missed = [], 0
     for offload in (False, True):
         policy = small_policy(torch.bfloat16, tied=False)
-        trainer, layer = Trainer(policy, 60, offload=offload), policy.model.model.layers[0].self_attn.q_proj
-        layer.forward = lambda x, layer=layer: F.linear(                # short micro-batches do not use this weight
-            x, layer.weight if x.shape[1] > 40 else layer.weight.detach(), layer.bias)
+        trainer, layer = (
+            Trainer(policy, 60, offload=offload),
+            policy.model.model.layers[0].self_attn.q_proj,
+        )
+        layer.forward = lambda x, layer=layer: (
+            F.linear(  # short micro-batches do not use this weight
+                x, layer.weight if x.shape[1] > 40 else layer.weight.detach(), layer.bias
+            )
+        )
         for seed in range(3):
             prompts, responses = random_rows(6, seed)
-            backward(trainer, [*prompts, [1] * 30, [1, 2]], [*responses, [5] * 30, [3]], factor=-1 / 100)
+            backward(
+                trainer, [*prompts, [1] * 30, [1, 2]], [*responses, [5] * 30, [3]], factor=-1 / 100
+            )
             missed += len(trainer.params.keys() - trainer.copied) if offload else 0
             trainer.step(1e-2, 1.0)
         weights.append([p.detach().clone() for p in policy.model.parameters()])
@@ -54,13 +63,17 @@ def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
 
 def test_the_update_is_tried_again_when_cuda_itself_is_out_of_memory(monkeypatch):
     trainer, calls = Trainer(small_policy(), 200), []
-    plain, words = trainer.scorer.forward, "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+    plain, words = (
+        trainer.scorer.forward,
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+    )
 
     def scarce(*args):
         calls.append(args)
         if len(calls) == 2:
             raise torch.AcceleratorError(words)
         return plain(*args)
+
     monkeypatch.setattr(trainer.scorer, "forward", scarce)
     backward(trainer, *random_rows(12))
     again = Trainer(small_policy(), 100)
@@ -72,9 +85,13 @@ def test_the_update_is_tried_again_when_cuda_itself_is_out_of_memory(monkeypatch
         backward(trainer, *random_rows(12))
 
 
-@pytest.mark.parametrize("room, slots, capacity", [(None, 2, 128), (10_000, 2, 2048), (1000, 2, 384), (300, 2, 128),
-                                                   (200, 1, 128)])
-def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(monkeypatch, room, slots, capacity):
+@pytest.mark.parametrize(
+    "room, slots, capacity",
+    [(None, 2, 128), (10_000, 2, 2048), (1000, 2, 384), (300, 2, 128), (200, 1, 128)],
+)
+def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(
+    monkeypatch, room, slots, capacity
+):
     """None: a CPU, which would read the whole cache at every token."""
     if room:
         monkeypatch.setattr(rollout, "tokens_that_fit", lambda model, wanted: room)
@@ -92,37 +109,47 @@ def test_joined_projections_compute_the_same_and_are_told_of_updates():
         for _ in range(2):
             apart = torch.cat([part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj)], 1)
             assert torch.allclose(F.linear(x, *joined[0]), apart, atol=1e-6)
-            attn.k_proj.weight.mul_(2)                                        # as an optimizer does, in place
+            attn.k_proj.weight.mul_(2)  # as an optimizer does, in place
             assert rollout.join_projections(model, joined)[0][0] is joined[0][0]
 
 
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
 def test_an_adapter_is_not_passed_by(name):
     """A projection of another class is called as it is, also where plain ones are joined."""
+
     class Adapter(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
+
     policy = small_policy(torch.float32, tied=False)
     for layer in policy.model.model.layers:
         getattr(layer.self_attn, name).__class__ = Adapter
     samplers = [Sampler(policy.model, set()) for _ in range(2)]
     samplers[1].fixed = True
-    first, second = ([s.ids for s in sampler.sample([[1, 2, 3]], 4, 20, 1.0, seed=0)[0]] for sampler in samplers)
+    first, second = (
+        [s.ids for s in sampler.sample([[1, 2, 3]], 4, 20, 1.0, seed=0)[0]] for sampler in samplers
+    )
     assert first == second and samplers[1].slots.joined is None
 
 
 def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
     """Whole, for any number of rows, writing into the cache in place: traced here, but not made into kernels."""
+
     def compiled(function):
         return torch.compile(function.__wrapped__, backend="aot_eager", fullgraph=True)
+
     store, add = compiled(rollout.rotate_and_store), compiled(rollout.add_and_norm)
     with torch.inference_mode():
         for rows in (8, 4, 1):
             q, k, v, cos, sin = (torch.randn(rows, 1, heads, 16) for heads in (4, 2, 2, 1, 1))
             at, position = torch.arange(rows), torch.randint(0, 9, (rows,))
-            caches = [[torch.zeros(8, 9, 2, 16).transpose(1, 2) for _ in range(2)] for _ in range(2)]
-            expected, found = (function(q, k, v, cos, sin, *cache, at, position)
-                               for function, cache in zip((rollout.rotate_and_store, store), caches))
+            caches = [
+                [torch.zeros(8, 9, 2, 16).transpose(1, 2) for _ in range(2)] for _ in range(2)
+            ]
+            expected, found = (
+                function(q, k, v, cos, sin, *cache, at, position)
+                for function, cache in zip((rollout.rotate_and_store, store), caches)
+            )
             assert torch.equal(expected, found) and expected.any()
             assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*caches))
             args = torch.randn(rows, 1, 16), torch.randn(rows, 1, 16), torch.randn(16), 1e-6

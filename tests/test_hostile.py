@@ -1,5 +1,6 @@
 """Text and ids that nobody meant: whatever a file, a model or a policy brings, loading, grading, correcting and scoring
 do not crash, and a row that cannot be a problem is refused with its place."""
+
 import json
 import math
 import unicodedata
@@ -15,26 +16,81 @@ import data
 import edge_grpo as eg
 import engine
 import reward
-from data import Problem, UserError
+from data import Problem
 from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
 from engine.trainer import Trainer
+from errors import UserError
 
-FEW = settings(max_examples=60, deadline=None,
-               suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
-ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)      # control characters, all planes
-HALVES = st.text(st.characters(), max_size=20)                                   # halves of surrogate pairs too
-PIECES = st.sampled_from([r"\boxed{", "}", "{", "\\", "$", r"\frac", "^", "_", "(", ")", "[", "]", "1", "9" * 30, "0",
-                          "-", "/", ",", ".", "%", r"\sqrt", r"\text{", "x", "!", "**", "e", "inf", "nan",
-                          "<|im_end|>", "<|im_start|>", "\n", "\0", "\u2028", "½", "٣"])
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=("Cs",)), max_size=60
+)  # control characters, all planes
+HALVES = st.text(st.characters(), max_size=20)  # halves of surrogate pairs too
+PIECES = st.sampled_from(
+    [
+        r"\boxed{",
+        "}",
+        "{",
+        "\\",
+        "$",
+        r"\frac",
+        "^",
+        "_",
+        "(",
+        ")",
+        "[",
+        "]",
+        "1",
+        "9" * 30,
+        "0",
+        "-",
+        "/",
+        ",",
+        ".",
+        "%",
+        r"\sqrt",
+        r"\text{",
+        "x",
+        "!",
+        "**",
+        "e",
+        "inf",
+        "nan",
+        "<|im_end|>",
+        "<|im_start|>",
+        "\n",
+        "\0",
+        "\u2028",
+        "½",
+        "٣",
+    ]
+)
 MATHS = st.lists(PIECES, max_size=25).map("".join)
-GOLD = st.one_of(ANY_TEXT, MATHS, st.integers(), st.floats(allow_nan=True), st.none(), st.lists(MATHS, max_size=3))
-ANY_JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT, HALVES),
-                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
-                        max_leaves=6)
+GOLD = st.one_of(
+    ANY_TEXT,
+    MATHS,
+    st.integers(),
+    st.floats(allow_nan=True),
+    st.none(),
+    st.lists(MATHS, max_size=3),
+)
+ANY_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT, HALVES),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
+    max_leaves=6,
+)
 ODD = dict(problem=ANY_JSON, question=ANY_TEXT, answer=ANY_JSON, solution=ANY_JSON)
-FULL = dict(problem=ANY_TEXT, answer=st.one_of(ANY_TEXT, MATHS, st.integers(), st.floats()), solution=ANY_TEXT)
+FULL = dict(
+    problem=ANY_TEXT,
+    answer=st.one_of(ANY_TEXT, MATHS, st.integers(), st.floats()),
+    solution=ANY_TEXT,
+)
 ROW = st.one_of(ANY_JSON, st.fixed_dictionaries({}, optional=ODD), st.fixed_dictionaries(FULL))
 
 
@@ -44,10 +100,13 @@ def policy():
 
 
 def ids(low=0, size=24):
-    return st.lists(st.integers(0, 307), min_size=low, max_size=size)       # any id of the tiny model, special ones too
+    return st.lists(
+        st.integers(0, 307), min_size=low, max_size=size
+    )  # any id of the tiny model, special ones too
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------
+
 
 @FEW
 @given(st.one_of(ANY_TEXT, MATHS, HALVES), GOLD)
@@ -63,13 +122,20 @@ def test_grading_what_stands_in_a_box(answer, gold):
 
 
 @FEW
-@given(st.lists(st.tuples(st.one_of(ANY_TEXT, MATHS), st.lists(MATHS, min_size=1, max_size=2)), max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.one_of(ANY_TEXT, MATHS), st.lists(MATHS, min_size=1, max_size=2)), max_size=4
+    )
+)
 def test_many_are_graded_as_each_is(pairs):
     texts, golds = [t for t, _ in pairs], [g for _, g in pairs]
-    assert [tuple(s) for s in reward.score_all(texts, golds)] == [tuple(reward.score(t, g)) for t, g in pairs]
+    assert [tuple(s) for s in reward.score_all(texts, golds)] == [
+        tuple(reward.score(t, g)) for t, g in pairs
+    ]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
 
 def load(path) -> list[Problem]:
     """The problems of a file, or none and a sentence that names it."""
@@ -81,13 +147,22 @@ def load(path) -> list[Problem]:
 
 
 @FEW
-@given(st.one_of(st.binary(max_size=60), st.lists(ROW, max_size=3).map(lambda rows: json.dumps(rows).encode()),
-                 st.lists(ROW, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())))
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.lists(ROW, max_size=3).map(lambda rows: json.dumps(rows).encode()),
+        st.lists(ROW, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    )
+)
 def test_any_file_is_read_whole_or_refused_by_name(tmp_path, policy, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     for p in load(path):
-        assert p.question.strip() and p.answers and all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
+        assert (
+            p.question.strip()
+            and p.answers
+            and all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
+        )
         assert policy.prompt_ids(p.question)
         assert isinstance(data.gold_text(p), str)
 
@@ -107,27 +182,45 @@ def test_a_file_of_strange_text_keeps_it_byte_for_byte(tmp_path, question, answe
 @FEW
 @given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30))
 def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
-    if not name.startswith(tuple("12345678")):                              # the real ones are tested elsewhere
+    if not name.startswith(tuple("12345678")):  # the real ones are tested elsewhere
         with pytest.raises(UserError):
             data.load(f"tiny:{name}")
 
 
 # --- correction and scoring ------------------------------------------------------------------------------------------
 
+
 def graded(policy, problem, rows):
-    responses = [eg.Response(problem, policy.prompt_ids(problem.question), row, [False] * len(row), [0.0] * len(row),
-                             [math.nan] * len(row), finished=bool(row) and row[-1] in policy.end_ids) for row in rows]
+    responses = [
+        eg.Response(
+            problem,
+            policy.prompt_ids(problem.question),
+            row,
+            [False] * len(row),
+            [0.0] * len(row),
+            [math.nan] * len(row),
+            finished=bool(row) and row[-1] in policy.end_ids,
+        )
+        for row in rows
+    ]
     eg.grade(policy, responses)
     return responses
 
 
 @FEW
-@example("0", "0", "0", [[], []], 1)                    # nothing is left that was sampled
-@given(ANY_TEXT.filter(str.strip), st.one_of(ANY_TEXT, MATHS).filter(str.strip),
-       st.one_of(ANY_TEXT, MATHS).filter(str.strip), st.lists(ids(), min_size=2, max_size=2), st.integers(0, 2**40))
+@example("0", "0", "0", [[], []], 1)  # nothing is left that was sampled
+@given(
+    ANY_TEXT.filter(str.strip),
+    st.one_of(ANY_TEXT, MATHS).filter(str.strip),
+    st.one_of(ANY_TEXT, MATHS).filter(str.strip),
+    st.lists(ids(), min_size=2, max_size=2),
+    st.integers(0, 2**40),
+)
 def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, solution, rows, seed):
     """Graded, corrected by a branch of chance, scored, weighed: every number is finite, every origin is known."""
-    flags = eg.parse_flags(f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split())
+    flags = eg.parse_flags(
+        f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split()
+    )
     responses = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
     corrected = eg.correct_errors(policy, responses, flags, seed % 7)
     eg.grade(policy, corrected)
@@ -142,10 +235,15 @@ def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, sol
         assert r.ids == row and (c is r or c.correction)
         assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
         assert logp.isfinite().all() and (logp <= 1e-4).all()
-        assert c.entropies == pytest.approx(entropy.tolist(), abs=1e-4) and min(c.entropies, default=0) >= -1e-4
-        c.logp, c.trainer_entropies = logp, entropy                             # as the update would tell it
+        assert (
+            c.entropies == pytest.approx(entropy.tolist(), abs=1e-4)
+            and min(c.entropies, default=0) >= -1e-4
+        )
+        c.logp, c.trainer_entropies = logp, entropy  # as the update would tell it
         assert all(math.isnan(x) == y for x, y in zip(c.logprobs, c.injected))
-    metrics = eg.measure(responses, corrected, A, A_hat, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags)
+    metrics = eg.measure(
+        responses, corrected, A, A_hat, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags
+    )
     assert all(v is None or math.isfinite(v) for v in metrics.values())
     for key, of in (("entropy_sampled", responses), ("entropy", corrected)):
         told = trainer.score([r.prompt for r in of], [r.ids for r in of])
@@ -158,7 +256,9 @@ def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, sol
 @FEW
 @given(ANY_TEXT)
 def test_text_goes_to_ids_and_back(policy, text):
-    assert policy.decode_raw(policy.encode(text)) == unicodedata.normalize("NFC", text)     # as Qwen's tokenizers do
+    assert policy.decode_raw(policy.encode(text)) == unicodedata.normalize(
+        "NFC", text
+    )  # as Qwen's tokenizers do
     assert policy.prompt_ids(text)[-1] == policy.prompt_ids("x")[-1]
 
 
@@ -172,18 +272,54 @@ def test_any_ids_have_a_text(policy, row):
 @given(st.lists(st.tuples(ids(low=1), ids()), max_size=5), st.floats(0.05, 5), st.integers(1, 200))
 def test_scores_do_not_depend_on_how_rows_fall_into_batches(policy, rows, temperature, budget):
     prompts, responses = [p for p, _ in rows], [r for _, r in rows]
-    scored = response_logprobs(policy.model, prompts, responses, temperature, policy.vocab_size, budget)
+    scored = response_logprobs(
+        policy.model, prompts, responses, temperature, policy.vocab_size, budget
+    )
     for (logp, entropy), response, prompt in zip(scored, responses, prompts):
-        assert logp.shape == entropy.shape == (len(response),) and logp.isfinite().all() and entropy.isfinite().all()
-        [(alone, _)] = response_logprobs(policy.model, [prompt], [response], temperature, policy.vocab_size, 10**6)
+        assert (
+            logp.shape == entropy.shape == (len(response),)
+            and logp.isfinite().all()
+            and entropy.isfinite().all()
+        )
+        [(alone, _)] = response_logprobs(
+            policy.model, [prompt], [response], temperature, policy.vocab_size, 10**6
+        )
         assert torch.allclose(logp, alone, atol=1e-3)
 
 
 # --- flags and models ------------------------------------------------------------------------------------------------
 
-WORDS = st.sampled_from(["--lr", "--steps", "--seed", "--eda-clamp", "--guided-probs", "--betas", "--method",
-                         "--no-eda", "--sft", "--kl", "0", "1", "0.5", "-1", "nan", "inf", "1e999", "grpo", "sft", "",
-                         "--", "-", "=", "--lr=1e-3", "--eval-tasks", "x" * 50, "½"])
+WORDS = st.sampled_from(
+    [
+        "--lr",
+        "--steps",
+        "--seed",
+        "--eda-clamp",
+        "--guided-probs",
+        "--betas",
+        "--method",
+        "--no-eda",
+        "--sft",
+        "--kl",
+        "0",
+        "1",
+        "0.5",
+        "-1",
+        "nan",
+        "inf",
+        "1e999",
+        "grpo",
+        "sft",
+        "",
+        "--",
+        "-",
+        "=",
+        "--lr=1e-3",
+        "--eval-tasks",
+        "x" * 50,
+        "½",
+    ]
+)
 
 
 @FEW
@@ -208,7 +344,13 @@ def test_any_name_of_a_model_is_found_or_refused(name):
 def test_models_are_loaded_without_pickle_and_without_their_own_code():
     """No program has another way to read weights (what this one refuses: see test_bad_input and test_resume)."""
     root = Path(__file__).parents[1]
-    files = [f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("tests", ".venv")]
+    files = [
+        f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("tests", ".venv")
+    ]
     source = "".join(path.read_text() for path in files)
     assert "torch.load(" not in source and "import pickle" not in source
-    assert source.count("use_safetensors=True") == source.count("AutoModelForCausalLM.from_pretrained") == 1
+    assert (
+        source.count("use_safetensors=True")
+        == source.count("AutoModelForCausalLM.from_pretrained")
+        == 1
+    )

@@ -1,4 +1,5 @@
 """engine/memory.py: the plan is what a run really takes, and preflight says what to change."""
+
 import gc
 import os
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODELS, backward, random_rows, small_policy, train_steps
+from helpers import MODELS, backward, random_rows, small_policy
 from transformers import Qwen2Config
 
 import edge_grpo
@@ -20,7 +21,11 @@ ROOT = Path(__file__).parents[1]
 
 def status(name: str) -> int:
     """Bytes of a line of this process's status."""
-    [kib] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":")]
+    [kib] = [
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name + ":")
+    ]
     return int(kib) * 1024
 
 
@@ -29,11 +34,14 @@ def measure(checkpointing: bool, dtype: torch.dtype) -> int:
     first one loads libraries, which keep their buffers."""
     torch.set_num_threads(1)
     rows = random_rows(4, vocab=4096, prompt=(100, 100), response=(28, 28))
-    for steps in (1, 2):                        # the moments come with the first step
-        Path("/proc/self/clear_refs").write_text("5")           # from here on VmHWM is the most from here on
+    for steps in (1, 2):  # the moments come with the first step
+        Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the most from here on
         base = status("VmRSS")
-        trainer = Trainer(small_policy(dtype, hidden=256, layers=8, vocab=4096, inner=1024), 512,
-                          checkpointing=checkpointing)
+        trainer = Trainer(
+            small_policy(dtype, hidden=256, layers=8, vocab=4096, inner=1024),
+            512,
+            checkpointing=checkpointing,
+        )
         for _ in range(steps):
             backward(trainer, *rows)
             trainer.step(1e-3, 1.0)
@@ -44,25 +52,56 @@ def measure(checkpointing: bool, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory as Linux tells it")
-@pytest.mark.parametrize("checkpointing, dtype", [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize(
+    "checkpointing, dtype", [(False, "float32"), (True, "float32"), (True, "bfloat16")]
+)
 def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkpointing, dtype):
     """Measured as resident memory, where the C library returns what is freed at once (MALLOC_MMAP_THRESHOLD_)."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**17),
+    }
 
     def measure() -> float:
-        run = subprocess.run([sys.executable, __file__, str(checkpointing), dtype], env=env, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, __file__, str(checkpointing), dtype],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         return float(run.stdout.strip() or pytest.fail(run.stderr))
-    config = Qwen2Config(**{**small_policy().model.config.to_dict(), "hidden_size": 256, "num_hidden_layers": 8,
-                            "vocab_size": 4096, "intermediate_size": 1024, "layer_types": None})
+
+    config = Qwen2Config(
+        **{
+            **small_policy().model.config.to_dict(),
+            "hidden_size": 256,
+            "num_hidden_layers": 8,
+            "vocab_size": 4096,
+            "intermediate_size": 1024,
+            "layer_types": None,
+        }
+    )
     plan = memory_plan(config, 0, 0, 512, 2 if dtype == "bfloat16" else 4, False, checkpointing)
-    planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096    # all responses in one block
+    planned = (
+        sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096
+    )  # all responses in one block
     measured = measure()
-    print(checkpointing, dtype, measured / 2**20, planned / 2**20, {k: v / 2**20 for k, v in plan.items()})
-    assert 0.97 < planned / measured < 1.4             # 1.1 with torch 2.13 and transformers 5.24; .94 without activations
+    print(
+        checkpointing,
+        dtype,
+        measured / 2**20,
+        planned / 2**20,
+        {k: v / 2**20 for k, v in plan.items()},
+    )
+    assert (
+        0.97 < planned / measured < 1.4
+    )  # 1.1 with torch 2.13 and transformers 5.24; .94 without activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])            # Qwen3: wider heads, each normalised
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])  # Qwen3: wider heads, each normalised
 def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
     kind, config, _ = MODELS[name]
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "layer_types": None})
@@ -72,20 +111,32 @@ def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
     [batch] = micro_batches(prompts, responses, 800, "cpu")
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor          # held, so that no address comes twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         scorer(batch, 1.0, 60)
-    size = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    size = sum(
+        t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights
+    )
     plan = memory_plan(config, 0, 0, 800, dtype.itemsize, False, False)
     assert 0.9 < plan["activations"] / size < 1.3
 
 
 def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
-    config = Qwen2Config(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                         intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
+    config = Qwen2Config(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    )
     plan = memory_plan(config, 8, 1792, 8192, 2, False, True)
-    assert sum(plan[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(122e9, rel=0.01)
+    assert sum(plan[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(
+        122e9, rel=0.01
+    )
     offloaded = memory_plan(config, 8, 1792, 8192, 2, True, True)
     assert sum(v for k, v in offloaded.items() if not k.startswith("host")) < 44 * GIB
 
@@ -95,22 +146,32 @@ def test_preflight_says_which_flag_to_change(monkeypatch):
     assert "--offload-optimizer" in line
     assert "fit" not in describe({"weights": 2.0**20}, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
-    assert "fit" not in describe({"weights": 2.0**30, "host optimizer": 2.0**20}, torch.device("cuda"))
+    assert "fit" not in describe(
+        {"weights": 2.0**30, "host optimizer": 2.0**20}, torch.device("cuda")
+    )
     line = describe({"weights": 2.0**30, "host optimizer": 2.0**60}, torch.device("cuda"))
     assert "CPU memory. It will probably not fit" in line
 
 
 def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch, capsys):
     """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it is made."""
-    plan = {"weights": 10.0, "gradients": 10.0, "optimizer": 40.0, "cache": 64.0, "host optimizer": 1e6}
+    plan = {
+        "weights": 10.0,
+        "gradients": 10.0,
+        "optimizer": 40.0,
+        "cache": 64.0,
+        "host optimizer": 1e6,
+    }
     assert [rows_that_fit(plan, 32, free) for free in (1000.0, 100.0, 70.0, 5.0)] == [32, 15, 1, 1]
-    assert rows_that_fit({**plan, "cache": 0.0}, 32, 5.0) == 32                 # a model without attention
+    assert rows_that_fit({**plan, "cache": 0.0}, 32, 5.0) == 32  # a model without attention
     flags = edge_grpo.parse_flags(["--model", "tiny", "--group-size", "512"])
     for free, all_fit in ((2**40, True), (2**28, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         rows = preflight(flags, torch.device("cuda"), 8 * 512, 768)
         line = capsys.readouterr().out
-        assert rows is None if all_fit else f"sampling {rows} of 4096 rows" in line and 1 < rows < 4096
+        assert (
+            rows is None if all_fit else f"sampling {rows} of 4096 rows" in line and 1 < rows < 4096
+        )
         assert "not fit" not in line
 
 

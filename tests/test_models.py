@@ -1,4 +1,5 @@
 """engine/models.py: prompts, end tokens, names of models, and sampling with less memory."""
+
 import json
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from transformers import AutoTokenizer, Qwen2Config
 
 import data
 import engine
-from data import UserError
 from engine.modelfiles import find_model
 from engine.models import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
+from errors import UserError
 from rollout import Sample
 
 QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
@@ -35,6 +36,7 @@ def test_llama_gets_the_instruction_in_the_user_turn():
 
         def apply_chat_template(self, messages, **_):
             return messages
+
     assert prompt_text(Fake(), "Q", "llama") == [{"role": "user", "content": f"Q {INSTRUCTION}"}]
     Fake.chat_template, Fake.name_or_path = None, "base"
     with pytest.raises(UserError, match="take the Instruct model"):
@@ -44,8 +46,10 @@ def test_llama_gets_the_instruction_in_the_user_turn():
 def test_a_prompt_does_not_change_with_the_day():
     """Llama 3's template asks for the date unless it is told one."""
     tiny = engine.load_policy("tiny", "cpu")
-    tiny.tokenizer.chat_template = ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-                                    "{{ messages[0]['content'] }}")
+    tiny.tokenizer.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+        "{{ messages[0]['content'] }}"
+    )
     assert prompt_text(tiny.tokenizer, "Q", "llama").startswith("26 Jul 2024Q")
 
 
@@ -59,6 +63,7 @@ def test_half_the_rows_means_half_of_those_that_were_in_the_cache(capsys):
         if len(tried) == 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return [[Sample([seed], [0.0], False)] for seed in seeds]
+
     tiny.sampler.sample = scarce
     samples = tiny.sample([[1]] * 256, [5] * 256, list(range(256)), 1.0)
     assert [s.ids for s in samples] == [[k] for k in range(256)]

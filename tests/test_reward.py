@@ -800,7 +800,10 @@ def benchmarks() -> dict[str, list]:
 
 
 def benchmark_golds() -> dict[str, list]:
-    return {name: [list(problem.answers) for problem in problems] for name, problems in benchmarks().items()}
+    return {
+        name: [list(problem.answers) for problem in problems]
+        for name, problems in benchmarks().items()
+    }
 
 
 # -- what is equal
@@ -808,8 +811,12 @@ def benchmark_golds() -> dict[str, list]:
 
 @pytest.mark.parametrize("kind", pairs())
 def test_table(kind):
-    wrong = [(gold, answer, equal) for gold, answer, equal in pairs()[kind] if (gold, answer) not in GAPS
-             and (grade(box(answer), gold), grade(box(gold), answer)) != (equal, equal)]
+    wrong = [
+        (gold, answer, equal)
+        for gold, answer, equal in pairs()[kind]
+        if (gold, answer) not in GAPS
+        and (grade(box(answer), gold), grade(box(gold), answer)) != (equal, equal)
+    ]
     assert not wrong
 
 
@@ -824,7 +831,9 @@ def test_public_regression_cases():
     right = {True: [], False: []}
     for case in cases("dev.jsonl"):
         if (case["source"], case["gold"], case["response"]) not in DISAGREED:
-            right[case["expected"]].append(grade(case["response"], case["gold"]) == case["expected"])
+            right[case["expected"]].append(
+                grade(case["response"], case["gold"]) == case["expected"]
+            )
     assert len(right[True]) + len(right[False]) + len(DISAGREED) == 416
     assert sum(right[True]) >= 0.99 * len(right[True])
     assert sum(right[False]) == len(right[False])
@@ -833,27 +842,44 @@ def test_public_regression_cases():
 def test_every_gold_grades_itself_right_and_reads_as_an_answer():
     golds = benchmark_golds()
     assert {name: len(rows) for name, rows in golds.items()} == {
-        "deepscaler-hard-1k": 1000, "aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675,
-        "gsm8k": 1319, "gsm8k-train": 7473}
+        "deepscaler-hard-1k": 1000,
+        "aime": 30,
+        "amc": 83,
+        "math": 500,
+        "minerva": 272,
+        "olympiad_bench": 675,
+        "gsm8k": 1319,
+        "gsm8k-train": 7473,
+    }
     for name, rows in golds.items():
         for gold in rows:
             for one in any_of(gold):
                 boxed = str(one) if "\\boxed" in str(one) else box(one)
                 bare = final_answer(str(one)) or str(one)
-                assert grade(boxed, gold) and grade(boxed, one) and grade(box(bare), one), (name, one)
+                assert grade(boxed, gold) and grade(boxed, one) and grade(box(bare), one), (
+                    name,
+                    one,
+                )
                 # spelt another way, so that it is the value that is compared and not the text
                 if score(box(bare), "1")[0]:
                     assert grade(box("\\, " + bare.replace("\\frac", "\\dfrac")), one), (name, one)
     texts = {str(one) for rows in golds.values() for gold in rows for one in any_of(gold)}
-    assert sum(score(text if "\\boxed" in text else box(text), "1")[0] for text in texts) >= len(texts) - 2
+    assert (
+        sum(score(text if "\\boxed" in text else box(text), "1")[0] for text in texts)
+        >= len(texts) - 2
+    )
 
 
 @pytest.mark.parametrize(
-    "constant", ["0", "1", "2", "\\frac{1}{2}", "x", "A", "\\infty", "0=0", "1,2", "(0,1)", "\\{\\}", "x=x"])
+    "constant",
+    ["0", "1", "2", "\\frac{1}{2}", "x", "A", "\\infty", "0=0", "1,2", "(0,1)", "\\{\\}", "x=x"],
+)
 def test_a_constant_answer_is_worth_its_share_only(constant):
     for name, golds in benchmark_golds().items():
         hits = sum(grade(box(constant), gold) for gold in golds)
-        share = sum(not {constant, constant + ".0"}.isdisjoint(map(str, any_of(gold))) for gold in golds)
+        share = sum(
+            not {constant, constant + ".0"}.isdisjoint(map(str, any_of(gold))) for gold in golds
+        )
         assert hits <= max(share + 5, 0.06 * len(golds)), (name, hits)
 
 
@@ -866,32 +892,79 @@ def test_shuffled_golds_score_about_nothing():
 
 
 def test_golds_of_every_type():
-    assert grade(box("14"), 14) and grade(box("14"), 14.0) and grade(box("14.0"), 14) and grade(box("0.5"), 0.5)
+    assert (
+        grade(box("14"), 14)
+        and grade(box("14"), 14.0)
+        and grade(box("14.0"), 14)
+        and grade(box("0.5"), 0.5)
+    )
     assert not grade(box("15"), 14) and not grade(box("14.5"), 14) and not grade(box("0.33"), 1 / 3)
-    assert grade(box("2"), ["1", 2]) and grade(box("2"), ("1", "2")) and grade(box("2"), ["1", ["3", 2.0]])
+    assert (
+        grade(box("2"), ["1", 2])
+        and grade(box("2"), ("1", "2"))
+        and grade(box("2"), ["1", ["3", 2.0]])
+    )
     assert not grade(box("3"), ["1", 2]) and not grade(box("3"), [])
     for nothing in (None, "", " ", "$$", [], [None], ["", None]):
-        assert not grade(box(""), nothing) and not grade(box("None"), None) and not grade(box("nan"), float("nan"))
+        assert (
+            not grade(box(""), nothing)
+            and not grade(box("None"), None)
+            and not grade(box("nan"), float("nan"))
+        )
     assert not grade(box("inf"), float("nan"))
 
 
 # -- the box and the format reward
 
 
-@pytest.mark.parametrize("response, expected", [
-    ("\\boxed{1}", "1"), ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{1} then \\boxed{2", "1"),
-    ("\\boxed {3}", "3"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\boxed{4}}", "4"),
-    ("\\boxed{ \\boxed{4}, 5}", " \\boxed{4}, 5"), ("\\\\boxed{5}", "5"), ("\\boxed{\\{1\\}}", "\\{1\\}"),
-    ("}}\\boxed{1}}", "1"), ("{{\\boxed{1}", "1"), ("\\boxed{}", ""), ("\\boxed{1", None), ("\\boxed", None),
-    ("", None), ("1", None), ("\\boxed 1", None), ("\\boxed{" * 2000 + "\\boxed{7}", "7")])
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("\\boxed{1}", "1"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{1} then \\boxed{2", "1"),
+        ("\\boxed {3}", "3"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{4}}", "4"),
+        ("\\boxed{ \\boxed{4}, 5}", " \\boxed{4}, 5"),
+        ("\\\\boxed{5}", "5"),
+        ("\\boxed{\\{1\\}}", "\\{1\\}"),
+        ("}}\\boxed{1}}", "1"),
+        ("{{\\boxed{1}", "1"),
+        ("\\boxed{}", ""),
+        ("\\boxed{1", None),
+        ("\\boxed", None),
+        ("", None),
+        ("1", None),
+        ("\\boxed 1", None),
+        ("\\boxed{" * 2000 + "\\boxed{7}", "7"),
+    ],
+)
 def test_final_answer(response, expected):
     assert final_answer(response) == expected
 
 
-@pytest.mark.parametrize("answer, expected", [
-    ("5", 1.0), ("\\frac{1}{2}", 1.0), ("x=5", 1.0), ("\\text{east}", 1.0), ("yes", 1.0), ("(1,2)", 1.0),
-    ("", 0.0), (" ", 0.0), ("2+", 0.0), ("\\frac{1}", 0.0), ("\\foo\\bar{\\baz}", 0.0), ("(1,2", 0.0), ("*", 0.0),
-    ("1 2 3", 0.0), ("\\left\\left", 0.0), ("_", 0.0)])
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("5", 1.0),
+        ("\\frac{1}{2}", 1.0),
+        ("x=5", 1.0),
+        ("\\text{east}", 1.0),
+        ("yes", 1.0),
+        ("(1,2)", 1.0),
+        ("", 0.0),
+        (" ", 0.0),
+        ("2+", 0.0),
+        ("\\frac{1}", 0.0),
+        ("\\foo\\bar{\\baz}", 0.0),
+        ("(1,2", 0.0),
+        ("*", 0.0),
+        ("1 2 3", 0.0),
+        ("\\left\\left", 0.0),
+        ("_", 0.0),
+    ],
+)
 def test_format_reward_is_a_closed_box_that_parses(answer, expected):
     assert score(box(answer), "12345") == (expected, 0.0)
     assert score(f"the answer is {answer}", "12345") == (0.0, 0.0)
@@ -919,7 +992,7 @@ def test_hostile_cases():
     for case in cases("hostile.jsonl"):
         started = time.monotonic()
         verdict = grade(case["response"], case["gold"])
-        assert time.monotonic() - started < 10, case["id"]          # a hang; bench_reward.py measures
+        assert time.monotonic() - started < 10, case["id"]  # a hang; bench_reward.py measures
         acceptable = "acceptable" in case["note"] or case["expected"] == "either"
         assert verdict == case["expected"] or acceptable and not verdict, (case["id"], case["note"])
     assert not list(Path("/tmp").glob("pwned_*"))
@@ -928,8 +1001,15 @@ def test_hostile_cases():
 def test_no_text_is_executed(tmp_path):
     target = tmp_path / "pwned"
     code = f"__import__('pathlib').Path('{target}').touch()"
-    for text in (code, f"\\frac{{{code}}}{{1}}", f"[{code}]", f"x={code}", f"\\int_0^1 {code} dx",
-                 f"\\lim_{{x \\to 0}} {code}", f"sympify(\"{code}\")"):
+    for text in (
+        code,
+        f"\\frac{{{code}}}{{1}}",
+        f"[{code}]",
+        f"x={code}",
+        f"\\int_0^1 {code} dx",
+        f"\\lim_{{x \\to 0}} {code}",
+        f'sympify("{code}")',
+    ):
         for gold in ("0", "x", "\\frac{1}{2}", text.replace("0", "1"), "(1,2)"):
             grade(box(text), gold)
             grade(box(gold), text)
@@ -945,7 +1025,11 @@ def test_a_fresh_process_grades_a_batch_as_a_warm_one_does():
 
 def calls_and_names(tree: ast.AST) -> tuple[set, set]:
     nodes = list(ast.walk(tree))
-    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = {
+        node.func.id
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     return called, names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
@@ -956,27 +1040,55 @@ def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs
     for path in files:
         tree = ast.parse(path.read_text())
         nodes = list(ast.walk(tree))
-        imports = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imports = {
+            alias.name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         imports |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
         assert imports <= set(sys.stdlib_module_names) | {"sympy", "mpmath", "grading"}, path
         assert "sympy" not in imports or path.name == "sympy_process.py"
         called, names = calls_and_names(tree)
         assert not called & {"eval", "exec", "compile", "__import__"}, path
-        assert not names & {"sympify", "parse_expr", "parse_latex", "S", "literal_eval", "pickle", "alarm", "SIGALRM",
-                            "ITIMER_REAL", "workdps", "workprec", "extradps", "extraprec"}, path
-        timers = lambda part: [node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"]
-        serves = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "serve"]
-        assert timers(tree) == [timer for serve in serves for timer in timers(serve)]  # nothing rings in our process
+        assert not names & {
+            "sympify",
+            "parse_expr",
+            "parse_latex",
+            "S",
+            "literal_eval",
+            "pickle",
+            "alarm",
+            "SIGALRM",
+            "ITIMER_REAL",
+            "workdps",
+            "workprec",
+            "extradps",
+            "extraprec",
+        }, path
+        timers = lambda part: [
+            node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"
+        ]
+        serves = [
+            node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "serve"
+        ]
+        assert timers(tree) == [
+            timer for serve in serves for timer in timers(serve)
+        ]  # nothing rings in our process
 
 
 def test_the_precision_of_the_numbers_is_never_changed():
     """mpmath's sec, cot and csc would change it for the time of a call, for all threads."""
     from grading.value import mp
+
     precisions = set()
     watch = type(mp).prec.fget
     digits = watch(mp)
     rows = [row for kind in pairs().values() for row in kind]
-    previous, type(mp).prec = type(mp).prec, property(watch, lambda self, value: precisions.add(value))
+    previous, type(mp).prec = (
+        type(mp).prec,
+        property(watch, lambda self, value: precisions.add(value)),
+    )
     try:
         for gold, answer, _ in rows:
             grade(box(answer), gold)
@@ -985,22 +1097,66 @@ def test_the_precision_of_the_numbers_is_never_changed():
     assert not precisions and watch(mp) == digits
 
 
-@pytest.mark.parametrize("text", [
-    "\x00", "\ud800", "\u202e42", "\\", "\\\\", "{" * 3_000_000, "}" * 3_000_000, "\\boxed{" * 400_000,
-    "((((" * 50_000, "$" * 10 ** 6, "1," * 9_000, "\\frac" * 4000, "\\left(" * 3000, "^" * 10_000, "!" * 10_000,
-    "-" * 15_000, "1" + "!" * 5000, "x" + "^2" * 5000, "\\text{" * 3000, "|" * 9000, "\\begin{pmatrix}" * 1000,
-    "\\sqrt" * 3000, "1+" * 900 + "1", "1/" * 900 + "1", "\\cup".join(["[0,1]"] * 300), "\\pm" * 500 + "1",
-    "9" * 19_000, "9^9^9^9^9^9", "((9!)!)!", "1e999999999999", "10^{-10^{20}}", "\\sin(10^{40})",
-    "\\binom{10^5}{5\\cdot10^4}", "\\sum_{k=1}^{9000}k^k",
-    "\\sum_{i=1}^{99}\\sum_{j=1}^{99}\\sum_{k=1}^{99}\\sin(ijk)", "e^{e^{e^{20}}}", "(1+i)^{10^{12}}",
-    "\\lfloor 10^{10^6}/7 \\rfloor", "0^0", "\\frac{0}{0}", "\\infty-\\infty", "\\tan\\frac{\\pi}{2}",
-    "x_{" * 2000, "{x | " * 50, "1_2_3_4", "\\gcd(10^{30},10^{29}+1)", "1:2:3:4:5", "=" * 2000, "x" * 19_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x00",
+        "\ud800",
+        "\u202e42",
+        "\\",
+        "\\\\",
+        "{" * 3_000_000,
+        "}" * 3_000_000,
+        "\\boxed{" * 400_000,
+        "((((" * 50_000,
+        "$" * 10**6,
+        "1," * 9_000,
+        "\\frac" * 4000,
+        "\\left(" * 3000,
+        "^" * 10_000,
+        "!" * 10_000,
+        "-" * 15_000,
+        "1" + "!" * 5000,
+        "x" + "^2" * 5000,
+        "\\text{" * 3000,
+        "|" * 9000,
+        "\\begin{pmatrix}" * 1000,
+        "\\sqrt" * 3000,
+        "1+" * 900 + "1",
+        "1/" * 900 + "1",
+        "\\cup".join(["[0,1]"] * 300),
+        "\\pm" * 500 + "1",
+        "9" * 19_000,
+        "9^9^9^9^9^9",
+        "((9!)!)!",
+        "1e999999999999",
+        "10^{-10^{20}}",
+        "\\sin(10^{40})",
+        "\\binom{10^5}{5\\cdot10^4}",
+        "\\sum_{k=1}^{9000}k^k",
+        "\\sum_{i=1}^{99}\\sum_{j=1}^{99}\\sum_{k=1}^{99}\\sin(ijk)",
+        "e^{e^{e^{20}}}",
+        "(1+i)^{10^{12}}",
+        "\\lfloor 10^{10^6}/7 \\rfloor",
+        "0^0",
+        "\\frac{0}{0}",
+        "\\infty-\\infty",
+        "\\tan\\frac{\\pi}{2}",
+        "x_{" * 2000,
+        "{x | " * 50,
+        "1_2_3_4",
+        "\\gcd(10^{30},10^{29}+1)",
+        "1:2:3:4:5",
+        "=" * 2000,
+        "x" * 19_000,
+    ],
+)
 def test_awkward_text_is_answered_at_once(text):
     for gold in ("1", "\\sqrt{2}", "x^2+1", "1,2", "(0,1)", text[:2000] + "1"):
         started = time.monotonic()
         grade(box(text), gold)
         score("\\boxed{" + text, gold)
-        assert time.monotonic() - started < 10                      # typically milliseconds, see bench_reward.py
+        assert time.monotonic() - started < 10  # typically milliseconds, see bench_reward.py
 
 
 def test_random_text_never_raises():
@@ -1020,7 +1176,12 @@ def test_random_text_never_raises():
 
 def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
     def deep(levels: int) -> bool:
-        return deep(levels - 1) if levels else grade(box("\\sqrt{\\frac{1}{1+\\frac{1}{2}}}"), "\\sqrt{\\frac{2}{3}}")
+        return (
+            deep(levels - 1)
+            if levels
+            else grade(box("\\sqrt{\\frac{1}{1+\\frac{1}{2}}}"), "\\sqrt{\\frac{2}{3}}")
+        )
+
     used = len(__import__("inspect").stack())
     for margin in range(40, 200, 10):
         assert deep(sys.getrecursionlimit() - used - margin) in (True, False)
@@ -1029,8 +1190,11 @@ def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
 # -- the process that has sympy
 
 SLOW = "\\int_0^{\\infty} \\frac{\\sin(x^3+x)}{e^{x^2}+\\cos x} dx"
-NEEDS_SYMPY = [("\\int_0^1 x^2 dx", "\\frac13"), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
-               ("\\sum_{k=1}^{1000000000} k", "500000000500000000")]
+NEEDS_SYMPY = [
+    ("\\int_0^1 x^2 dx", "\\frac13"),
+    ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
+    ("\\sum_{k=1}^{1000000000} k", "500000000500000000"),
+]
 
 
 @pytest.fixture
@@ -1046,12 +1210,14 @@ def test_limits_integrals_and_long_sums(warm):
 
 
 def test_nothing_is_started_or_imported_for_simple_answers():
-    program = ("import sys, reward\nfrom grading import sympy_process\n"
-               "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
-               "for a, g in rows:\n"
-               "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
-               "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)\n"
-               "assert not sympy_process._running\n")
+    program = (
+        "import sys, reward\nfrom grading import sympy_process\n"
+        "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
+        "for a, g in rows:\n"
+        "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
+        "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)\n"
+        "assert not sympy_process._running\n"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
@@ -1059,7 +1225,7 @@ def test_a_poisoned_process_is_replaced_and_good_answers_follow(warm):
     started = time.monotonic()
     assert not grade(box(SLOW), "2")
     assert time.monotonic() - started < 10
-    assert not Path(f"/proc/{warm}").exists()                      # killed and reaped
+    assert not Path(f"/proc/{warm}").exists()  # killed and reaped
     assert grade(box("\\frac{\\sqrt{3}}{3}"), "\\frac{1}{\\sqrt{3}}")
     assert sympy_process.ask("1", ["1"], patience=120.0) is True
     assert grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])
@@ -1067,15 +1233,17 @@ def test_a_poisoned_process_is_replaced_and_good_answers_follow(warm):
 
 def test_a_killed_process_is_replaced(warm):
     os.kill(warm, signal.SIGKILL)
-    grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])               # may be lost
+    grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])  # may be lost
     assert sympy_process.ask("1", ["1"], patience=120.0) is True
 
 
 def test_the_process_has_limits_on_memory_and_processor_time(warm):
     limits = Path(f"/proc/{warm}/limits").read_text()
     assert re.search(rf"Max address space\s+{sympy_process.MEMORY} ", limits)
-    started = time.monotonic()                                     # nobody waits less than two minutes for this answer
-    assert sympy_process.ask(SLOW, ["2"], patience=120.0) is False and time.monotonic() - started < 60
+    started = time.monotonic()  # nobody waits less than two minutes for this answer
+    assert (
+        sympy_process.ask(SLOW, ["2"], patience=120.0) is False and time.monotonic() - started < 60
+    )
     assert not Path(f"/proc/{warm}").exists()
 
 
@@ -1085,7 +1253,9 @@ def test_any_thread_and_several_graders_at_once(warm):
         verdicts = list(threads.map(lambda row: grade(box(row[1]), row[0]), rows * 2))
     assert verdicts == [row[2] for row in rows * 2]
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])))
+    thread = threading.Thread(
+        target=lambda: verdicts.append(grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1]))
+    )
     thread.start()
     thread.join(60)
     assert verdicts == [True]
@@ -1103,13 +1273,20 @@ def test_a_forked_child_grades_with_a_process_of_its_own(warm):
 
 
 def test_no_process_outlives_a_killed_parent():
-    program = ("import time\nfrom grading import sympy_process\nsympy_process.ask('1', ['1'], patience=120.0)\n"
-               "print(sympy_process.running().pid, flush=True)\ntime.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    program = (
+        "import time\nfrom grading import sympy_process\nsympy_process.ask('1', ['1'], patience=120.0)\n"
+        "print(sympy_process.running().pid, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
         process = int(parent.stdout.readline())
         parent.kill()
     for _ in range(100):
-        if not Path(f"/proc/{process}/cmdline").exists() or not Path(f"/proc/{process}/cmdline").read_bytes():
+        if (
+            not Path(f"/proc/{process}/cmdline").exists()
+            or not Path(f"/proc/{process}/cmdline").read_bytes()
+        ):
             return
         time.sleep(0.1)
     pytest.fail("the process is still there")

@@ -1,4 +1,5 @@
 """Contract 1 of the design: the sampler is exact. Random weights, fp32, CPU, small models of several architectures."""
+
 import copy
 import math
 from functools import cache
@@ -12,27 +13,72 @@ from rollout import Sampler, has_llama_layers
 
 V = 96
 ENDS = {2, 7, 33}
-PROMPTS = [[5, 6, 7], [9] * 11, [3], [8, 2, 50, 60, 70], [5, 6, 7]]          # ragged, one of a single token, one twice
-COMMON = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+PROMPTS = [
+    [5, 6, 7],
+    [9] * 11,
+    [3],
+    [8, 2, 50, 60, 70],
+    [5, 6, 7],
+]  # ragged, one of a single token, one twice
+COMMON = dict(
+    vocab_size=V,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 ARCHITECTURES = {
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**COMMON)),
-    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True,
-                                                        rope_parameters=LLAMA3_ROPE)),
-    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=True)),
+    "llama": lambda: tf.LlamaForCausalLM(
+        tf.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE)
+    ),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(
+        tf.Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=True)
+    ),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**COMMON, sliding_window=None)),
     "mistral_window": lambda: tf.MistralForCausalLM(tf.MistralConfig(**COMMON, sliding_window=6)),
-    "qwen2_window": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=6,
-                                                               max_window_layers=1)),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**COMMON, head_dim=16, query_pre_attn_scalar=16,
-                                                           sliding_window=6)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=256,
-                                                     bos_token_id=1, eos_token_id=2)),
-    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(
-        vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)),
-    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2)),
+    "qwen2_window": lambda: tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    ),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**COMMON, head_dim=16, query_pre_attn_scalar=16, sliding_window=6)
+    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            vocab_size=V,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(
+            vocab_size=V,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    ),
+    "mamba": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2)
+    ),
 }
 FAST = {"qwen2", "llama", "qwen3", "mistral"}
 
@@ -58,6 +104,7 @@ def qwen(request):
         made = Sampler(model, *args, **kwargs)
         made.fixed = request.param == "fixed"
         return made
+
     return model, sampler
 
 
@@ -72,9 +119,13 @@ def flat(samples):
 def forward_logprobs(model, prompt, ids, temperature=1.0, vocab_size=V):
     """What training computes, by one forward over prompt and response: log-probabilities and entropies."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1, :vocab_size]
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[
+            0, len(prompt) - 1 : -1, :vocab_size
+        ]
     logp = (logits.double() / temperature).log_softmax(-1)
-    return logp.gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist(), (-logp.exp() * logp).sum(-1).tolist()
+    return logp.gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist(), (-logp.exp() * logp).sum(
+        -1
+    ).tolist()
 
 
 def check_numbers(sample, model, prompt, *rest):
@@ -85,17 +136,24 @@ def check_numbers(sample, model, prompt, *rest):
 
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_generate(name):
     model = model_of(name)
     assert has_llama_layers(model) == (name in FAST)
     out = Sampler(model, ENDS).sample(PROMPTS, 2, 20, 0.0, seed=1)
     for prompt, samples in zip(PROMPTS, out):
-        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                  do_sample=False, max_new_tokens=20, eos_token_id=list(ENDS), pad_token_id=0,
-                                  use_cache=name != "mamba")     # whose cache fails at one-token prompts in 5.0
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=list(ENDS),
+            pad_token_id=0,
+            use_cache=name != "mamba",
+        )  # whose cache fails at one-token prompts in 5.0
         for sample in samples:
-            assert sample.ids == expected[0, len(prompt):].tolist()
+            assert sample.ids == expected[0, len(prompt) :].tolist()
             assert sample.logprobs == sample.entropies == [0.0] * len(sample.ids)
             assert sample.finished == (sample.ids[-1] in ENDS)
 
@@ -112,9 +170,11 @@ def test_logprobs_and_entropies_equal_the_training_forward(name):
 def test_samples_do_not_depend_on_batch_slots_or_order(name):
     model = model_of(name)
     whole = Sampler(model, ENDS).sample(PROMPTS[:4], 4, 12, 1.0, seed=3)
-    assert len({tuple(sample.ids) for sample in flat(whole)}) > 12             # they are samples, not copies
+    assert len({tuple(sample.ids) for sample in flat(whole)}) > 12  # they are samples, not copies
     for rows in (1, 5):
-        assert ids_of(Sampler(model, ENDS, max_rows=rows).sample(PROMPTS[:4], 4, 12, 1.0, seed=3)) == ids_of(whole)
+        assert ids_of(
+            Sampler(model, ENDS, max_rows=rows).sample(PROMPTS[:4], 4, 12, 1.0, seed=3)
+        ) == ids_of(whole)
     backwards = Sampler(model, ENDS).sample(PROMPTS[3::-1], 4, 12, 1.0, seed=3)
     assert ids_of(backwards[::-1]) == ids_of(whole)
     for prompt, row in zip(PROMPTS, whole):
@@ -128,7 +188,7 @@ def test_fixed_addresses_buckets_and_rare_looks_give_the_same(qwen):
     expected = Sampler(model, ENDS).sample(PROMPTS, 4, 30, 1.0, seed=4)
     for rows in (None, 3):
         made = sampler(ENDS, max_rows=rows)
-        for seed in (5, 4):                                                   # the second call finds slots in use
+        for seed in (5, 4):  # the second call finds slots in use
             out = made.sample(PROMPTS, 4, 30, 1.0, seed=seed)
         assert ids_of(out) == ids_of(expected)
         for a, b in zip(flat(out), flat(expected)):
@@ -147,7 +207,7 @@ def test_a_cut_row_continues_as_it_was(qwen):
     together = flat(sampler(ENDS).sample(prefixes, 1, limits, 1.0, seed=seeds))
     for i, sample in enumerate(together):
         alone = sampler(ENDS).sample([prefixes[i]], 1, limits[i], 1.0, seed=[seeds[i]])[0][0]
-        assert alone.ids == sample.ids == whole[i].ids[cut[i]:]
+        assert alone.ids == sample.ids == whole[i].ids[cut[i] :]
 
 
 def test_random_streams_belong_to_seed_prompt_and_occurrence():
@@ -161,9 +221,13 @@ def test_random_streams_belong_to_seed_prompt_and_occurrence():
 
 # ---- the distribution ------------------------------------------------------------------------------------------------
 
+
 def chi_square_is_plausible(ids, p):
     """Pearson's statistic over the tokens expected at least five times, the others pooled; within five sigma."""
-    counts, expected = torch.bincount(torch.tensor(ids), minlength=len(p)).double(), len(ids) * p.double()
+    counts, expected = (
+        torch.bincount(torch.tensor(ids), minlength=len(p)).double(),
+        len(ids) * p.double(),
+    )
     often = expected >= 5
     rest = expected[~often].sum()
     cells = int(often.sum()) + int(rest > 0)
@@ -181,20 +245,22 @@ def test_frequencies_fit_the_distribution(name, top_p):
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
     order = p.argsort(descending=True)
-    kept = order[:int((p[order].cumsum(0) < top_p).sum()) + 1] if top_p < 1 else order
+    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1] if top_p < 1 else order
     nucleus = torch.zeros_like(p).index_copy_(0, kept, p[kept])
     nucleus /= nucleus.sum()
     drawn = flat(Sampler(model, set()).sample([prompt], 4000, 1, temperature, seed=7, top_p=top_p))
     chi_square_is_plausible([sample.ids[0] for sample in drawn], nucleus)
     for sample in drawn[:200]:
         assert sample.logprobs[0] == pytest.approx(nucleus[sample.ids[0]].log().item(), abs=1e-4)
-        assert sample.entropies[0] == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)     # before the cut
+        assert sample.entropies[0] == pytest.approx(
+            -(p * p.log()).sum().item(), abs=1e-4
+        )  # before the cut
 
 
 def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
     torch.manual_seed(0)
     p = torch.rand(50, 1000) ** 8
-    p[:, ::3] = 0                                                             # more than one block, some entries zero
+    p[:, ::3] = 0  # more than one block, some entries zero
     u = torch.rand(50, dtype=torch.float64)
     u[0], u[1] = 0.0, 1 - 2.0**-53
     ids, logprobs = rollout._invert(p, u)
@@ -206,20 +272,31 @@ def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
 
 def test_uniform_is_splitmix_and_uniform():
     """The finalizer against plain Python integers, and the stream's mean, spread and lag correlation."""
+
     def finalize(x):
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         return x ^ (x >> 31)
+
     for seed, position in ((0, 0), (1, 5), (-3, 1000), (2**63 - 1, 7)):
         expected = finalize((finalize(seed % 2**64) + position * 0x9E3779B97F4A7C15) % 2**64) >> 11
-        assert rollout.uniform(torch.tensor([seed]), torch.tensor([position])).item() == expected / 2**53
+        assert (
+            rollout.uniform(torch.tensor([seed]), torch.tensor([position])).item()
+            == expected / 2**53
+        )
     u = rollout.uniform(torch.arange(400)[:, None], torch.arange(100)[None])
-    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002 and 0 <= u.min() and u.max() < 1
+    assert (
+        abs(u.mean() - 0.5) < 0.01
+        and abs(u.var() - 1 / 12) < 0.002
+        and 0 <= u.min()
+        and u.max() < 1
+    )
     for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
         assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
 
 
 # ---- ends, limits, vocabulary ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_any_end_id_ends_a_sample(name):
@@ -227,7 +304,9 @@ def test_any_end_id_ends_a_sample(name):
     assert {sample.ids[-1] for sample in out if sample.finished} == ENDS
     for sample in out:
         assert not ENDS & set(sample.ids[:-1]) and len(sample.logprobs) == len(sample.ids)
-        assert sample.finished == (sample.ids[-1] in ENDS) and (sample.finished or len(sample.ids) == 60)
+        assert sample.finished == (sample.ids[-1] in ENDS) and (
+            sample.finished or len(sample.ids) == 60
+        )
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -237,7 +316,7 @@ def test_limits_per_row(name):
     assert [len(sample.ids) for sample in out] == limits
     assert not any(sample.finished for sample in out)
     long = flat(Sampler(model_of(name), set()).sample(PROMPTS[:3], 2, 100, 1.0, seed=9))
-    assert all(sample.ids == other.ids[:len(sample.ids)] for sample, other in zip(out, long))
+    assert all(sample.ids == other.ids[: len(sample.ids)] for sample, other in zip(out, long))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -260,17 +339,20 @@ def test_nothing_to_do():
     assert sampler.sample([[1]], 2, 0, 1.0, seed=1) == [[rollout.Sample([], [], False)] * 2]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(prompts=[[1], []]), "prompt 1 is empty"),
-    (dict(prompts=[[1, V]]), "prompt 0 has an id outside 0 to 95"),
-    (dict(prompts=[[-1]]), "prompt 0 has an id outside"),
-    (dict(max_new_tokens=[1, 2, 3]), "max_new_tokens has 3 entries for 1 prompts x 2 samples"),
-    (dict(max_new_tokens=-1), "must not be negative"),
-    (dict(seed=[1]), "seed has 1 entries"),
-    (dict(temperature=-0.1), "temperature"),
-    (dict(top_p=0.0), "top_p"),
-    (dict(n=0), "n must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(prompts=[[1], []]), "prompt 1 is empty"),
+        (dict(prompts=[[1, V]]), "prompt 0 has an id outside 0 to 95"),
+        (dict(prompts=[[-1]]), "prompt 0 has an id outside"),
+        (dict(max_new_tokens=[1, 2, 3]), "max_new_tokens has 3 entries for 1 prompts x 2 samples"),
+        (dict(max_new_tokens=-1), "must not be negative"),
+        (dict(seed=[1]), "seed has 1 entries"),
+        (dict(temperature=-0.1), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(n=0), "n must be at least 1"),
+    ],
+)
 def test_mistakes_are_told(arguments, message):
     call = dict(prompts=[[1]], n=2, max_new_tokens=4, temperature=1.0, seed=1) | arguments
     with pytest.raises(ValueError, match=message):
@@ -292,6 +374,7 @@ def test_logits_that_are_not_finite_are_told(temperature):
 
 # ---- the model around it ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_a_model_in_training_samples_alike_and_is_left_as_it_was(name):
     expected = Sampler(model_of(name), ENDS).sample(PROMPTS, 2, 20, 1.0, seed=12)
@@ -302,12 +385,14 @@ def test_a_model_in_training_samples_alike_and_is_left_as_it_was(name):
             module.attention_dropout = 0.5
     model.train()
     model.gradient_checkpointing_enable()
-    frozen = model.model.layers[1].eval()                                     # a mixture of modes, to be kept
+    frozen = model.model.layers[1].eval()  # a mixture of modes, to be kept
     with torch.enable_grad():
         assert ids_of(Sampler(model, ENDS).sample(PROMPTS, 2, 20, 1.0, seed=12)) == ids_of(expected)
     assert model.training and model.model.layers[0].training
     assert not any(module.training for module in frozen.modules())
-    model(input_ids=torch.tensor([PROMPTS[1]])).logits.sum().backward()       # no inference tensor was left behind
+    model(
+        input_ids=torch.tensor([PROMPTS[1]])
+    ).logits.sum().backward()  # no inference tensor was left behind
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -327,11 +412,13 @@ def test_an_update_in_place_is_seen_by_the_next_call(qwen):
 
 def test_a_subclass_takes_its_own_forward():
     """A variant that the layers were not read for must not get the Llama family's numbers."""
+
     class Variant(tf.Qwen2ForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
             out.logits = -out.logits
             return out
+
     model = Variant(tf.Qwen2Config(**COMMON)).eval()
     model.load_state_dict(model_of("qwen2").state_dict())
     assert not has_llama_layers(model)
@@ -347,6 +434,7 @@ def test_dynamic_rope_takes_its_own_forward():
 
 # ---- what makes it fast does happen ----------------------------------------------------------------------------------
 
+
 def count_calls(monkeypatch, name):
     calls, original = [], getattr(rollout, name)
     monkeypatch.setattr(rollout, name, lambda *args: (calls.append(args), original(*args))[1])
@@ -361,10 +449,15 @@ def test_a_prompt_is_prefilled_once(monkeypatch):
 
 
 def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
-    calls, sampler = count_calls(monkeypatch, "prefill"), Sampler(model_of("qwen2"), set(), max_rows=4)
+    calls, sampler = (
+        count_calls(monkeypatch, "prefill"),
+        Sampler(model_of("qwen2"), set(), max_rows=4),
+    )
     sampler.sample([PROMPTS[1]], 6, [5, 9, 9, 9, 9, 9], 1.0, seed=16)
     assert [to for *_, to in calls if to] == [[[0, 1, 2, 3]]]
-    sampler.sample([PROMPTS[1]], 6, [5, 5, 5, 5, 9, 9], 1.0, seed=16)         # four leave at once: nothing to copy from
+    sampler.sample(
+        [PROMPTS[1]], 6, [5, 5, 5, 5, 9, 9], 1.0, seed=16
+    )  # four leave at once: nothing to copy from
     assert [to for *_, to in calls if to][1:] == [[[0, 1, 2, 3]], [[0, 1]]]
 
 
@@ -372,7 +465,9 @@ def test_finished_rows_are_not_computed(monkeypatch):
     calls = count_calls(monkeypatch, "decode")
     limits = [3, 9, 1, 6, 2, 9]
     Sampler(model_of("qwen2"), set()).sample(PROMPTS[:3], 2, limits, 1.0, seed=17)
-    assert [rows for *_, rows in calls] == [sum(limit > step for limit in limits) for step in range(9)]
+    assert [rows for *_, rows in calls] == [
+        sum(limit > step for limit in limits) for step in range(9)
+    ]
 
 
 def test_the_longest_row_moves_into_a_hole(qwen, monkeypatch):
@@ -388,8 +483,14 @@ def test_the_cache_grows_with_the_rows_and_is_given_back():
     sampler, sizes = Sampler(model_of("qwen2"), set()), []
     reserve = rollout.Slots.reserve
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout.Slots, "reserve", lambda self, slots, capacity: (sizes.append((slots, capacity)),
-                                                                              reserve(self, slots, capacity))[1])
+        patch.setattr(
+            rollout.Slots,
+            "reserve",
+            lambda self, slots, capacity: (
+                sizes.append((slots, capacity)),
+                reserve(self, slots, capacity),
+            )[1],
+        )
         sampler.sample([PROMPTS[0]], 4, [10, 10, 10, 150], 1.0, seed=18)
     assert sizes[0] == (4, 3 + rollout.GROWTH) and sizes[-1][0] == 1 and 153 <= sizes[-1][1] < 300
     assert sampler.slots is None
@@ -406,7 +507,9 @@ def test_a_cache_that_grew_goes_on_with_the_same_rows(monkeypatch):
     assert [sample.ids for sample in tight] == [sample.ids for sample in roomy]
     assert [len(sample.ids) for sample in roomy] == limits
     for a, b in zip(tight, roomy):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.entropies == pytest.approx(b.entropies, abs=1e-4)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.entropies == pytest.approx(
+            b.entropies, abs=1e-4
+        )
 
 
 def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
@@ -422,8 +525,11 @@ def test_fixed_slots_stay_for_the_next_call_that_fits(qwen):
     assert sampler.slots is not slots and sampler.slots.capacity >= 411 and sampler.last_slots == 10
 
 
-@pytest.mark.parametrize("turns", [((PROMPTS, 20), (PROMPTS[:2], 200)), ((PROMPTS[:2], 200), (PROMPTS, 20))],
-                         ids=["short first", "long first"])
+@pytest.mark.parametrize(
+    "turns",
+    [((PROMPTS, 20), (PROMPTS[:2], 200)), ((PROMPTS[:2], 200), (PROMPTS, 20))],
+    ids=["short first", "long first"],
+)
 def test_many_short_rows_and_few_long_ones_take_turns_in_the_same_fixed_slots(qwen, turns):
     """As sampling and reflecting do in every step of a run."""
     sampler, seen = Sampler(qwen[0], ENDS), []
@@ -463,14 +569,22 @@ def test_each_kind_of_draw_has_its_own_graphs(qwen):
 def test_max_rows_is_the_most_at_a_time_also_when_it_is_lowered(name, monkeypatch):
     model = model_of(name)
     sampler, seen = Sampler(model, set()), []
-    sampler.fixed = True                                            # of no meaning to gpt2
+    sampler.fixed = True  # of no meaning to gpt2
     expected = ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5))
     sampler.max_rows = 2
     decode, forward, again = rollout.decode, rollout._forward, rollout._recompute
-    monkeypatch.setattr(rollout, "decode", lambda m, s, r, rows: (seen.append(len(s.rows)), decode(m, s, r, rows)))
-    monkeypatch.setattr(rollout, "_forward", lambda m, ids, *rest: (seen.append(len(ids)), forward(m, ids, *rest))[1])
-    monkeypatch.setattr(rollout, "_recompute", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1])
-    sampler.graphs.clear()                                          # the steps hold the decode of before
+    monkeypatch.setattr(
+        rollout, "decode", lambda m, s, r, rows: (seen.append(len(s.rows)), decode(m, s, r, rows))
+    )
+    monkeypatch.setattr(
+        rollout,
+        "_forward",
+        lambda m, ids, *rest: (seen.append(len(ids)), forward(m, ids, *rest))[1],
+    )
+    monkeypatch.setattr(
+        rollout, "_recompute", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1]
+    )
+    sampler.graphs.clear()  # the steps hold the decode of before
     assert ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5)) == expected
     assert max(seen) == 2
 
@@ -503,10 +617,12 @@ def test_logits_that_stop_being_finite_midway_are_told_and_not_remembered():
 
 def test_a_nan_behind_the_first_token_is_told(monkeypatch):
     sampler, plain = Sampler(model_of("qwen2"), set()), rollout.Rule.draw
+
     def draw(self, logits, u, calls=[]):
         ids, logprobs, entropies = plain(self, logits, u)
         calls.append(1)
         return ids, logprobs + (math.nan if len(calls) == 5 else 0), entropies
+
     monkeypatch.setattr(rollout.Rule, "draw", draw)
     with pytest.raises(ValueError, match="not finite"):
         sampler.sample(PROMPTS, 1, 12, 1.0, seed=7)
@@ -523,26 +639,35 @@ def test_a_call_that_failed_midway_leaves_nothing_to_the_next(monkeypatch):
         if len(calls) == 20:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         decode(*args)
+
     with monkeypatch.context() as patch:
-        sampler.release()                                   # the recorded steps hold the decode of before
+        sampler.release()  # the recorded steps hold the decode of before
         patch.setattr(rollout, "decode", scarce)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             sampler.sample(PROMPTS, 2, 60, 1.0, seed=3)
-    assert sampler.slots is None and not sampler.graphs     # the memory is free for a smaller try
+    assert sampler.slots is None and not sampler.graphs  # the memory is free for a smaller try
     assert ids_of(sampler.sample(PROMPTS[2:], 2, 12, 1.0, seed=3)) == expected
 
 
-def plain_flash(q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k):
+def plain_flash(
+    q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k
+):
     """A plain reading of the arguments of PyTorch's flash kernel, which needs a GPU: packed rows, each's used part."""
     assert (max_q, dropout, causal, debug) == (1, 0.0, False, False)
-    assert k.shape == v.shape == (len(q) * max_k, *k.shape[1:]) and starts_q.tolist() == list(range(len(q) + 1))
+    assert k.shape == v.shape == (len(q) * max_k, *k.shape[1:]) and starts_q.tolist() == list(
+        range(len(q) + 1)
+    )
     assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
     out = torch.empty_like(q)
     for i in range(len(q)):
         own = slice(int(starts_k[i]), int(starts_k[i] + seqused_k[i]))
         assert own.stop <= int(starts_k[i + 1])
-        k_i, v_i = (t[own].repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))        # (used, heads, D)
-        out[i] = torch.einsum("hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i)
+        k_i, v_i = (
+            t[own].repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)
+        )  # (used, heads, D)
+        out[i] = torch.einsum(
+            "hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i
+        )
     return out, None
 
 
@@ -551,13 +676,17 @@ def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch
     rows, heads, shared, length, dim = 3, 6, 2, 10, 8
     used = torch.tensor([1, 10, 4], dtype=torch.int32)
     q = torch.randn(rows, 1, heads, dim)
-    keys, values = (torch.randn(5, length, shared, dim).transpose(1, 2)[:rows] for _ in range(2))    # as on a GPU
+    keys, values = (
+        torch.randn(5, length, shared, dim).transpose(1, 2)[:rows] for _ in range(2)
+    )  # as on a GPU
 
     def flash(q, k, v, *args, **kwargs):
-        assert k.data_ptr() == keys.data_ptr()                                # a view of the cache, not a copy
+        assert k.data_ptr() == keys.data_ptr()  # a view of the cache, not a copy
         return plain_flash(q, k, v, *args, **kwargs)
 
-    mask = torch.zeros(rows, 1, 1, length).masked_fill(torch.arange(length) >= used[:, None, None, None], -torch.inf)
+    mask = torch.zeros(rows, 1, 1, length).masked_fill(
+        torch.arange(length) >= used[:, None, None, None], -torch.inf
+    )
     expected = rollout.attend_masked(q, keys, values, mask, 0.3)
     starts = torch.arange(rows + 1, dtype=torch.int32)
     with monkeypatch.context() as patch:
@@ -574,6 +703,7 @@ def test_decoding_by_flash_attention_samples_the_same(qwen, monkeypatch):
     def with_flash(self, *args):
         made(self, *args)
         self.flash = True
+
     with monkeypatch.context() as patch:
         patch.setattr(rollout.Slots, "__init__", with_flash)
         patch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
@@ -586,7 +716,9 @@ def test_flash_attention_is_asked_only_where_the_kernel_can_answer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert rollout.flash_takes(cuda, bf16, 128) and rollout.flash_takes(cuda, torch.float16, 256)
     assert not any(rollout.flash_takes(cuda, bf16, head_dim) for head_dim in (4, 100, 264))
-    assert not rollout.flash_takes(cuda, torch.float32, 128) and not rollout.flash_takes(torch.device("cpu"), bf16, 128)
+    assert not rollout.flash_takes(cuda, torch.float32, 128) and not rollout.flash_takes(
+        torch.device("cpu"), bf16, 128
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not rollout.flash_takes(cuda, bf16, 128)
 
@@ -594,6 +726,16 @@ def test_flash_attention_is_asked_only_where_the_kernel_can_answer(monkeypatch):
 def test_flash_attention_still_takes_these_arguments():
     """The operator is private to PyTorch: its schema must keep the names and the order that attend_flash relies on."""
     arguments = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
-    assert arguments[:10] == ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
-                              "is_causal", "return_debug_mask"]
+    assert arguments[:10] == [
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
     assert {"scale", "seqused_k"} <= set(arguments)

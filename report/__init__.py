@@ -1,10 +1,11 @@
 """Evidence out: the code that reads, compares and draws runs, and the packed evidence with its report (README.md)."""
+
 import argparse
 import sys
 from pathlib import Path
 
 from engine.flags import wrong_flag
-from results import compare, plot, runs, show
+from report import compare, plot, runs, show
 
 COMMANDS = ("plot", "compare", "show", "pack")
 
@@ -14,12 +15,27 @@ def command(argv: list[str]) -> str:
     name = argv[0]
     parser = argparse.ArgumentParser(prog=f"eval.py {name}", allow_abbrev=False)
     parser.error, add = wrong_flag, parser.add_argument
-    add("runs", nargs=1 if name == "show" else "+", metavar="RUN", help="a folder of edge_grpo.py or of results of "
-        "eval.py; but for show also packed runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'")
+    add(
+        "runs",
+        nargs=1 if name == "show" else "+",
+        metavar="RUN",
+        help="a folder of edge_grpo.py or of results of "
+        "eval.py; but for show also packed runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'",
+    )
     if name == "show":
         add("--step", type=int, help="[the last]")
-        add("--question", type=int, default=1, help="which question of the step, or problem of the results [1]")
-        add("--html", metavar="FILE", type=Path, help="write a page with each token shaded by its entropy")
+        add(
+            "--question",
+            type=int,
+            default=1,
+            help="which question of the step, or problem of the results [1]",
+        )
+        add(
+            "--html",
+            metavar="FILE",
+            type=Path,
+            help="write a page with each token shaded by its entropy",
+        )
     if name == "compare":
         add("--format", choices=["markdown", "csv", "latex"], default="markdown", help="[markdown]")
     if name == "plot":
