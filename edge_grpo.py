@@ -15,6 +15,7 @@ Letters: B responses in a step = Q questions x G, T tokens of a response, M toke
 import math
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,10 +36,11 @@ from engine.console import exit_code, say, timed
 from engine.flags import changed, check_ranges, flag, make_parser, run_name
 from engine.memory import preflight
 from engine.problems import training_problems
-from engine.processes import leave, spread, start_processes, stream, uniform
+from engine.forward import Batch
+from engine.models import Policy
+from engine.processes import gather, leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
-from entropy import mean_entropy
 from errors import UserError
 from report.metrics import SHOWN, measure, readable
 from report.page import conclude
@@ -340,198 +342,196 @@ def parse_flags(argv: list[str]) -> Flags:
     return flags
 
 
-# --- Responses -------------------------------------------------------------------------------------------------------
+# --- Groups of responses ---------------------------------------------------------------------
 
 
 @dataclass
 class Response:
-    """One response to one problem, in token ids. Text is made from ids, never ids from text that came from ids. Every
-    random choice about it is `stream` of (seed, step, what, row): nothing random is saved, processes change nothing."""
+    """One response in token ids. Text is made from ids, never ids from text that came from ids."""
 
-    problem: Problem
-    prompt: list[int]
-    ids: list[int] = field(default_factory=list)  # the end token included, once finished
-    injected: list[bool] = field(
-        default_factory=list
-    )  # origin of each token: False sampled, True put there by GEC
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # the sampler's log-probability of each; NaN where injected
-    entropies: list[float] = field(
-        default_factory=list
-    )  # the policy's entropy there; NaN where not known yet
-    sampled: int = 0  # how many tokens the policy sampled for this copy of it
+    ids: list[int] = field(default_factory=list)  # with its end token, once it is finished
+    injected: list[bool] = field(default_factory=list)  # True: put there by GEC, False: sampled
+    sampler_logp: list[float] = field(default_factory=list)  # NaN where injected
+    entropies: list[float] = field(default_factory=list)  # H_t of each token; NaN until it is known
     finished: bool = False  # ended by an end token, not cut by a limit
-    correction: str = ""  # a row of CORRECTIONS, or ""
-    text: str = ""  # of ids, once graded
-    accuracy: float | None = None  # 0.0 or 1.0 once graded
+    sampled_tokens: int = 0  # how many the policy sampled for this copy of the response
+    correction: str = ""  # the row of CORRECTIONS that made it, or ""
+    text: str = ""  # once it is graded
     format: float | None = None
-    logp: Tensor | None = None  # (T,) by the trainer, from the first update's forward
+    accuracy: float | None = None  # 0.0 or 1.0 once it is graded
+    trainer_logp: Tensor | None = None  # (T,) from the first update's forward pass
     trainer_entropies: Tensor | None = None
 
     @property
     def entropy(self) -> float:
-        """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens; 0 if it has none."""
-        return mean_entropy([torch.tensor(self.entropies)]).item()
+        """P_i of this response; NaN while the entropy of a token is unknown."""
+        return response_entropy(torch.tensor(self.entropies)).item()
 
     def cut(self, limit: int) -> None:
-        """Drop what is beyond `limit` tokens."""
+        """Drops the tokens beyond `limit`."""
         if len(self.ids) > limit:
             self.finished = False
-            for column in (self.ids, self.injected, self.logprobs, self.entropies):
+            for column in (self.ids, self.injected, self.sampler_logp, self.entropies):
                 del column[limit:]
+
+
+@dataclass
+class Group:
+    """G responses to one problem, and what the method computes from them.
+
+    Everything that logs, prints or draws a group reads these fields."""
+
+    number: int  # of the group in its step, from 0
+    problem: Problem
+    prompt: list[int]
+    sampled: list[Response]  # as the policy sampled them
+    responses: list[Response]  # as trained on: the same objects, but for those that GEC corrected
+    A: Tensor | None = None  # (G,) group-relative advantages
+    P: Tensor | None = None  # (G,) response entropies, Eq. 3
+    A_hat: Tensor | None = None  # (G,) entropy-driven advantages, Eq. 7: what the loss uses
+
+    def row(self, i: int) -> int:
+        """The number of response i among all B of the step: the key of its random choices."""
+        return self.number * len(self.responses) + i
 
 
 def batch_of_problems(
     problems: list[Problem], flags: Flags, step: int, *again: int
 ) -> list[Problem]:
-    """The problems of a step: consecutive items of an endless sequence of shuffled epochs. `again`: the round of
-    resampling, which has a sequence of its own."""
+    """The Q problems of a step: consecutive items of an endless sequence of shuffled epochs.
+
+    `again` is the round of resampling, which draws from a sequence of its own."""
     batch = []
-    for k in range(step * flags.questions_per_step, (step + 1) * flags.questions_per_step):
+    first = step * flags.questions_per_step
+    for k in range(first, first + flags.questions_per_step):
         epoch, i = divmod(k, len(problems))
-        shuffling = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *again))
-        batch.append(problems[torch.randperm(len(problems), generator=shuffling)[i]])
+        shuffle = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *again))
+        batch.append(problems[torch.randperm(len(problems), generator=shuffle)[i]])
     return batch
 
 
 @timed("sample")
 def sample(
-    policy: engine.Policy, problems: list[Problem], flags: Flags, step: int, *again: int
-) -> list[Response]:
-    """G responses to each of Q problems, question-major: Q x G."""
-    prompts = [policy.prompt_ids(problem.question) for problem in problems]
-    responses = [
-        Response(problem, prompt)
-        for problem, prompt in zip(problems, prompts)
-        for _ in range(flags.group_size)
-    ]
-    extend(
-        policy, dict(enumerate(responses)), flags.max_new_tokens, flags, (step, "sample", *again)
-    )
-    return responses
+    policy: Policy, problems: list[Problem], flags: Flags, step: int, *again: int
+) -> list[Group]:
+    """A group of G sampled responses for each problem."""
+    groups = []
+    for number, problem in enumerate(problems):
+        responses = [Response() for _ in range(flags.group_size)]
+        prompt = policy.prompt_ids(problem.question)
+        groups.append(Group(number, problem, prompt, sampled=responses, responses=responses))
+    rows = [(group, i) for group in groups for i in range(flags.group_size)]
+    continue_responses(policy, rows, flags.max_new_tokens, flags, (step, "sample", *again))
+    return groups
 
 
-def extend(
-    policy: engine.Policy, responses: dict[int, Response], limit: int, flags: Flags, key: tuple
+def continue_responses(
+    policy: Policy, rows: list[tuple[Group, int]], limit: int, flags: Flags, key: tuple
 ) -> None:
-    """Let the policy continue each response (by its row in the step) in place, by at most `limit` tokens."""
-    seeds = [stream(flags.seed, *key, row) for row in responses]
-    samples = policy.sample(
-        [r.prompt + r.ids for r in responses.values()],
-        [limit] * len(responses),
-        seeds,
-        flags.temperature,
-        flags.top_p,
-    )
-    for r, s in zip(responses.values(), samples):
-        r.ids, r.logprobs, r.entropies = (
-            r.ids + s.ids,
-            r.logprobs + s.logprobs,
-            r.entropies + s.entropies,
-        )
-        r.injected, r.finished, r.sampled = (
-            r.injected + [False] * len(s.ids),
-            s.finished,
-            len(s.ids),
-        )
+    """Lets the policy continue response i of each (group, i), in place, by at most `limit` tokens.
 
-
-@timed("sample")
-def references(policy: engine.Policy, problems: list[Problem]) -> list[Response]:
-    """SFT: the reference solution of each problem, as a response whose every token is injected."""
-    responses = [
-        corrected_by("reference", Response(p, policy.prompt_ids(p.question)), policy)
-        for p in problems
-    ]
-    for r in responses:
-        r.cut(policy.room(r.prompt))
-    return responses
+    A row's random numbers are a hash of (seed, key, row): they depend neither on the batch nor on
+    the number of processes, and no state has to be saved."""
+    prompts = [group.prompt + group.responses[i].ids for group, i in rows]
+    seeds = [stream(flags.seed, *key, group.row(i)) for group, i in rows]
+    limits = [limit] * len(rows)
+    samples = policy.sample(prompts, limits, seeds, flags.temperature, flags.top_p)
+    for (group, i), new in zip(rows, samples):
+        response = group.responses[i]
+        response.ids += new.ids
+        response.injected += [False] * len(new.ids)
+        response.sampler_logp += new.logprobs
+        response.entropies += new.entropies
+        response.finished = new.finished
+        response.sampled_tokens = len(new.ids)
 
 
 @timed("grade")
-def grade(policy: engine.Policy, responses: list[Response], no_echo: bool = False) -> None:
-    """Format and accuracy of the responses that have none yet; no_echo: what only quotes the question is wrong."""
-    new = [r for r in responses if r.accuracy is None]
-    for r in new:
-        r.text = policy.decode(r.ids)
-    rows = [(r.text, list(r.problem.answers), r.problem.question if no_echo else "") for r in new]
-    scores = spread(rows, lambda mine: reward.score_all(*map(list, zip(*mine))) if mine else [])
-    for r, (well_formed, accuracy) in zip(new, scores):
-        r.format, r.accuracy = well_formed, accuracy
+def grade(policy: Policy, groups: list[Group], flags: Flags) -> None:
+    """Fills in text, format and accuracy of the responses that have none yet."""
+    rows = []
+    for group in groups:
+        rows += [(group.problem, r) for r in group.responses if r.accuracy is None]
+    for _, response in rows:
+        response.text = policy.decode(response.ids)
+    texts = [response.text for _, response in rows]
+    golds = [list(problem.answers) for problem, _ in rows]
+    questions = [problem.question if flags.no_echo else "" for problem, _ in rows]
+
+    def score_share(share: list[tuple]) -> list[tuple[float, float]]:
+        return reward.score_all(*map(list, zip(*share))) if share else []
+
+    scores = spread(list(zip(texts, golds, questions)), score_share)
+    for (_, response), (well_formed, accuracy) in zip(rows, scores):
+        response.format = well_formed
+        response.accuracy = accuracy
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
-    """(Q, G): accuracy + w x format. Any number may be a reward; what GEC corrects is what the grader calls wrong."""
+    """(G,) rewards. Any number may be one; which responses are corrected or resampled is decided
+    by their accuracy alone."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
-    return torch.tensor(values, dtype=torch.float64).view(-1, 1 if flags.sft else flags.group_size)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def resample_equal_groups(
-    policy: engine.Policy,
-    responses: list[Response],
-    problems: list[Problem],
-    flags: Flags,
-    step: int,
-) -> tuple[list[Response], list[Response]]:
-    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by new questions, round after round.
-    Returns the step's Q x G responses, and everything that was sampled for it, graded."""
-    G, kept, everything = flags.group_size, list(responses), list(responses)
+    policy: Policy, groups: list[Group], problems: list[Problem], flags: Flags, step: int
+) -> list[Group]:
+    """DAPO's dynamic sampling: groups that are all right or all wrong are replaced, in place, by
+    new questions, round after round. Returns every group that was sampled for the step."""
+    everything = list(groups)
     for again in range(1, flags.resample_rounds + 1):
-        equal = [q for q, r_G in enumerate(rewards(kept, flags)) if (r_G == r_G[0]).all()]
+        equal = [group for group in groups if len({r.accuracy for r in group.sampled}) == 1]
         if not equal:
             break
-        new = sample(
-            policy,
-            batch_of_problems(problems, flags, step, again)[: len(equal)],
-            flags,
-            step,
-            again,
-        )
-        grade(policy, new, flags.no_echo)
-        everything += new
-        for k, q in enumerate(equal):
-            kept[q * G : (q + 1) * G] = new[k * G : (k + 1) * G]
-    return kept, everything
+        new_problems = batch_of_problems(problems, flags, step, again)[: len(equal)]
+        new_groups = sample(policy, new_problems, flags, step, again)
+        grade(policy, new_groups, flags)
+        everything += new_groups
+        for old, new in zip(equal, new_groups):
+            new.number = old.number
+            groups[old.number] = new
+    return everything
 
 
-# --- Group advantages (GRPO) -----------------------------------------------------------------------------------------
+# --- Group advantages (GRPO) -----------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> Tensor:
     """A_i = (r_i - mean_j r_j) / (std_j r_j + eps), j over the group; (Q, G) -> (Q, G).
 
-    std is unbiased (n - 1), "group" of the group, "batch" of all rewards, "none" for no division (Dr. GRPO). A group of
-    one has no spread, so its advantage is 0.
-    """
+    The standard deviation is unbiased (n - 1). std="none" does not divide (Dr. GRPO). In a group
+    of one the advantage is 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if rewards.shape[1] == 1 or std == "none":
         return centred
-    return centred / ((rewards.std() if std == "batch" else rewards.std(dim=1, keepdim=True)) + eps)
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
 
 
-def advantages_of(responses: list[Response], flags: Flags) -> Tensor:
-    """(Q, G): the group advantages, or --all-wrong-advantage in groups without a right response."""
-    A = group_advantages(rewards(responses, flags), std=flags.advantage_std)
-    if flags.all_wrong_advantage:
-        right = torch.tensor([r.accuracy > 0 for r in responses]).view_as(A)
-        A = A.masked_fill(~right.any(dim=1, keepdim=True), flags.all_wrong_advantage)
-    return A
+def advantages(group: Group, flags: Flags) -> Tensor:
+    """A (G,) of a group, or --all-wrong-advantage where no response is right, times the factor of
+    each response's correction."""
+    A = group_advantages(rewards(group.responses, flags)[None], std=flags.advantage_std)[0]
+    if flags.all_wrong_advantage and not any(r.accuracy > 0 for r in group.responses):
+        A = torch.full_like(A, flags.all_wrong_advantage)
+    factor = dict(zip(CORRECTIONS, flags.correction_factors))
+    factors = [factor.get(r.correction, 1.0) for r in group.responses]
+    return A * torch.tensor(factors, dtype=A.dtype)
 
 
-# --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------------------------------
+# --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------
 
-TINY_FLOOR = 1e-4  # of the relative entropy, so that a response of one repeated token cannot blow up the step
+TINY_FLOOR = 1e-4  # of P^, so that a response of one repeated token cannot blow up the step
 
 
-@timed("update")
-def response_entropy(trainer: Trainer, responses: list[Response], group_size: int) -> Tensor:
-    """Eq. 3: P_i of each response, (Q, G). The sampler has told the entropies of what it sampled; rows with injected
-    tokens get a forward pass (for all rows it would take 14% of a step: tests/bench_step.py --score)."""
-    new = [r for r in responses if any(math.isnan(h) for h in r.entropies)]
-    for r, (_, entropies) in zip(new, trainer.score([r.prompt for r in new], [r.ids for r in new])):
-        r.entropies = entropies.tolist()
-    return torch.tensor([r.entropy for r in responses], dtype=torch.float64).view(-1, group_size)
+def response_entropy(entropies: Tensor) -> Tensor:
+    """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (T,) -> scalar; 0 if T = 0."""
+    return entropies.float().sum() / max(len(entropies), 1)
+
+
+def group_entropy(group: Group) -> Tensor:
+    """P (G,) of a group."""
+    return torch.tensor([r.entropy for r in group.responses], dtype=torch.float64)
 
 
 def entropy_driven_advantages(
@@ -541,14 +541,13 @@ def entropy_driven_advantages(
 ) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
-    Confident and right: rewarded more. Confident and wrong: punished more. `clamp` bounds P^: (lo, hi), or (lo, hi, lo,
-    hi) for positive and negative advantages apart; without it there is only a tiny floor. A group without any entropy
-    keeps its advantages. Differentiable in each response's own entropy: the mean is detached, as in the release.
-    """
+    A confident response counts more: rewarded more if right, punished more if wrong. `clamp`
+    bounds P^: (lo, hi), or (lo, hi, lo, hi) for positive and negative advantages apart; without it
+    there is only a tiny floor. A group without any entropy keeps its advantages. The result is
+    differentiable in each P_i, but the mean is detached, as in the released code."""
     mean = response_entropy.mean(dim=1, keepdim=True).detach()
-    relative = torch.where(
-        mean > 0, response_entropy / mean.clamp(min=1e-30), torch.ones_like(response_entropy)
-    )
+    relative = response_entropy / mean.clamp(min=1e-30)
+    relative = torch.where(mean > 0, relative, torch.ones_like(relative))
     *positive, lo, hi = clamp or (TINY_FLOOR, None)
     bounded = relative.clamp(lo, hi)
     if positive:
@@ -556,174 +555,168 @@ def entropy_driven_advantages(
     return advantages / bounded
 
 
-def rows_of_eda(responses: list[Response], flags: Flags) -> Tensor:
-    """(Q, G): whether EDA divides the advantage of each response (--eda-rows)."""
-    of_row = {
+def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
+    """A^ (G,) from A and P (G,) in the rows that --eda-rows names; A in the others."""
+    A_hat = entropy_driven_advantages(group.A[None], P[None], flags.eda_clamp or None)[0]
+    applies = {
         "all": lambda r: True,
         "right": lambda r: r.accuracy > 0,
         "wrong": lambda r: r.accuracy == 0,
         "not-reference": lambda r: r.correction != "reference",
     }[flags.eda_rows]
-    return torch.tensor([of_row(r) for r in responses]).view(-1, flags.group_size)
+    return torch.where(torch.tensor([applies(r) for r in group.responses]), A_hat, group.A)
 
 
-# --- Guided Error Correction (GEC) -----------------------------------------------------------------------------------
+@timed("update")
+def fill_in_entropies(trainer: Trainer, groups: list[Group]) -> None:
+    """A forward pass over the responses with injected tokens. The sampler knows the entropies of
+    all others (a pass over all would take 14% of a step: tests/bench_step.py --score)."""
+    rows = []
+    for group in groups:
+        rows += [(group.prompt, r) for r in group.responses if any(map(math.isnan, r.entropies))]
+    known = trainer.logprobs([prompt for prompt, _ in rows], [r.ids for _, r in rows])
+    for (_, response), (_, entropies) in zip(rows, known):
+        response.entropies = entropies.tolist()
+
+
+# --- Guided Error Correction (GEC) -----------------------------------------------------------
 
 REFLECT = " Wait! Something is wrong here."
 ANSWER = "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{{{}}}."
 
 
-def reflection(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
+def reflection(policy: Policy, group: Group, i: int, u: float) -> list[int]:
     return policy.encode(REFLECT)
 
 
-def direct_answer(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
-    return policy.encode(ANSWER.format(data.gold_text(problem)))
+def direct_answer(policy: Policy, group: Group, i: int, u: float) -> list[int]:
+    return policy.encode(ANSWER.format(data.gold_text(group.problem)))
 
 
-def reference(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
-    return policy.encode(problem.solution)
+def reference(policy: Policy, group: Group, i: int, u: float) -> list[int]:
+    return policy.encode(group.problem.solution)
 
 
-def reference_prefix(policy: engine.Policy, problem: Problem, u: float) -> list[int]:
-    """The first quarter, half or three quarters."""
-    ids = policy.encode(problem.solution)
+def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int]:
+    """The first quarter, half or three quarters of the reference solution."""
+    ids = policy.encode(group.problem.solution)
     return ids[: math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What is done to a wrong response. A new one is a row below and its function."""
+    """How a wrong response is corrected. A new correction is a row below and its function."""
 
-    adds: Callable[
-        [engine.Policy, Problem, float], list[int]
-    ]  # token ids; the number in [0, 1) is for its draws
-    keeps: bool  # behind the response's own tokens; False: instead of them
-    goes_on: bool  # then the policy continues; False: an end token closes it
+    adds: Callable[[Policy, Group, int, float], list[int]]  # ids to inject into response i; u in
+    # [0, 1) is for its random choices
+    keeps: bool  # True: behind the response's own tokens; False: in place of them
+    goes_on: bool  # True: the policy continues; False: an end token closes the response
     needs_solution: bool
-    count: str  # its number in metrics.jsonl
+    count: str  # the key of its count in metrics.jsonl
 
 
-CORRECTIONS = {  # in the order of --guided-probs
+CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
     "reflect": Correction(
-        reflection, keeps=True, goes_on=True, needs_solution=False, count="reflected"
+        adds=reflection, keeps=True, goes_on=True, needs_solution=False, count="reflected"
     ),
     "answer": Correction(
-        direct_answer, keeps=True, goes_on=False, needs_solution=False, count="answered"
+        adds=direct_answer, keeps=True, goes_on=False, needs_solution=False, count="answered"
     ),
     "reference": Correction(
-        reference, keeps=False, goes_on=False, needs_solution=True, count="referenced"
+        adds=reference, keeps=False, goes_on=False, needs_solution=True, count="referenced"
     ),
     "prefix": Correction(
-        reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"
+        adds=reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"
     ),
 }
 
 
 def correction_probabilities(flags: Flags, problem: Problem | None = None) -> dict[str, float]:
-    """Of each correction that can be drawn for a wrong response; a problem without solution leaves its share to the
-    others. Force-R is one correction with p = 1."""
-    drawn = {"none": {}, "guided": dict(zip(CORRECTIONS, flags.guided_probs))}.get(flags.correction)
-    drawn = {flags.correction: 1.0} if drawn is None else drawn
-    possible = {
-        name: p
-        for name, p in drawn.items()
-        if p > 0 and not (problem and problem.solution is None and CORRECTIONS[name].needs_solution)
-    }
-    return (
-        possible
-        if len(possible) == len(drawn)
-        else {k: p / sum(possible.values()) for k, p in possible.items()}
-    )
+    """The probability of each correction for a wrong response; Force-R is one with p = 1.
+
+    Where the problem has no solution, the corrections that need one leave their share to the
+    others."""
+    if flags.correction == "none":
+        return {}
+    probabilities = {flags.correction: 1.0}
+    if flags.correction == "guided":
+        probabilities = dict(zip(CORRECTIONS, flags.guided_probs))
+    if problem and problem.solution is None:
+        for name in CORRECTIONS:
+            if CORRECTIONS[name].needs_solution:
+                probabilities.pop(name, None)
+        total = sum(probabilities.values())
+        probabilities = {name: p / total for name, p in probabilities.items() if total}
+    return {name: p for name, p in probabilities.items() if p > 0}
 
 
 def draw_correction(probabilities: dict[str, float], u: float) -> str:
-    """The correction that u in [0, 1) falls into; "" if there is none."""
+    """The correction that u in [0, 1) falls on; "" if there is none."""
+    name = ""
     for name, p in probabilities.items():
         if u < p:
-            return name
+            break
         u -= p
-    return next(reversed(probabilities), "")  # only rounding can leave u here
+    return name
 
 
-def corrected_by(name: str, response: Response, policy: engine.Policy, u: float = 0.0) -> Response:
-    """The edited copy of a response. Its own tokens stay as they were sampled; what is added is marked injected."""
+def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0.0) -> Response:
+    """Response i with the injected tokens of a correction. Sampled tokens stay as they were."""
     correction = CORRECTIONS[name]
-    kept = (
-        len(response.ids) - (1 if response.finished else 0) if correction.keeps else 0
-    )  # without the end token
-    added = correction.adds(policy, response.problem, u) + (
-        [] if correction.goes_on else [policy.end_id]
-    )
+    old = group.responses[i]
+    kept = 0
+    if correction.keeps:
+        kept = len(old.ids) - old.finished  # without the end token
+    added = correction.adds(policy, group, i, u)
+    if not correction.goes_on:
+        added = added + [policy.end_id]
     unknown = [math.nan] * len(added)
     return Response(
-        response.problem,
-        response.prompt,
-        response.ids[:kept] + added,
-        response.injected[:kept] + [True] * len(added),
-        response.logprobs[:kept] + unknown,
-        response.entropies[:kept] + unknown,
+        ids=old.ids[:kept] + added,
+        injected=old.injected[:kept] + [True] * len(added),
+        sampler_logp=old.sampler_logp[:kept] + unknown,
+        entropies=old.entropies[:kept] + unknown,
         finished=not correction.goes_on,
         correction=name,
     )
 
 
-def factors_of_corrections(responses: list[Response], flags: Flags) -> Tensor:
-    """(Q, G): what the advantage of each response is multiplied by (--correction-factors); 1 for untouched ones."""
-    of_correction = dict(zip(CORRECTIONS, flags.correction_factors))
-    factors = [of_correction.get(r.correction, 1.0) for r in responses]
-    return torch.tensor(factors, dtype=torch.float64).view(-1, 1 if flags.sft else flags.group_size)
-
-
-def to_be_corrected(responses: list[Response], flags: Flags) -> list[int]:
-    """The rows of wrong responses: every one (the paper), or as --guide and --guide-at-most say."""
-    rows = []
-    for first in range(0, len(responses), flags.group_size):
-        group = range(first, first + flags.group_size)
-        wrong = [row for row in group if responses[row].accuracy == 0]
-        if flags.guide == "every" or len(wrong) == len(group):
-            rows += wrong[: flags.guide_at_most or None]
-    return rows
+def rows_to_correct(group: Group, flags: Flags) -> list[int]:
+    """The wrong responses of a group: all of them (the paper), or as --guide and --guide-at-most
+    say."""
+    wrong = [i for i, r in enumerate(group.responses) if r.accuracy == 0]
+    if flags.guide == "all-wrong" and len(wrong) < len(group.responses):
+        return []
+    return wrong[: flags.guide_at_most or None]
 
 
 @timed("correct")
-def correct_errors(
-    policy: engine.Policy, responses: list[Response], flags: Flags, step: int
-) -> list[Response]:
-    """One independent draw for each wrong response, one pass, no re-check; right responses are passed on untouched."""
-    corrected, going_on = list(responses), {}
-    for row in to_be_corrected(responses, flags) if flags.correction != "none" else []:
-        r = responses[row]
-        name = draw_correction(
-            correction_probabilities(flags, r.problem), uniform(flags.seed, step, "branch", row)
-        )
-        if name:
-            corrected[row] = corrected_by(name, r, policy, uniform(flags.seed, step, name, row))
+def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int) -> None:
+    """GEC: one independent draw for each wrong response, one pass, no second check. Right
+    responses are untouched."""
+    going_on = []
+    for group in groups:
+        probabilities = correction_probabilities(flags, group.problem)
+        if not probabilities:
+            continue
+        responses = list(group.responses)
+        for i in rows_to_correct(group, flags):
+            name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
+            u = uniform(flags.seed, step, name, group.row(i))
+            responses[i] = corrected_copy(name, policy, group, i, u)
             if CORRECTIONS[name].goes_on:
-                going_on[row] = corrected[row]
-    extend(policy, going_on, flags.correction_tokens, flags, (step, "reflect"))
-    for r in corrected:
-        if r.correction:
-            most = policy.room(r.prompt)
-            r.cut(min(flags.max_corrected_tokens or most, most))
-    return corrected
+                going_on.append((group, i))
+        group.responses = responses
+    key = (step, "reflect")
+    continue_responses(policy, going_on, flags.correction_tokens, flags, key)
+    for group in groups:
+        context = policy.room(group.prompt)
+        for response in group.responses:
+            if response.correction:
+                response.cut(min(flags.max_corrected_tokens or context, context))
 
 
-# --- The loss --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tokens:
-    """What the loss needs to know of each response token: (T,) tensors for a response, (M,) for a micro-batch."""
-
-    weights: Tensor  # of the token in the whole step's loss
-    advantages: Tensor  # A^ of its response
-    injected: Tensor  # 1 where GEC put it there, 0 where the policy sampled it
-    old_logp: Tensor | None = (
-        None  # under the policy that sampled; None: the policy has not changed since
-    )
-    reference_logp: Tensor | None = None  # under the initial model (KL)
-    entropy_slopes: Tensor | None = None  # d loss / d H_t through the advantages (--eda-grad)
+# --- The loss --------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -734,209 +727,301 @@ def policy_loss(
     eps_low: float = 0.2,
     eps_high: float = 0.2,
 ) -> Tensor:
-    """The clipped surrogate: -sum_m w_m min(rho_m A_m, clip(rho_m, 1 - eps_low, 1 + eps_high) A_m), with the ratio
-    rho = exp(logp - old_logp); all (M,) -> scalar."""
+    """The clipped surrogate -sum_m w_m min(rho_m A_m, clip(rho_m, 1 - eps_low, 1 + eps_high) A_m)
+    with the ratio rho = exp(logp - old_logp); all (M,) -> scalar."""
     ratio = torch.exp(logp - old_logp)
-    surrogate = torch.minimum(
-        ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    )
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     return (weights * -surrogate).sum()
 
 
+def shaped_loss(logp: Tensor, advantages: Tensor, weights: Tensor, shaping: float) -> Tensor:
+    """LUFFY's loss of injected tokens (its Eq. 6): the ratio p / (p + shaping), not clipped."""
+    p = torch.exp(logp)
+    return -(weights * advantages * p / (p + shaping)).sum()
+
+
 def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
-    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1, d = reference_logp - logp."""
+    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1 with
+    d = reference_logp - logp."""
     d = reference_logp - logp
     return torch.exp(d) - d - 1
 
 
-def loss_of_tokens(logp: Tensor, entropy: Tensor, t: Tokens, flags: Flags) -> Tensor:
-    """What M tokens contribute to the step's loss: logp (M,), entropy (M,) -> scalar."""
-    if flags.sft:
-        return (t.weights * -logp).sum()
-    old_logp = (
-        logp.detach() if t.old_logp is None else t.old_logp
-    )  # ratio 1: only its gradient matters
-    on_policy = t.weights * (1 - t.injected) if flags.injected_shaping else t.weights
-    loss = policy_loss(logp, old_logp, t.advantages, on_policy, flags.eps_low, flags.eps_high)
-    if flags.injected_shaping:  # LUFFY, Eq. 6: no ratio, no clip
-        p = torch.exp(logp)
-        loss = (
-            loss - (t.weights * t.injected * t.advantages * p / (p + flags.injected_shaping)).sum()
-        )
-    if flags.kl:  # an estimate of the KL only for what the policy itself has drawn
-        loss = (
-            loss
-            + flags.kl
-            * (t.weights * kl_penalty(logp, t.reference_logp).masked_fill(t.injected > 0, 0)).sum()
-        )
-    if flags.eda_grad:  # adds a gradient, no value
-        loss = loss + (t.entropy_slopes * (entropy - entropy.detach())).sum()
-    return loss
-
-
 def token_weights(lengths: list[int], reduction: str, longest: int) -> list[float]:
-    """Weight in the step's loss of each token of row i: "sequence" 1/(B |o_i|), "token" 1/sum_j |o_j|, "constant"
-    1/(B longest). Each row has it in the whole step's loss, so micro-batches and processes only add up."""
-    B, total = len(lengths), max(sum(lengths), 1)
-    return [
-        {"sequence": 1 / (B * max(n, 1)), "token": 1 / total, "constant": 1 / (B * longest)}[
-            reduction
-        ]
-        for n in lengths
-    ]
+    """The weight of each token of row i in the step's loss: "sequence" 1/(B |o_i|), "token"
+    1/sum_j |o_j|, "constant" 1/(B longest).
+
+    They are weights in the loss of the whole step, so micro-batches and processes only add up."""
+    B = len(lengths)
+    total = max(sum(lengths), 1)
+    weights = []
+    for length in lengths:
+        weight = {
+            "sequence": 1 / (B * max(length, 1)),
+            "token": 1 / total,
+            "constant": 1 / (B * longest),
+        }
+        weights.append(weight[reduction])
+    return weights
 
 
-def tokens_of(responses: list[Response], A_hat: Tensor, flags: Flags) -> list[Tokens]:
-    """The tokens of each response with their weights. A masked token is in no count, a row of masked ones not in B."""
-    counted = [
-        [
-            not (flags.mask_truncated and not r.finished) and not (flags.mask_injected and x)
-            for x in r.injected
-        ]
-        for r in responses
-    ]
-    rows = [i for i, r in enumerate(responses) if any(counted[i]) or not r.ids]
-    of_row = dict(
-        zip(rows, token_weights([sum(counted[i]) for i in rows], flags.loss, flags.max_new_tokens))
-    )
-    tokens = []
-    for i, (r, a) in enumerate(zip(responses, A_hat.flatten().tolist())):
-        injected = torch.tensor(r.injected, dtype=torch.float32)
-        weights = torch.tensor([of_row.get(i, 0.0) * c for c in counted[i]])
-        tokens.append(Tokens(weights, torch.full_like(weights, a), injected))
+@dataclass(kw_only=True)
+class Tokens:
+    """What the loss knows of each response token: (T,) tensors of a response, (M,) of a batch.
+
+    A new field needs no other change than to be filled in by `tokens_of`."""
+
+    weights: Tensor  # in the whole step's loss
+    advantages: Tensor  # A^ of the response
+    injected: Tensor  # bool
+    old_logp: Tensor | None = None  # under the policy that sampled; None while it is unchanged
+    reference_logp: Tensor | None = None  # under the initial model (KL)
+
+
+def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
+    """The tokens of each of the step's B responses.
+
+    Masked tokens (--mask-truncated, --mask-injected) are left out of |o_i| and of the token total;
+    fully masked rows are left out of B."""
+    tokens, counted = [], []
+    for group in groups:
+        for response, a_hat in zip(group.responses, group.A_hat.tolist()):
+            injected = torch.tensor(response.injected, dtype=torch.bool)
+            mask = torch.ones(len(injected))
+            if flags.mask_truncated and not response.finished:
+                mask[:] = 0
+            if flags.mask_injected:
+                mask[injected] = 0
+            advantages = torch.full_like(mask, a_hat)
+            tokens.append(Tokens(weights=mask, advantages=advantages, injected=injected))
+            if mask.any() or not response.ids:
+                counted.append(tokens[-1])
+    lengths = [int(t.weights.sum()) for t in counted]
+    for t, weight in zip(counted, token_weights(lengths, flags.loss, flags.max_new_tokens)):
+        t.weights *= weight
     return tokens
 
 
-# --- The update ------------------------------------------------------------------------------------------------------
+# --- The update ------------------------------------------------------------------------------
 
 
 @timed("update")
-def update(
-    trainer: Trainer, responses: list[Response], A_hat: Tensor, P: Tensor, flags: Flags, lr: float
-) -> dict:
-    """The step's optimizer updates on all B responses; A_hat and P are (Q, G).
+def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> dict:
+    """The optimizer updates of a step, on all B responses.
 
-    The first update's forward also tells the responses' `logp`, and the entropies that are not known yet. Returns loss
-    and gradient norm (means over the updates) and how many updates were skipped as not finite.
-    """
-    prompts, ids, tokens = (
-        [r.prompt for r in responses],
-        [r.ids for r in responses],
-        tokens_of(responses, A_hat, flags),
-    )
-    if flags.eda_grad:  # at ratio 1 the loss is -sum_i w_i A^_i(P), with w_i the sum of row i
-        w_QG = torch.stack([t.weights.double().sum() for t in tokens]).view_as(A_hat)
-        slopes = torch.autograd.grad(-(w_QG * A_hat).sum(), P)[0]
-        for t, slope in zip(tokens, slopes.flatten().tolist()):
-            t.entropy_slopes = torch.full_like(t.weights, slope / max(len(t.weights), 1))
+    The first update's forward pass also fills in each response's `trainer_logp` and any missing
+    entropies. Returns the means of loss and gradient norm over the updates, and how many updates
+    were skipped because they were not finite."""
+    rows = [(group, i) for group in groups for i in range(len(group.responses))]
+    prompts = [group.prompt for group, _ in rows]
+    ids = [group.responses[i].ids for group, i in rows]
+    tokens = tokens_of(groups, flags)
     if flags.kl:
-        for t, (logp, _) in zip(tokens, trainer.score(prompts, ids, reference=True)):
+        for t, (logp, _) in zip(tokens, trainer.logprobs(prompts, ids, reference=True)):
             t.reference_logp = logp
-    losses, norms = [], []
+
+    updates = []
     for k in range(flags.updates_per_rollout):
-        loss, logp, entropies = trainer.forward_backward(
-            prompts, ids, tokens, partial(loss_of_tokens, flags=flags)
-        )
-        if k == 0:  # still the policy that sampled
-            for r, t, old_logp, told in zip(responses, tokens, logp, entropies):
-                r.logp, t.old_logp, r.trainer_entropies = old_logp, old_logp, told
-                r.entropies = [
-                    h if math.isnan(known) else known
-                    for known, h in zip(r.entropies, told.tolist())
-                ]
-        losses.append(loss)
-        norms.append(trainer.step(lr, flags.grad_clip) if math.isfinite(loss) else trainer.skip())
+        sums = defaultdict(float)  # over the micro-batches of all processes
+        by_row = {}
+        for batch in trainer.micro_batches(prompts, ids):  # a row is never split over two
+            logp, entropy = trainer.forward(batch)  # (M,) each, with gradient
+            t = batch.join(tokens)  # each field (M,)
+            old_logp = t.old_logp
+            if k == 0:
+                old_logp = logp.detach()  # the ratio is 1, and only its gradient matters
+            if flags.eda_grad:
+                t.advantages = advantages_with_gradient(rows, batch, entropy, flags)
+            weights = t.weights
+            if flags.injected_shaping:
+                weights = t.weights * ~t.injected
+            loss = policy_loss(logp, old_logp, t.advantages, weights, flags.eps_low, flags.eps_high)
+            if flags.injected_shaping:
+                weights = t.weights * t.injected
+                loss = loss + shaped_loss(logp, t.advantages, weights, flags.injected_shaping)
+            if flags.kl:
+                penalty = kl_penalty(logp, t.reference_logp)
+                penalty = penalty.masked_fill(t.injected, 0)  # only sampled tokens estimate the KL
+                loss = loss + flags.kl * (t.weights * penalty).sum()
+            trainer.backward(loss)
+            sums["loss"] += loss.item()
+            by_row |= batch.by_row(logp, entropy)
+        if k == 0:
+            keep_trainer_numbers(rows, tokens, by_row)
+        sums = trainer.add_over_processes(sums)
+        norm = trainer.step(lr, flags.grad_clip)
+        updates.append({"loss": sums["loss"], "grad_norm": norm})
+    return update_statistics(updates, lr)
+
+
+def update_statistics(updates: list[dict], lr: float) -> dict:
+    """Means over the updates of a step. (The ratio is 1 in the first one, so a statistic of the
+    ratio, such as a clip fraction, belongs to updates[1:] alone.)"""
+    norms = [u["grad_norm"] for u in updates]
     return {
-        "loss": sum(losses) / len(losses),
+        "loss": sum(u["loss"] for u in updates) / len(updates),
         "grad_norm": sum(norms) / len(norms),
         "skipped_updates": sum(not math.isfinite(norm) for norm in norms),
         "lr": lr,
     }
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------
+def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> dict:
+    """The same for SFT, where each group is one reference solution: the loss is the weighted
+    negative log-likelihood."""
+    rows = [(group, 0) for group in groups]
+    prompts = [group.prompt for group in groups]
+    ids = [group.responses[0].ids for group in groups]
+    tokens = tokens_of(groups, flags)
+    sums = defaultdict(float)
+    by_row = {}
+    for batch in trainer.micro_batches(prompts, ids):
+        logp, entropy = trainer.forward(batch)
+        loss = (batch.join(tokens).weights * -logp).sum()
+        trainer.backward(loss)
+        sums["loss"] += loss.item()
+        by_row |= batch.by_row(logp, entropy)
+    keep_trainer_numbers(rows, tokens, by_row)
+    sums = trainer.add_over_processes(sums)
+    norm = trainer.step(lr, flags.grad_clip)
+    return update_statistics([{"loss": sums["loss"], "grad_norm": norm}], lr)
+
+
+def advantages_with_gradient(
+    rows: list[tuple[Group, int]], batch: Batch, entropy: Tensor, flags: Flags
+) -> Tensor:
+    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). Its value stays the one that
+    the group has: this forward pass's P_i contributes its gradient only."""
+    columns = [entropy[:0]]
+    for row, entropies in zip(batch.rows, entropy.split(batch.lengths)):
+        group, i = rows[row]
+        P_i = response_entropy(entropies).cpu()
+        P = group.P.clone()
+        P[i] += P_i - P_i.detach()
+        columns.append(eda(group, P, flags)[i].expand(len(entropies)).to(entropy))
+    return torch.cat(columns)
+
+
+def keep_trainer_numbers(
+    rows: list[tuple[Group, int]], tokens: list[Tokens], by_row: dict[int, tuple]
+) -> None:
+    """What the first update's forward pass says of each response, still under the policy that
+    sampled it: `trainer_logp`, which later ratios divide by, and entropies not known so far."""
+    for share in gather(by_row):
+        by_row |= share
+    for row, (group, i) in enumerate(rows):
+        response = group.responses[i]
+        logp, entropies = by_row.get(row, (torch.zeros(0), torch.zeros(0)))
+        response.trainer_logp = tokens[row].old_logp = logp
+        response.trainer_entropies = entropies
+        for t, entropy in enumerate(entropies.tolist()):
+            if math.isnan(response.entropies[t]):
+                response.entropies[t] = entropy
+    for group, _ in rows:
+        if group.P is None:
+            group.P = group_entropy(group)
+
+
+# --- The run ---------------------------------------------------------------------------------
 
 
 def train(flags: Flags) -> int:
-    """The whole run; returns the exit code."""
-    rows = 0 if flags.sft else flags.questions_per_step * flags.group_size
-    max_rows = preflight(
-        flags,
-        start_processes(flags.device),
-        rows,
-        flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens,
-    )
-    policy = engine.load_policy(
-        flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code
-    )
-    corrections = correction_probabilities(flags)
-    needs_solution = flags.sft or any(CORRECTIONS[name].needs_solution for name in corrections)
-    problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)
-    if corrections and not any(CORRECTIONS[name].goes_on for name in corrections):
-        say(
-            "note: without reflections every wrong response becomes a right one, no group is mixed, and nothing is "
-            "learned; give the first of --guided-probs more than 0"
-        )
-    tasks = {
-        task: data.load(task, flags.mirror or None)[: flags.eval_limit or None]
-        for task in flags.eval_tasks
-    }
-    with Run(flags, policy, problems, left_out, wrong_references) as run:
-        trainer = Trainer(
-            policy,
-            flags.micro_batch_tokens,
-            temperature=1.0 if flags.sft else flags.temperature,
-            entropy_grad=flags.eda_grad,
-            betas=tuple(flags.betas),
-            weight_decay=flags.weight_decay,
-            offload=flags.offload_optimizer,
-            checkpointing=flags.gradient_checkpointing,
-            keep_reference=flags.kl > 0,
-        )
-        for step in run.steps(
-            trainer, partial(evaluation.while_training, policy, tasks, flags), SHOWN
-        ):
+    """GRPO and its variants, EDGE-GRPO among them. Returns the exit code."""
+    policy, problems, trainer, run, evaluate = set_up(flags)
+    with run:
+        for step in run.steps(trainer, evaluate, SHOWN):
             batch = batch_of_problems(problems, flags, step)  # Q problems
-            responses = (
-                references(policy, batch) if flags.sft else sample(policy, batch, flags, step)
-            )  # Q x G
-            grade(policy, responses, flags.no_echo)
-            responses, sampled = resample_equal_groups(
-                policy, responses, problems, flags, step
-            )  # DAPO; else no round
-            corrected = correct_errors(
-                policy, responses, flags, step
-            )  # GEC: wrong ones edited, some continued
-            grade(policy, corrected, flags.no_echo)
-            A = advantages_of(corrected, flags)  # (Q, G)
-            A_hat, P = A, None
+            groups = sample(policy, batch, flags, step)  # Q groups of G responses
+            grade(policy, groups, flags)
+            everything = resample_equal_groups(policy, groups, problems, flags, step)  # DAPO
+            correct_errors(policy, groups, flags, step)  # GEC
+            grade(policy, groups, flags)
+            for group in groups:
+                group.A = group.A_hat = advantages(group, flags)  # (G,)
             if flags.eda:
-                P = response_entropy(trainer, corrected, flags.group_size).requires_grad_(
-                    flags.eda_grad
-                )  # Eq. 3
-                A_hat = entropy_driven_advantages(A, P, flags.eda_clamp or None)  # Eq. 6-7
-                A_hat = torch.where(rows_of_eda(corrected, flags), A_hat, A)
-            A_hat = A_hat * factors_of_corrections(corrected, flags)
-            stats = update(
-                trainer, corrected, A_hat, P, flags, lr=flags.lr * (1 - step / flags.steps)
-            )
-            metrics = measure(
-                sampled, corrected, A, A_hat, partial(rewards, flags=flags), CORRECTIONS, flags
-            )
-            run.log(
-                step,
-                stats | metrics,
-                readable(policy, responses, corrected, A, A_hat, flags.save_tokens),
-            )
+                fill_in_entropies(trainer, groups)
+                for group in groups:
+                    group.P = group_entropy(group)  # (G,) Eq. 3
+                    group.A_hat = eda(group, group.P, flags)  # (G,) Eq. 6-7
+            stats = update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
+            stats |= measure(groups, everything, partial(rewards, flags=flags), CORRECTIONS, flags)
+            run.log(step, stats, readable(policy, groups, flags.save_tokens))
     return run.code or conclude(flags)
 
 
+def fine_tune(flags: Flags) -> int:
+    """SFT on the reference solutions, with the same run around it. Returns the exit code."""
+    policy, problems, trainer, run, evaluate = set_up(flags)
+    with run:
+        for step in run.steps(trainer, evaluate, SHOWN):
+            groups = references(policy, batch_of_problems(problems, flags, step))
+            grade(policy, groups, flags)
+            stats = sft_update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
+            stats |= measure(groups, [], partial(rewards, flags=flags), CORRECTIONS, flags)
+            run.log(step, stats, readable(policy, groups, flags.save_tokens))
+    return run.code or conclude(flags)
+
+
+@timed("sample")
+def references(policy: Policy, problems: list[Problem]) -> list[Group]:
+    """The reference solution of each problem as a group of one, of which nothing was sampled."""
+    groups = []
+    for number, problem in enumerate(problems):
+        prompt = policy.prompt_ids(problem.question)
+        group = Group(number, problem, prompt, sampled=[], responses=[Response()])
+        group.responses = [corrected_copy("reference", policy, group, 0)]
+        group.responses[0].cut(policy.room(prompt))
+        group.A = group.A_hat = torch.zeros(1, dtype=torch.float64)
+        groups.append(group)
+    return groups
+
+
+def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[[int], None]]:
+    """Loads and checks everything that a run needs, and opens its folder. The last item evaluates
+    the policy on held-out problems after a number of steps."""
+    rows = 0 if flags.sft else flags.questions_per_step * flags.group_size
+    row_tokens = flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens
+    max_rows = preflight(flags, start_processes(flags.device), rows, row_tokens)
+    policy = engine.load_policy(
+        flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code
+    )
+    corrections = [CORRECTIONS[name] for name in correction_probabilities(flags)]
+    needs_solution = flags.sft or any(c.needs_solution for c in corrections)
+    problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)
+    if corrections and not any(c.goes_on for c in corrections):
+        say(
+            "note: without reflections every wrong response becomes a right one, no group is "
+            "mixed, and nothing is learned; give the first of --guided-probs more than 0"
+        )
+    tasks = {}
+    for task in flags.eval_tasks:
+        tasks[task] = data.load(task, flags.mirror or None)[: flags.eval_limit or None]
+    run = Run(flags, policy, problems, left_out, wrong_references)
+    trainer = Trainer(
+        policy,
+        flags.micro_batch_tokens,
+        temperature=1.0 if flags.sft else flags.temperature,
+        entropy_grad=flags.eda_grad,
+        betas=tuple(flags.betas),
+        weight_decay=flags.weight_decay,
+        offload=flags.offload_optimizer,
+        checkpointing=flags.gradient_checkpointing,
+        keep_reference=flags.kl > 0,
+    )
+    return policy, problems, trainer, run, partial(evaluation.while_training, policy, tasks, flags)
+
+
 def main(argv: list[str] | None = None) -> int:
+    def work() -> int:
+        flags = parse_flags(sys.argv[1:] if argv is None else argv)
+        return fine_tune(flags) if flags.sft else train(flags)
+
     return exit_code(
-        lambda: train(parse_flags(sys.argv[1:] if argv is None else argv)),
+        work,
         "go on with --resume",
-        "set --micro-batch-tokens or --max-rows lower, add --offload-optimizer if it is the GPU's, or "
-        "take a smaller model",
+        "set --micro-batch-tokens or --max-rows lower, add --offload-optimizer if it is the "
+        "GPU's, or take a smaller model",
     )
 
 

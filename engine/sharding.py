@@ -8,12 +8,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from engine.forward import Scorer
+from engine.forward import ForwardPass
 from engine.processes import rank, world_size
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """A Scorer on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
+    """A ForwardPass on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
     only one is ever whole in fp32. It computes in the model's own dtype and adds up gradients in fp32."""
     param = next(model.parameters())
     mesh = init_device_mesh(
@@ -21,16 +21,18 @@ def shard(model: nn.Module) -> nn.Module:
     )  # FSDP2's own choice is a GPU whenever there is one
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
     empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
-    scorer = Scorer(copy.deepcopy(model, empty))  # the same modules, no weights yet
-    originals = dict(zip(scorer.parameters(), model.parameters()))
-    layers = [m for m in scorer.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    forward_pass = ForwardPass(copy.deepcopy(model, empty))  # the same modules, no weights yet
+    originals = dict(zip(forward_pass.parameters(), model.parameters()))
+    layers = [
+        m for m in forward_pass.modules() if type(m).__name__ in (model._no_split_modules or ())
+    ]
     del empty  # or it would keep every layer whole
-    for module in [*layers, scorer]:
+    for module in [*layers, forward_pass]:
         for p in list(module.parameters()):
             if p in originals:
                 p.data = originals.pop(p).detach().float()
         fully_shard(module, mesh=mesh, mp_policy=precision)
-    return scorer
+    return forward_pass
 
 
 def local(tensor: Tensor) -> Tensor:
