@@ -1,28 +1,27 @@
-"""EDGE-GRPO: group-relative policy optimisation with Guided Error Correction (GEC) and Entropy-Driven Advantages (EDA).
+"""EDGE-GRPO: GRPO with Guided Error Correction (GEC) and Entropy-Driven Advantages (EDA).
 
-The method of arXiv 2507.21848 in plain PyTorch, in the order of the paper: the flags, what a response is, group
-advantages, EDA, GEC, the loss, the update, the loop. rollout.py samples, reward.py grades, entropy.py tells the
-entropies of tokens, eval.py measures; engine/ holds what training needs and no paper describes.
+The method of arXiv 2507.21848 in plain PyTorch, in the paper's order: flags, groups of responses,
+group advantages, EDA, GEC, the loss, the update, the loop. rollout.py samples, reward.py grades,
+entropy.py computes log-probabilities and entropies, eval.py evaluates. engine/ holds what training
+needs and no paper describes.
 
-    python edge_grpo.py                                    # the tiny model on a CPU; --help lists every flag
-    python edge_grpo.py --model Qwen/Qwen2.5-Math-7B       # the paper's run
+    python edge_grpo.py                                  # the tiny model on a CPU
+    python edge_grpo.py --model Qwen/Qwen2.5-Math-7B     # the paper's run
+    python edge_grpo.py --help                           # every flag
 
-Where it departs from the released code, and why, stands in results/README.md.
+docs/paper.md lists where this departs from the released code, and why.
 
-Letters: B responses in a step = Q questions x G, T tokens of a response, M tokens of a micro-batch, P a mean entropy.
+Letters: a step has B = Q x G responses, G to each of Q questions. T is the number of tokens of a
+response, M of a micro-batch's responses. P is an entropy (Eq. 3), never a length.
 """
 
 import math
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported: no traceback
 
 import torch
 from torch import Tensor
@@ -34,10 +33,10 @@ import reward
 from data import Problem
 from engine.console import exit_code, say, timed
 from engine.flags import changed, check_ranges, flag, make_parser, run_name
-from engine.memory import preflight
-from engine.problems import training_problems
 from engine.forward import Batch
+from engine.memory import preflight
 from engine.models import Policy
+from engine.problems import training_problems
 from engine.processes import gather, leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
@@ -45,9 +44,9 @@ from errors import UserError
 from report.metrics import SHOWN, measure, readable
 from report.page import conclude
 
-# --- Flags -----------------------------------------------------------------------------------------------------------
+# --- Flags -----------------------------------------------------------------------------------
 
-METHODS = {  # the rows of the paper's tables, each a set of flags
+METHODS = {  # the rows of the paper's tables and their rivals, each a set of flags
     "edge-grpo": dict(correction="guided", eda=True),
     "force-r-eda": dict(correction="reflect", eda=True),
     "force-r": dict(correction="reflect", eda=False),
@@ -74,7 +73,7 @@ TINY = dict(  # what `--profile tiny` overrides of the paper's settings below
     micro_batch_tokens=2048,
     gradient_checkpointing=False,
     save_every=50,
-    eval_every=10,
+    eval_every=20,
     eval_tasks=["tiny:5-8:validation", "tiny:1-3:validation"],
     eval_temperature=0.0,
     eval_max_new_tokens=160,
@@ -84,262 +83,282 @@ TINY = dict(  # what `--profile tiny` overrides of the paper's settings below
 
 @dataclass
 class Flags:
-    """Every setting of a run. The defaults are the paper's (its released script where the paper is silent)."""
+    """Every setting of a run. The defaults are the paper's, or those of its released script where
+    the paper is silent."""
 
     model: str = flag(
-        "tiny", "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name"
+        "tiny",
+        "`tiny`, a local model folder, a hub id, or a bare Qwen or Llama name",
+        section="everyday flags",
     )
     data: str = flag(
         "deepscaler-hard-1k",
-        "training problems: a set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file "
-        "of rows {problem or question, answer, solution if references are used}",
+        "training problems: a named set, tiny:STEPS[:SPLIT[:STYLE]], or a JSON/JSONL file of rows "
+        "{problem or question, answer, solution (if references are used)}",
     )
+    method: str = flag(
+        "edge-grpo",
+        "a row of METHODS; flags given beside it override the row",
+        choices=list(METHODS),
+    )
+    steps: int = flag(1000, "training steps: one rollout and its updates", low=1)
+    questions_per_step: int = flag(1, "questions in a step, Q", low=1)
+    group_size: int = flag(8, "responses per question, G", low=1)
+    lr: float = flag(1e-6, "peak learning rate; falls linearly to 0, without warm-up", low=0)
+    seed: int = flag(42, "seed of everything", low=0)
+    out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-FLAGS-seedN)")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out; start if there is none")
+
+    overwrite: bool = flag(False, "delete an existing run in --out first", section="the run")
     profile: str = flag(
         "auto",
         "default settings: the paper's, or those of the tiny world (auto: for --model tiny)",
         choices=["auto", "paper", "tiny"],
     )
-    method: str = flag(
-        "edge-grpo",
-        "a row of flags (METHODS), which flags given beside it override",
-        choices=list(METHODS),
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    save_every: int = flag(100, "steps between checkpoints; 0: only at the end", low=0)
+    keep: int = flag(1, "how many of the newest checkpoints are kept", low=1)
+    save_tokens: bool = flag(
+        False, "add each token with its numbers to samples.jsonl, for eval.py show --html"
     )
+    template: str = flag("auto", "form of the prompt", choices=["auto", "qwen", "llama"])
+    mirror: str = flag("", "a folder or base address to take downloads from")
+    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+
+    sft: bool = flag(
+        False,
+        "supervised fine-tuning on the reference solutions; no sampling",
+        section="the method",
+    )
+    advantage_std: str = flag(
+        "group",
+        "divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)",
+        choices=["group", "none"],
+    )
+    all_wrong_advantage: float = flag(
+        0.0,
+        "advantage of every response of a group without a right one (-1: negative-sample "
+        "reinforcement)",
+        low=-100,
+        high=0,
+    )
+    resample_rounds: int = flag(
+        0, "replace all-right and all-wrong groups by new questions, at most so often (DAPO)", low=0
+    )
+    format_weight: float = flag(
+        0.0,
+        "weight of the format reward, which a closed and readable box earns (the release's is "
+        "constant, so it has no effect)",
+        low=0,
+    )
+    no_echo: bool = flag(
+        False,
+        "an answer copied from the question is wrong, unless it is short or written as the gold is",
+    )
+
     correction: str = flag(
         "guided",
-        "GEC on wrong responses: none, guided (a draw among all), or one of them for all: "
-        "reflect (Force-R), answer, reference, prefix",
+        "GEC of wrong responses: none, guided (a random one), or one for all: reflect (Force-R), "
+        "answer, reference, prefix",
+        section="corrections",
     )
     guided_probs: list[float] = flag(
         [0.5, 0.25, 0.25],
-        "probabilities of reflect, answer, reference, prefix; left out "
-        "is 0. The paper's are for G = 8 (2/G each of the guided ones) and stay so at any "
-        "other --group-size",
-        0,
-        1,
+        "probabilities of reflect, answer, reference, prefix (left out: 0). The paper's are for "
+        "G = 8 (2/G each for answer and reference) and do not follow --group-size",
+        low=0,
+        high=1,
         names="P",
     )
     guide: str = flag(
         "every",
-        "which wrong responses GEC corrects: every one (the paper), or only those of groups "
+        "which wrong responses are corrected: every one (the paper), or only those of groups "
         "without a right one",
         choices=["every", "all-wrong"],
     )
-    guide_at_most: int = flag(0, "corrections in a group at most; 0: no limit", 0)
-    eda: bool = flag(True, "divide advantages by the relative entropy of their response (Eq. 6-7)")
+    guide_at_most: int = flag(0, "corrections in a group at most; 0: no limit", low=0)
+    correction_factors: list[float] = flag(
+        [1, 1, 1, 1],
+        "factors on the advantages of responses corrected by reflect, answer, reference, prefix "
+        "(left out: 1)",
+        low=0,
+        names="F",
+    )
+    correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", low=0)
+    max_corrected_tokens: int = flag(
+        0, "cut corrected responses to this length; 0: only to the model's context", low=0
+    )
+    drop_wrong_references: bool = flag(
+        False, "do not use reference solutions that are not graded right"
+    )
+
+    eda: bool = flag(
+        True,
+        "divide each advantage by its response's relative entropy (Eq. 6-7)",
+        section="EDA",
+    )
     eda_clamp: list[float] = flag(
         [],
-        "bounds LO HI of the relative entropy in EDA, or LO HI LO HI for positive and "
-        "negative advantages apart (default: only a tiny floor)",
+        "bounds LO HI of the relative entropy, or LO HI LO HI for positive and negative "
+        "advantages apart (default: only a tiny floor)",
         names="BOUND",
     )
     eda_rows: str = flag(
         "all",
-        "rows whose advantages EDA divides: all, right, wrong, or not-reference (all but those "
-        "that a reference replaced)",
+        "the responses whose advantages are divided; not-reference: all but those that a reference "
+        "replaced",
         choices=["all", "right", "wrong", "not-reference"],
     )
     eda_grad: bool = flag(
-        False,
-        "let the gradient flow through each response's own entropy, as the released code does",
+        False, "let the gradient flow through each response's own entropy, as the release does"
     )
-    sft: bool = flag(False, "no sampling: supervised fine-tuning on the reference solutions")
-    advantage_std: str = flag(
-        "group",
-        "divide advantages by the standard deviation of the group's rewards, of the "
-        "batch's, or not at all (Dr. GRPO)",
-        choices=["group", "batch", "none"],
-    )
-    all_wrong_advantage: float = flag(
-        0.0,
-        "advantage of the responses of a group without a right one; -1: "
-        "negative-sample reinforcement",
-        -100,
-        0,
-    )
-    correction_factors: list[float] = flag(
-        [1, 1, 1, 1],
-        "factors on the advantages of responses corrected by reflect, "
-        "answer, reference, prefix; left out is 1",
-        0,
-        names="F",
-    )
-    injected_shaping: float = flag(
-        0.0,
-        "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: "
-        "trained as if sampled, as in the paper",
-        0,
-    )
-    mask_injected: bool = flag(
-        False, "leave injected tokens out of the loss and of all counts in it"
-    )
-    mask_truncated: bool = flag(
-        False, "leave truncated responses out of the loss and of all counts in it (DAPO)"
-    )
-    resample_rounds: int = flag(
-        0, "replace groups of equal rewards by new questions, at most so often (DAPO)", 0
-    )
+
     loss: str = flag(
         "sequence",
         "normalisation: sequence (1/B sum 1/|o|), token (1/sum |o|), or constant (1/(B x "
         "--max-new-tokens), Dr. GRPO)",
         choices=["sequence", "token", "constant"],
+        section="loss and optimizer",
     )
-    eps_low: float = flag(0.2, "clip range of the ratio below 1", 0, 1)
-    eps_high: float = flag(0.2, "clip range of the ratio above 1", 0)
+    eps_low: float = flag(0.2, "clip range of the ratio below 1", low=0, high=1)
+    eps_high: float = flag(0.2, "clip range of the ratio above 1", low=0)
     kl: float = flag(
         0.0,
-        "weight of the KL penalty to the initial model on sampled tokens; > 0 keeps that model in "
-        "memory",
-        0,
+        "weight of a KL penalty to the initial model on sampled tokens; above 0 that model stays "
+        "in memory",
+        low=0,
     )
     updates_per_rollout: int = flag(
-        1, "optimizer updates on each rollout; above 1 the ratios differ from 1", 1
+        1, "optimizer updates on each rollout; the ratio differs from 1 after the first", low=1
     )
-    format_weight: float = flag(
-        0.0, "weight of the format reward (closed, non-empty box; constant in the release)", 0
+    injected_shaping: float = flag(
+        0.0,
+        "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: trained as if "
+        "sampled, as in the paper",
+        low=0,
     )
-    no_echo: bool = flag(
-        False, "an answer that stands in the question is wrong, unless short or the gold as written"
-    )
-    drop_wrong_references: bool = flag(
-        False, "do not use reference solutions that are not graded right"
-    )
-    questions_per_step: int = flag(1, "questions in a step", 1)
-    group_size: int = flag(8, "responses per question, G", 1)
-    steps: int = flag(1000, "training steps (rollouts)", 1)
-    lr: float = flag(1e-6, "peak learning rate; it falls linearly to 0, without warm-up", 0)
-    betas: list[float] = flag([0.9, 0.999], "AdamW's betas", 0, 1, names=("B1", "B2"))
-    weight_decay: float = flag(0.0, "AdamW's weight decay", 0)
-    grad_clip: float = flag(1.0, "clip the gradient to this norm; 0: no clipping", 0)
+    mask_injected: bool = flag(False, "leave injected tokens out of the loss and of |o|")
+    mask_truncated: bool = flag(False, "leave truncated responses out of the loss and of B (DAPO)")
+    betas: list[float] = flag([0.9, 0.999], "AdamW's betas", low=0, high=1, names=("B1", "B2"))
+    weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm; 0: no clipping", low=0)
+
     temperature: float = flag(
-        0.6, "sampling temperature, also of every log-probability and entropy", 1e-3
+        0.6,
+        "sampling temperature, also that of every log-probability and entropy",
+        low=1e-3,
+        section="sampling",
     )
-    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
+    top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1)
+    max_new_tokens: int = flag(1024, "tokens sampled per response", low=1)
     max_prompt_tokens: int = flag(
-        512,
-        "problems with a longer prompt, or one that fills the model's context, are left "
-        "out, and counted",
-        1,
+        512, "problems with a longer prompt are left out, and counted", low=1
     )
-    max_new_tokens: int = flag(1024, "tokens sampled per response", 1)
-    correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", 0)
-    max_corrected_tokens: int = flag(
-        0, "cut corrected responses to this length; 0: only to the model's context", 0
-    )
+
     micro_batch_tokens: int = flag(
-        8192, "tokens in one forward and backward pass, each response with its prompt", 1
+        8192,
+        "tokens in one forward and backward pass, each response with its prompt",
+        low=1,
+        section="memory",
     )
-    max_rows: int = flag(0, "rows sampled at a time; 0: as many as fit the memory", 0)
+    max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit the memory", low=0)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
-    seed: int = flag(42, "seed of everything", 0)
-    out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-FLAGS-seedN)")
-    resume: bool = flag(
-        False, "go on from the newest whole checkpoint in --out; without a run there, start one"
-    )
-    overwrite: bool = flag(False, "delete an existing run in --out first")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    save_every: int = flag(100, "steps between checkpoints; 0: only at the end", 0)
-    keep: int = flag(1, "newest checkpoints kept", 1)
-    max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite gradient", 1)
+
     eval_every: int = flag(
-        100, "steps between evaluations; 0: only before the first step and after the last", 0
+        100,
+        "steps between evaluations; 0: only before the first step and after the last",
+        low=0,
+        section="evaluation during training",
     )
-    eval_tasks: list[str] = flag(
-        [], "held-out problems evaluated during training (see eval.py --tasks)", names="TASK"
-    )
-    eval_limit: int = flag(0, "problems of each of these tasks; 0: all", 0)
-    eval_limit_between: int = flag(
-        64, "the same in the evaluations between the first and the last", 0
-    )
-    eval_n: int = flag(1, "responses per problem in these evaluations", 1)
-    eval_temperature: float = flag(0.1, "temperature of these evaluations; 0: greedy", 0)
-    eval_max_new_tokens: int = flag(
-        3000, "tokens per response there, with its prompt at most 4096", 1
-    )
-    save_tokens: bool = flag(
-        False, "samples.jsonl also holds each token with its entropy, for eval.py show --html"
-    )
-    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
-    mirror: str = flag(
-        "", "a folder or base address that holds the downloads instead of their public addresses"
-    )
-    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
-    differing: ClassVar[dict] = {}  # what is not as the profile and the method's row have it
+    eval_tasks: list[str] = flag([], "held-out problems (see eval.py --tasks)", names="TASK")
+    eval_limit: int = flag(0, "problems of each of these tasks; 0: all", low=0)
+    eval_n: int = flag(1, "responses per problem", low=1)
+    eval_temperature: float = flag(0.1, "sampling temperature; 0: greedy", low=0)
+    eval_max_new_tokens: int = flag(3000, "tokens per response", low=1)
+    differing: ClassVar[dict] = {}  # the flags that differ from the profile and the method's row
 
 
 def parse_flags(argv: list[str]) -> Flags:
-    """Defaults, then the tiny profile, then the method's row, then the flags as given. UserError for a value out of
-    range or flags in conflict."""
+    """The defaults, then the tiny profile, then the method's row, then the flags as given.
+
+    Raises UserError for a value out of range and for flags in conflict."""
     parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
-    first, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    tiny = first.profile == "tiny" or (first.profile == "auto" and first.model == "tiny")
-    defaults = {**(TINY if tiny else {}), **METHODS[first.method]}
+    without_help = [arg for arg in argv if arg not in ("-h", "--help")]
+    given, _ = parser({}).parse_known_args(without_help)
+    defaults = dict(METHODS[given.method])
+    if given.profile == "tiny" or (given.profile == "auto" and given.model == "tiny"):
+        defaults = TINY | defaults
     flags = Flags(**vars(parser(defaults).parse_args(argv)))
     flags.differing = changed(flags, defaults)
     flags.out = flags.out or f"runs/{run_name(flags, flags.differing)}"
     check_ranges(flags)
-    clamp, probs, guided = flags.eda_clamp, flags.guided_probs, flags.correction == "guided"
-    conflicts = [
+    for wrong, sentence in conflicts(flags):
+        if wrong:
+            raise UserError(sentence)
+    return flags
+
+
+def conflicts(flags: Flags) -> list[tuple[bool, str]]:
+    """(whether there is this conflict, what to do about it)"""
+    probabilities, clamp, guided = flags.guided_probs, flags.eda_clamp, flags.correction == "guided"
+    known = len(CORRECTIONS)
+    low, high = clamp[::2], clamp[1::2]
+    return [
         (
             flags.correction not in ("none", "guided", *CORRECTIONS),
             f"--correction {flags.correction}: must be none, guided, {', '.join(CORRECTIONS)}",
         ),
         (
-            guided and (len(probs) > len(CORRECTIONS) or abs(sum(probs) - 1) > 1e-6),
-            f"--guided-probs {' '.join(map(str, probs))}: at most {len(CORRECTIONS)}; must sum to 1, not {sum(probs):g}",
+            guided and (len(probabilities) > known or abs(sum(probabilities) - 1) > 1e-6),
+            f"--guided-probs: needs at most {known} numbers that sum to 1, not {probabilities}",
         ),
         (
-            probs != Flags().guided_probs and not guided,
+            probabilities != Flags().guided_probs and not guided,
             "--guided-probs belongs to --correction guided: add that, or drop --guided-probs",
         ),
         (
-            (flags.guide != "every" or flags.guide_at_most) and flags.correction == "none",
-            "--guide and --guide-at-most belong to a --correction, which is none: add one, or drop them",
+            (flags.guide != "every" or flags.guide_at_most > 0) and flags.correction == "none",
+            "--guide and --guide-at-most need a --correction, which is none: add one or drop them",
         ),
         (
-            len(clamp) not in (0, 2, 4)
-            or any(not 0 < lo < hi for lo, hi in zip(clamp[::2], clamp[1::2])),
-            f"--eda-clamp {' '.join(map(str, clamp))}: needs LO HI or LO HI LO HI with 0 < LO < HI",
+            len(flags.correction_factors) > known,
+            f"--correction-factors: at most {known}, one for each of {', '.join(CORRECTIONS)}",
+        ),
+        (
+            len(clamp) not in (0, 2, 4) or not all(0 < a < b for a, b in zip(low, high)),
+            f"--eda-clamp {clamp}: needs LO HI or LO HI LO HI with 0 < LO < HI",
         ),
         (
             (clamp or flags.eda_grad or flags.eda_rows != "all") and not flags.eda,
-            "--eda-clamp, --eda-rows and --eda-grad belong to EDA, which is off: add --eda, or drop them",
+            "--eda-clamp, --eda-rows and --eda-grad need EDA, which is off: add --eda or drop them",
         ),
+        (max(flags.betas) >= 1, f"--betas {flags.betas}: must be below 1"),
         (
-            len(flags.correction_factors) > len(CORRECTIONS),
-            f"--correction-factors: at most {len(CORRECTIONS)}",
-        ),
-        (
-            flags.eda_grad and (flags.updates_per_rollout > 1 or flags.injected_shaping),
-            "--eda-grad is defined where every ratio is 1: set --updates-per-rollout 1 --injected-shaping 0",
-        ),
-        (max(flags.betas) >= 1, f"--betas {flags.betas[0]} {flags.betas[1]}: must be below 1"),
-        (
-            flags.sft
-            and (
-                flags.correction != "none"
-                or flags.eda
-                or flags.kl
-                or flags.injected_shaping
-                or flags.mask_injected
-            ),
-            "--sft trains on reference solutions alone: use --correction none --no-eda --kl 0, and drop "
-            "--injected-shaping and --mask-injected",
+            flags.sft and changed(flags, TINY | METHODS["sft"]).keys() & NOT_FOR_SFT,
+            "--sft trains on reference solutions alone: drop --correction, --eda, --kl, "
+            "--injected-shaping, --mask-injected and --updates-per-rollout",
         ),
         (
             flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
-            "--group-size 1: a group of one has no advantage, so nothing would be learned; give 2 or more",
+            "--group-size 1: a group of one has no advantage, so nothing would be learned; "
+            "give 2 or more",
         ),
         (
             flags.resume and flags.overwrite,
             "--resume goes on with a run, --overwrite deletes it: give one of the two",
         ),
     ]
-    for wrong, sentence in conflicts:
-        if wrong:
-            raise UserError(sentence)
-    return flags
+
+
+NOT_FOR_SFT = {
+    "correction",
+    "eda",
+    "kl",
+    "injected_shaping",
+    "mask_injected",
+    "updates_per_rollout",
+}
 
 
 # --- Groups of responses ---------------------------------------------------------------------
@@ -605,10 +624,12 @@ def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """How a wrong response is corrected. A new correction is a row below and its function."""
+    """How a wrong response is corrected. A new correction is a row below and its function.
 
-    adds: Callable[[Policy, Group, int, float], list[int]]  # ids to inject into response i; u in
-    # [0, 1) is for its random choices
+    adds(policy, group, i, u) -> the token ids to inject into response i of the group; u in [0, 1)
+    is for its random choices."""
+
+    adds: Callable[[Policy, Group, int, float], list[int]]
     keeps: bool  # True: behind the response's own tokens; False: in place of them
     goes_on: bool  # True: the policy continues; False: an end token closes the response
     needs_solution: bool

@@ -218,7 +218,7 @@ def while_training(
     policy: engine.Policy, tasks: dict[str, list[Problem]], flags, step: int
 ) -> None:
     """Held-out accuracy after `step` steps, printed and appended to evals.jsonl of the run."""
-    limit = flags.eval_limit_between if 0 < step < flags.steps else 0
+    limit = 0
     for task, problems in tasks.items():
         s = summarize(
             evaluate(

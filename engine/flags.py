@@ -31,7 +31,7 @@ MAY_CHANGE = {
 }
 
 
-def flag(default, help: str, low=None, high=None, choices=None, names=None):
+def flag(default, help: str, low=None, high=None, choices=None, names=None, section=None):
     """A dataclass field with its one line of help and the closed range of its values. names: what the values of a list
     are called; a tuple for so many, one string for any number."""
     factory = (

@@ -108,7 +108,7 @@ class Run(AbstractContextManager):
             self.good = self.saved
             prune(folder, self.good, flags.keep)
             stopping = max(gather(stop.signal))
-            if self.bad_steps >= flags.max_bad_steps:
+            if self.bad_steps >= 5:
                 raise CannotSample(
                     f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; look at "
                     f"--eda-clamp and the end of {self.out / 'samples.jsonl'}"
