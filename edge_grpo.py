@@ -132,8 +132,9 @@ class Flags:
     )
     advantage_std: str = flag(
         "group",
-        "divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)",
-        choices=["group", "none"],
+        "divide advantages by the standard deviation of the group's rewards, by their mean "
+        "(MaxRL), or not at all (Dr. GRPO)",
+        choices=["group", "mean", "none"],
     )
     all_wrong_advantage: float = flag(
         0.0,
@@ -142,6 +143,17 @@ class Flags:
         low=-100,
         high=0,
     )
+    all_right_advantage: float = flag(
+        0.0, "advantage of every response of a group without a wrong one", low=0, high=100
+    )
+    zero_variance_shaping: float = flag(
+        0.0,
+        "RL-ZVP: in such groups the advantage of each token is this times its entropy (all right), "
+        "or minus this times what its entropy lacks of the response's largest (all wrong)",
+        low=0,
+    )
+    negative_factor: float = flag(1.0, "factor on negative advantages", low=0)
+    random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
         0, "replace all-right and all-wrong groups by new questions, at most so often (DAPO)", low=0
     )
@@ -159,13 +171,13 @@ class Flags:
     correction: str = flag(
         "guided",
         "GEC of wrong responses: none, guided (a random one), or one for all: reflect (Force-R), "
-        "answer, reference, prefix",
+        "answer, reference, prefix, sibling (a right response of the same group)",
         section="corrections",
     )
     guided_probs: list[float] = flag(
         [0.5, 0.25, 0.25],
-        "probabilities of reflect, answer, reference, prefix (left out: 0). The paper's are for "
-        "G = 8 (2/G each for answer and reference) and do not follow --group-size",
+        "probabilities of reflect, answer, reference, prefix, sibling (left out: 0). The paper's "
+        "are for G = 8 (2/G each for answer and reference) and do not follow --group-size",
         low=0,
         high=1,
         names="P",
@@ -177,10 +189,16 @@ class Flags:
         choices=["every", "all-wrong"],
     )
     guide_at_most: int = flag(0, "corrections in a group at most; 0: no limit", low=0)
+    correction_decay: bool = flag(
+        False, "the share of the wrong responses that are corrected falls linearly to 0"
+    )
+    sft_weight: float = flag(
+        0.0, "weight of the log-likelihood of the questions' references beside the RL loss", low=0
+    )
     correction_factors: list[float] = flag(
-        [1, 1, 1, 1],
-        "factors on the advantages of responses corrected by reflect, answer, reference, prefix "
-        "(left out: 1)",
+        [1, 1, 1, 1, 1],
+        "factors on the advantages of responses corrected by reflect, answer, reference, prefix, "
+        "sibling (left out: 1)",
         low=0,
         names="F",
     )
@@ -490,6 +508,11 @@ def rewards(responses: list[Response], flags: Flags) -> Tensor:
     """(G,) rewards. Any number may be one; which responses are corrected or resampled is decided
     by their accuracy alone."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
+    if flags.random_reward:
+        # A policy's log-probabilities never repeat, so they make a fresh key at each step.
+        values = [
+            float(uniform(flags.seed, i, r.sampler_logp) < 0.5) for i, r in enumerate(responses)
+        ]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -519,11 +542,13 @@ def resample_equal_groups(
 def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> Tensor:
     """A_i = (r_i - mean_j r_j) / (std_j r_j + eps), j over the group; (Q, G) -> (Q, G).
 
-    The standard deviation is unbiased (n - 1). std="none" does not divide (Dr. GRPO). In a group
-    of one the advantage is 0."""
+    The standard deviation is unbiased (n - 1). std="mean" divides by the mean reward (MaxRL),
+    "none" does not divide (Dr. GRPO). In a group of one the advantage is 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if rewards.shape[1] == 1 or std == "none":
         return centred
+    if std == "mean":
+        return centred / (rewards.mean(dim=1, keepdim=True) + eps)
     return centred / (rewards.std(dim=1, keepdim=True) + eps)
 
 
@@ -533,6 +558,9 @@ def advantages(group: Group, flags: Flags) -> Tensor:
     A = group_advantages(rewards(group.responses, flags)[None], std=flags.advantage_std)[0]
     if flags.all_wrong_advantage and not any(r.accuracy > 0 for r in group.responses):
         A = torch.full_like(A, flags.all_wrong_advantage)
+    if flags.all_right_advantage and all(r.accuracy > 0 for r in group.responses):
+        A = torch.full_like(A, flags.all_right_advantage)
+    A = torch.where(A < 0, A * flags.negative_factor, A)
     factor = dict(zip(CORRECTIONS, flags.correction_factors))
     factors = [factor.get(r.correction, 1.0) for r in group.responses]
     return A * torch.tensor(factors, dtype=A.dtype)
@@ -622,6 +650,15 @@ def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int
     return ids[: math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
 
 
+def right_sibling(policy: Policy, group: Group, i: int, u: float) -> list[int] | None:
+    """A right response of the same group, without its end token; None where there is none."""
+    right = [r for r in group.responses if r.accuracy > 0]
+    if not right:
+        return None
+    chosen = right[int(u * len(right))]
+    return chosen.ids[: len(chosen.ids) - chosen.finished]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """How a wrong response is corrected. A new correction is a row below and its function.
@@ -648,6 +685,9 @@ CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
     ),
     "prefix": Correction(
         adds=reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"
+    ),
+    "sibling": Correction(
+        adds=right_sibling, keeps=False, goes_on=False, needs_solution=False, count="from_sibling"
     ),
 }
 
@@ -689,6 +729,8 @@ def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0
     if correction.keeps:
         kept = len(old.ids) - old.finished  # without the end token
     added = correction.adds(policy, group, i, u)
+    if added is None:
+        return old
     if not correction.goes_on:
         added = added + [policy.end_id]
     unknown = [math.nan] * len(added)
@@ -722,6 +764,9 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             continue
         responses = list(group.responses)
         for i in rows_to_correct(group, flags):
+            if flags.correction_decay:
+                if uniform(flags.seed, step, "decay", group.row(i)) < step / flags.steps:
+                    continue
             name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
             u = uniform(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)
@@ -810,11 +855,16 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
         for response, a_hat in zip(group.responses, group.A_hat.tolist()):
             injected = torch.tensor(response.injected, dtype=torch.bool)
             mask = torch.ones(len(injected))
+            shape = torch.ones(len(injected))
+            if flags.zero_variance_shaping and not group.A.any():
+                H = torch.tensor(response.entropies)
+                shape = flags.zero_variance_shaping * (H if response.accuracy else H - H.max())
+                a_hat = 1.0
             if flags.mask_truncated and not response.finished:
                 mask[:] = 0
             if flags.mask_injected:
                 mask[injected] = 0
-            advantages = torch.full_like(mask, a_hat)
+            advantages = a_hat * shape
             tokens.append(Tokens(weights=mask, advantages=advantages, injected=injected))
             if mask.any() or not response.ids:
                 counted.append(tokens[-1])
@@ -965,7 +1015,13 @@ def train(flags: Flags) -> int:
                 for group in groups:
                     group.P = group_entropy(group)  # (G,) Eq. 3
                     group.A_hat = eda(group, group.P, flags)  # (G,) Eq. 6-7
-            stats = update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
+            trained = list(groups)
+            if flags.sft_weight:
+                imitated = references(policy, batch)
+                for group in imitated:
+                    group.A_hat = group.A_hat + flags.sft_weight
+                trained += imitated
+            stats = update(trainer, trained, flags, lr=flags.lr * (1 - step / flags.steps))
             stats |= measure(groups, everything, partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats, readable(policy, groups, flags.save_tokens))
     return run.code or conclude(flags)
