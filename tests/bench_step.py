@@ -106,53 +106,64 @@ def highest(device: str) -> int:
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
 
-def our_step(
-    policy, trainer, problems, flags, step: int, score: bool
-) -> tuple[dict, dict, list[int]]:
-    """The training loop of edge_grpo.py without files: seconds and tokens by phase, and the responses' lengths."""
-    device, phases, tokens = policy.device.type, {}, {}
+def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[dict, dict, list]:
+    """One step of edge_grpo.train without files: seconds and tokens by phase, response lengths."""
+    device = policy.device.type
+    phases: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     start = seconds(device)
 
     def lap(name, count=0):
         nonlocal start
         now = seconds(device)
-        phases[name], tokens[name], start = phases.get(name, 0) + now - start, count, now
+        phases[name] = phases.get(name, 0) + now - start
+        tokens[name] = count
+        start = now
 
-    def graded(rows):
-        if flags.correction != "none":  # on a GPU: as a run does, but always wrong
-            edge_grpo.grade(policy, rows)
-        for r in rows:
-            r.text = policy.decode(r.ids)
-            r.accuracy, r.format = 0.0 if flags.correction != "none" else reward_of(r.ids), 0.0
+    always_wrong = flags.correction != "none"
+
+    def grade():
+        if always_wrong:  # grade as a run does, for the time it takes
+            edge_grpo.grade(policy, groups, flags)
+        for response in responses():
+            response.text = policy.decode(response.ids)
+            response.format = 0.0
+            response.accuracy = 0.0 if always_wrong else reward_of(response.ids)
         lap("grade")
 
-    responses = edge_grpo.sample(policy, problems, flags, step)
-    lap("sample", sum(r.sampled for r in responses))
-    graded(responses)
-    if flags.correction != "none":
-        corrected = edge_grpo.correct_errors(policy, responses, flags, step)
-        lap("correct", sum(r.sampled for r in corrected if r.correction))
-        graded([r for r in corrected if r.accuracy is None])
-        responses = corrected
-    length = sum(len(r.ids) for r in responses)
+    def responses():
+        return [r for group in groups for r in group.responses]
+
+    groups = edge_grpo.sample(policy, problems, flags, step)
+    lap("sample", sum(r.sampled_tokens for r in responses()))
+    grade()
+    if always_wrong:
+        edge_grpo.correct_errors(policy, groups, flags, step)
+        lap("correct", sum(r.sampled_tokens for r in responses() if r.correction))
+        grade()
+    length = sum(len(r.ids) for r in responses())
     if score:
-        trainer.score([r.prompt for r in responses], [r.ids for r in responses])
+        prompts = [group.prompt for group in groups for _ in group.responses]
+        trainer.logprobs(prompts, [r.ids for r in responses()])
         lap("score", length)
-    A = edge_grpo.advantages_of(responses, flags)
-    P = edge_grpo.response_entropy(trainer, responses, flags.group_size)
-    A_hat = edge_grpo.entropy_driven_advantages(A, P)
-    step_of = trainer.step
+    for group in groups:
+        group.A = edge_grpo.advantages(group, flags)
+    edge_grpo.fill_in_entropies(trainer, groups)
+    for group in groups:
+        group.P = edge_grpo.group_entropy(group)
+        group.A_hat = edge_grpo.eda(group, group.P, flags)
+    step_of_trainer = trainer.step
 
     def timed_step(*args):
         lap("update", length)
-        norm = step_of(*args)
+        norm = step_of_trainer(*args)
         lap("AdamW")
         return norm
 
     trainer.step = timed_step
-    edge_grpo.update(trainer, responses, A_hat, P, flags, lr=flags.lr)
-    trainer.step = step_of
-    return phases, tokens, [len(r.ids) for r in responses]
+    edge_grpo.update(trainer, groups, flags, lr=flags.lr)
+    trainer.step = step_of_trainer
+    return phases, tokens, [len(r.ids) for r in responses()]
 
 
 def ours(args) -> dict:
@@ -187,7 +198,7 @@ def ours(args) -> dict:
         offload=flags.offload_optimizer,
         checkpointing=flags.gradient_checkpointing,
     )
-    trainer.scorer.packed &= not args.padded
+    trainer.forward_pass.packed &= not args.padded
     before, steps, lengths = highest(args.device), [], []
     for step in range(args.steps + 1):
         solution = " ".join(f"w{step + i + 2}" for i in range(200))  # as long as DeepScaleR's
