@@ -335,11 +335,11 @@ def test_a_cpu_tells_its_pace_after_32_responses(tmp_path, monkeypatch, capsys):
 
 def test_right_responses_by_problem_are_in_the_packed_evidence(tmp_path, capsys):
     out, packed = tmp_path / "eval", tmp_path / "evidence.jsonl.xz"
-    assert evaluation.main(command(out, "--tasks", "tiny:1-3:test", "tiny:1-2:test")) == 0
+    assert evaluation.main(command(out, "--tasks", "tiny:1-3:test", "tiny:5-8:test")) == 0
     assert evaluation.main(["pack", str(out), "--out", str(packed)]) == 0
     [row] = lzma.decompress(packed.read_bytes()).splitlines()
     tasks = json.loads(row)["summaries"][0]["results"]["1"]["tasks"]
-    counts = {task: [0] * 5 for task in ("tiny:1-3:test", "tiny:1-2:test")}
+    counts = {task: [0] * 5 for task in ("tiny:1-3:test", "tiny:5-8:test")}
     for r in map(json.loads, lines(out)):
         counts[r["task"]][r["problem"] - 1] += r["accuracy"] == 1
     assert {task: numbers["right"] for task, numbers in tasks.items()} == counts
