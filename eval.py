@@ -248,13 +248,10 @@ def while_training(
 
     `flags` are those of edge_grpo.py.
     """
-    limit = None
-    if 0 < step < flags.steps and flags.eval_limit_between:
-        limit = flags.eval_limit_between
     for task, problems in tasks.items():
         records = evaluate(
             policy,
-            problems[:limit],
+            problems,
             n=flags.eval_n,
             temperature=flags.eval_temperature,
             max_new_tokens=flags.eval_max_new_tokens,
