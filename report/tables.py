@@ -88,7 +88,7 @@ def report(result: dict, published: str | None = None) -> str:
             score_table(without) if "all" in without else "nothing is left",
         ]
     if "entropy" in result:
-        parts += [entropy_text(result["entropy"]), token_text(result["tokens"])]
+        parts.append(entropy_text(result["entropy"]))
     if "reflection" in result:
         parts += [reflection_text(result["reflection"])]
     return "\n\n".join(parts)
