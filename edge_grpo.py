@@ -155,7 +155,9 @@ class Flags:
     negative_factor: float = flag(1.0, "factor on negative advantages", low=0)
     random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
-        0, "replace all-right and all-wrong groups by new questions, at most so often (DAPO)", low=0
+        0,
+        "rounds in which all-right and all-wrong groups are replaced by new questions (DAPO)",
+        low=0,
     )
     format_weight: float = flag(
         0.0,
@@ -217,8 +219,8 @@ class Flags:
     )
     eda_clamp: list[float] = flag(
         [],
-        "bounds LO HI of the relative entropy, or LO HI LO HI for positive and negative "
-        "advantages apart (default: only a tiny floor)",
+        "bounds LO HI of the relative entropy, or LO HI LO HI separately for positive and "
+        "negative advantages (default: only a tiny floor)",
         names="BOUND",
     )
     eda_rows: str = flag(
@@ -293,7 +295,9 @@ class Flags:
     eval_limit: int = flag(0, "problems of each of these tasks; 0: all", low=0)
     eval_n: int = flag(1, "responses per problem", low=1)
     eval_temperature: float = flag(0.1, "sampling temperature; 0: greedy", low=0)
-    eval_max_new_tokens: int = flag(3000, "tokens per response", low=1)
+    eval_max_new_tokens: int = flag(
+        3000, "tokens per response; above 3000 the context of 4096 grows with it", low=1
+    )
     differing: ClassVar[dict] = {}  # the flags that differ from the profile and the method's row
 
 
@@ -384,13 +388,14 @@ NOT_FOR_SFT = {
 
 @dataclass
 class Response:
-    """One response in token ids. Text is made from ids, never ids from text that came from ids."""
+    """One response in token ids. Ids are decoded to text for grading; that text is never tokenised
+    again."""
 
     ids: list[int] = field(default_factory=list)  # with its end token, once it is finished
     injected: list[bool] = field(default_factory=list)  # True: put there by GEC, False: sampled
     sampler_logp: list[float] = field(default_factory=list)  # NaN where injected
     entropies: list[float] = field(default_factory=list)  # H_t of each token; NaN until it is known
-    finished: bool = False  # ended by an end token, not cut by a limit
+    finished: bool = False  # the last token is an end token
     sampled_tokens: int = 0  # how many the policy sampled for this copy of the response
     correction: str = ""  # the row of CORRECTIONS that made it, or ""
     text: str = ""  # once it is graded
@@ -422,7 +427,7 @@ class Group:
     problem: Problem
     prompt: list[int]
     sampled: list[Response]  # as the policy sampled them
-    responses: list[Response]  # as trained on: the same objects, but for those that GEC corrected
+    responses: list[Response]  # as trained on: the sampled ones, or GEC's corrected copies of them
     A: Tensor | None = None  # (G,) group-relative advantages
     P: Tensor | None = None  # (G,) response entropies, Eq. 3
     A_hat: Tensor | None = None  # (G,) entropy-driven advantages, Eq. 7: what the loss uses
@@ -505,8 +510,8 @@ def grade(policy: Policy, groups: list[Group], flags: Flags) -> None:
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
-    """(G,) rewards. Any number may be one; which responses are corrected or resampled is decided
-    by their accuracy alone."""
+    """(G,) rewards. A reward may be any number. Correction and resampling look at the accuracy
+    only."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     if flags.random_reward:
         # A policy's log-probabilities never repeat, so they make a fresh key at each step.
@@ -588,8 +593,8 @@ def entropy_driven_advantages(
 ) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
-    A confident response counts more: rewarded more if right, punished more if wrong. `clamp`
-    bounds P^: (lo, hi), or (lo, hi, lo, hi) for positive and negative advantages apart; without it
+    Low entropy enlarges an advantage: more reward if right, more penalty if wrong. `clamp`
+    bounds P^: (lo, hi), or (lo, hi, lo, hi) separately for positive and negative advantages; without it
     there is only a tiny floor. A group without any entropy keeps its advantages. The result is
     differentiable in each P_i, but the mean is detached, as in the released code."""
     mean = response_entropy.mean(dim=1, keepdim=True).detach()
@@ -616,8 +621,8 @@ def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
 
 @timed("update")
 def fill_in_entropies(trainer: Trainer, groups: list[Group]) -> None:
-    """A forward pass over the responses with injected tokens. The sampler knows the entropies of
-    all others (a pass over all would take 14% of a step: tests/bench_step.py --score)."""
+    """A forward pass over the responses with injected tokens. The sampler has recorded the
+    entropies of all others (a pass over all would take 14% of a step: tests/bench_step.py)."""
     rows = []
     for group in groups:
         rows += [(group.prompt, r) for r in group.responses if any(map(math.isnan, r.entropies))]
@@ -693,10 +698,10 @@ CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
 
 
 def correction_probabilities(flags: Flags, problem: Problem | None = None) -> dict[str, float]:
-    """The probability of each correction for a wrong response; Force-R is one with p = 1.
+    """The probability of each correction for a wrong response. Force-R is `reflect` with p = 1.
 
-    Where the problem has no solution, the corrections that need one leave their share to the
-    others."""
+    If the problem has no solution, the probability of corrections that need one is spread over
+    the others."""
     if flags.correction == "none":
         return {}
     probabilities = {flags.correction: 1.0}
@@ -755,8 +760,8 @@ def rows_to_correct(group: Group, flags: Flags) -> list[int]:
 
 @timed("correct")
 def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int) -> None:
-    """GEC: one independent draw for each wrong response, one pass, no second check. Right
-    responses are untouched."""
+    """GEC: draws one correction for each wrong response and applies it once; a corrected response
+    is not corrected again. Right responses are untouched."""
     going_on = []
     for group in groups:
         probabilities = correction_probabilities(flags, group.problem)
@@ -818,7 +823,8 @@ def token_weights(lengths: list[int], reduction: str, longest: int) -> list[floa
     """The weight of each token of row i in the step's loss: "sequence" 1/(B |o_i|), "token"
     1/sum_j |o_j|, "constant" 1/(B longest).
 
-    They are weights in the loss of the whole step, so micro-batches and processes only add up."""
+    They are weights in the loss of the whole step, so the gradients of micro-batches and processes
+    are simply summed."""
     B = len(lengths)
     total = max(sum(lengths), 1)
     weights = []
@@ -834,7 +840,7 @@ def token_weights(lengths: list[int], reduction: str, longest: int) -> list[floa
 
 @dataclass(kw_only=True)
 class Tokens:
-    """What the loss knows of each response token: (T,) tensors of a response, (M,) of a batch.
+    """Per-token inputs of the loss: (T,) tensors of a response, (M,) of a batch.
 
     A new field needs no other change than to be filled in by `tokens_of`."""
 
@@ -939,8 +945,7 @@ def update_statistics(updates: list[dict], lr: float) -> dict:
 
 
 def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> dict:
-    """The same for SFT, where each group is one reference solution: the loss is the weighted
-    negative log-likelihood."""
+    """One SFT update: the weighted negative log-likelihood of one reference per group."""
     rows = [(group, 0) for group in groups]
     prompts = [group.prompt for group in groups]
     ids = [group.responses[0].ids for group in groups]
@@ -962,8 +967,8 @@ def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -
 def advantages_with_gradient(
     rows: list[tuple[Group, int]], batch: Batch, entropy: Tensor, flags: Flags
 ) -> Tensor:
-    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). Its value stays the one that
-    the group has: this forward pass's P_i contributes its gradient only."""
+    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). The value uses the group's
+    P; the gradient flows through the P_i computed here."""
     columns = [entropy[:0]]
     for row, entropies in zip(batch.rows, entropy.split(batch.lengths)):
         group, i = rows[row]
@@ -977,8 +982,8 @@ def advantages_with_gradient(
 def keep_trainer_numbers(
     rows: list[tuple[Group, int]], tokens: list[Tokens], by_row: dict[int, tuple]
 ) -> None:
-    """What the first update's forward pass says of each response, still under the policy that
-    sampled it: `trainer_logp`, which later ratios divide by, and entropies not known so far."""
+    """Stores each response's log-probabilities and missing entropies from the first update's
+    forward pass, when the policy is still the one that sampled. Later ratios divide by them."""
     for share in gather(by_row):
         by_row |= share
     for row, (group, i) in enumerate(rows):

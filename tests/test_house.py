@@ -25,6 +25,7 @@ MAY_IMPORT = {  # of the project
     "edge_grpo": ROOMS - {"results"},
     "eval": ROOMS - {"edge_grpo", "results"},
     "results": ROOMS,
+    "examples": ROOMS - {"results"},
 }
 
 
