@@ -594,9 +594,9 @@ def entropy_driven_advantages(
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
     Low entropy enlarges an advantage: more reward if right, more penalty if wrong. `clamp`
-    bounds P^: (lo, hi), or (lo, hi, lo, hi) separately for positive and negative advantages; without it
-    there is only a tiny floor. A group without any entropy keeps its advantages. The result is
-    differentiable in each P_i, but the mean is detached, as in the released code."""
+    bounds P^: (lo, hi), or (lo, hi, lo, hi) separately for positive and negative advantages.
+    Without it there is only a tiny floor. A group without any entropy keeps its advantages. The
+    result is differentiable in each P_i, but the mean is detached, as in the released code."""
     mean = response_entropy.mean(dim=1, keepdim=True).detach()
     relative = response_entropy / mean.clamp(min=1e-30)
     relative = torch.where(mean > 0, relative, torch.ones_like(relative))

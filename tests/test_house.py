@@ -54,7 +54,6 @@ def test_the_table_is_about_rooms_that_are_there():
         "engine",
         "data",
         "reward",
-        "entropy",
         "eval",
         "report",
     }
