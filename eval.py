@@ -44,7 +44,7 @@ from engine.processes import is_main, leave, on_main, spread, stream
 from errors import UserError
 from report.paper import CONTEXT, PUBLISHED, TASKS
 from report.tables import MIN_COUNT, group, mean
-from report.tables import report as text_of
+from report.tables import result_text as text_of
 
 REFLECTION_TOKENS = 256  # after a forced reflection, as in GEC
 
