@@ -67,7 +67,6 @@ ANALYSES = {  # of eval.py, by temperature: a panel's title, and where its numbe
         "Wrong responses below the mean P": ("entropy", "overall", "wrong_below"),
     },
 }
-SIDES = ("wrong responses", "right responses")  # of the histograms of P, by accuracy
 LINES = ("-", "--", ":", "-.")
 Points = list[tuple[float, float, float]]  # (x, mean, standard error)
 
@@ -101,7 +100,7 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
         )
     labels = [run.label for run in runs]
     over = "seeds" if len(set(labels)) < len(labels) else "problems"
-    style = styles(dict.fromkeys([*labels, *SIDES]))
+    style = styles(dict.fromkeys([*labels, *KINDS.values()]))
     out.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
         draw_figure(out / f"{name}.png", panels, style, f"bands: standard error over {over}")
@@ -134,6 +133,11 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
     for figure, titles in TRAINING.items():
         for key, title in titles.items():
             add(figure, title, steps, lambda run: metric(run, key), window)
+    if len({run.label for run in runs}) == 1 and (panels := figures.get("relative_entropy")):
+        lines = {}
+        for panel in panels:
+            lines[panel.title.partition(", ")[2]] = panel.lines[runs[0].label]
+        figures["relative_entropy"] = [Panel("P / mean of its group", steps, lines, {})]
     for figure, titles in ANALYSES.items():
         for title, place in titles.items():
             add(figure, title, "sampling temperature", lambda run: by_temperature(run, place))
@@ -218,7 +222,8 @@ def histograms(runs: list[Run]) -> list[Panel]:
         lines = {}
         for right, side in group(rows, lambda r: r["accuracy"] == 1).items():
             counts, edges = numpy.histogram([r["entropy"] for r in side], 24, (0.0, highest))
-            lines[SIDES[right]] = [(x, n / len(side), 0.0) for x, n in zip(edges, counts)]
+            name = KINDS["right" if right else "wrong"]
+            lines[name] = [(x, n / len(side), 0.0) for x, n in zip(edges + edges[1] / 2, counts)]
         title = f"Share of responses by P, T = {temperature:g}\n{label}"
         panels.append(Panel(title, "entropy P (nats per token)", lines, {}))
     return panels
@@ -232,11 +237,11 @@ def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     and then begin again with another line style."""
     named = dict(METHODS.values())
     style = {label: (named[label], "-") for label in labels if label in named}
-    free = ["#F0E442"]
-    free += [colour for name, colour in named.items() if name not in style]
+    free = [colour for name, colour in named.items() if name not in style]
+    free.append("#F0E442")
     for i, label in enumerate(label for label in labels if label not in named):
         row, column = divmod(i, len(free))
-        style[label] = (free[-1 - column], LINES[row % len(LINES)])
+        style[label] = (free[(column + 2) % len(free)], LINES[row % len(LINES)])
     return style
 
 

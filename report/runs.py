@@ -166,8 +166,10 @@ def pack(file: Path, paths: list[str]) -> None:
 
 
 def rounded(value: object) -> object:
-    """A float to six significant digits."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    """A float to six significant digits, or from 1 on to six digits behind the point."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
 def make_run(path: Path, content: dict) -> Run:

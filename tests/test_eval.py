@@ -153,7 +153,7 @@ def test_every_number_of_the_table_stands_under_its_name():
         record(a, row=i, ids=[1] * 10 * (i + 1), finished=i > 0, format=float(i != 1))
         for i, a in enumerate((1, 0, 0, 0))
     ]
-    head, _, task, average = tables.score_table(evaluation.scores(rows)).splitlines()
+    head, _, task, average = tables.accuracy_table(evaluation.scores(rows)).splitlines()
     for line in (task, average):
         cells = dict(zip(*([cell.strip() for cell in x.split("|")[1:-1]] for x in (head, line))))
         cells.pop("benchmark")
@@ -240,8 +240,8 @@ def test_published_row_stands_beside_ours_and_its_average_only_beside_the_same_p
     whole = {"tasks": {t: numbers(n) for t, n in sizes.items()}, "all": numbers(1560)}
     part = {"tasks": {"math": numbers(100)}, "all": numbers(100)}
     row = evaluation.PUBLISHED["7b-edge-grpo"]
-    assert "53.21" in tables.score_table(whole, row, "7b-edge-grpo").splitlines()[-1]
-    table = tables.score_table(part, row, "7b-edge-grpo")
+    assert "53.21" in tables.accuracy_table(whole, row, "7b-edge-grpo").splitlines()[-1]
+    table = tables.accuracy_table(part, row, "7b-edge-grpo")
     assert "79.00" in table and "53.21" not in table and "50.00 ± 10.00" in table
 
 
