@@ -1,34 +1,37 @@
-r"""Benchmarks with the paper's protocol, and the paper's analyses (Figures 2 and 3).
+r"""The paper's evaluation: five benchmarks, self-reflection (Figure 2) and entropy (Figure 3).
 
-    python eval.py --model Qwen2.5-Math-7B --compare 7b-base           # the five benchmarks, one sample each at T = 0.1
-    python eval.py --model runs/X/final --out runs/X/eval --n 8        # avg@8, pass@k and maj@8 of a trained model
-    python eval.py --model tiny --tasks tiny:1-3:test --limit 50 --entropy --reflect
-    python eval.py plot runs/* --out figures                           # these four lead to results/
-    python eval.py compare runs/* --format markdown                    # or csv, latex
-    python eval.py show runs/X --step 17 --question 2                  # one group; --html FILE
-    python eval.py pack runs/* --out evidence.jsonl.xz                 # to be read as runs are
+    python eval.py --model Qwen2.5-Math-7B --compare 7b-base      # the paper's protocol
+    python eval.py --model runs/X/final --n 8 --temperature 0.6   # avg@8, pass@k and maj@8
+    python eval.py --model runs/X/final --reflect                 # Figure 2
+    python eval.py --model runs/X/final --entropy --temperature 0.1 0.3 0.6 1.0 1.2    # Figure 3
+    python eval.py --model tiny --tasks tiny:1-3:test --limit 50 --entropy --reflect   # on a laptop
 
-The release seeds its evaluation from the clock; here every sample is a function of (seed, problem, sample index), so
-that neither --limit nor an interruption changes it. --out receives responses.jsonl (a line per response, with its
-ids), settings.json and summary.json; the same command goes on where it was stopped. edge_grpo.py calls `evaluate` and
-`summarize` on held-out problems while it trains. Several GPUs: torchrun --nproc-per-node 8 -- eval.py … (the lone --
-keeps torchrun from reading --n as its own).
+The next four read what training and evaluation wrote (report/):
+
+    python eval.py plot runs/* --out figures
+    python eval.py compare runs/* --format markdown
+    python eval.py show runs/X --step 17 --question 2             # one group of responses
+    python eval.py pack runs/* --out evidence.jsonl.xz
+
+The released evaluation is seeded from the clock. Here a sample depends only on the seed, the
+problem and its number among the samples of that problem, so neither --limit nor an interruption
+changes it. The folder --out holds responses.jsonl (one response a line), settings.json and
+summary.json; the same command continues an interrupted evaluation. edge_grpo.py calls
+`while_training` on held-out problems. To use several GPUs, run
+`torchrun --nproc-per-node 8 -- eval.py ...`; without the lone -- torchrun takes --n for its own.
 """
 
+import functools
 import math
 import re
-import signal
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported: no traceback
 
 import data
 import engine
@@ -43,66 +46,80 @@ from engine.forward import response_logprobs
 from engine.processes import is_main, leave, on_main, spread, stream
 from errors import UserError
 from report.paper import CONTEXT, PUBLISHED, TASKS
-from report.tables import MIN_COUNT, group, mean
-from report.tables import result_text as text_of
+from report.tables import group, mean, result_text
 
+MAX_NEW_TOKENS = 3000  # per response, as in the paper
 REFLECTION_TOKENS = 256  # after a forced reflection, as in GEC
+say_once = functools.cache(say)
 
 
 @dataclass
 class Flags:
     model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
-    tasks: list[str] = flag(list(TASKS), "sets, tiny:STEPS[:SPLIT], JSON/JSONL files", names="TASK")
-    limit: int = flag(None, "only the first problems of each task; None: all", 1)
+    tasks: list[str] = flag(
+        list(TASKS), "benchmarks, tiny:STEPS[:SPLIT], JSON or JSONL files", names="TASK"
+    )
+    limit: int = flag(None, "evaluate only the first problems of each task; None: all", 1)
     out: str = flag(
         "",
-        "folder of results, to go on with; runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED",
+        "folder of the results, in which an interrupted evaluation continues; "
+        "default: runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED",
     )
     n: int = flag(1, "responses per problem", 1)
     temperature: list[float] = flag(
         [0.1],
-        "of sampling, several in turn (Figure 3: 0.1 0.3 0.6 1.0 1.2); 0: greedy",
+        "sampling temperature, or several to evaluate in turn; 0: greedy",
         0,
         names="T",
     )
     top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
-    max_new_tokens: int = flag(3000, "tokens per response", 1)
-    context: int = flag(CONTEXT, "prompt and response together", 1)
-    seed: int = flag(0, "seed of the sampling", 0)
-    compare: str = flag("", "a published row beside", choices=["", *PUBLISHED])
-    entropy: bool = flag(False, "entropy against correctness, and by token (Figure 3)")
-    reflect: bool = flag(False, "self-reflection, and one forced on each wrong response (Figure 2)")
-    exclude_contaminated: bool = flag(False, "also report without problems of the training set")
-    template: str = flag("auto", "prompt form", choices=["auto", "qwen", "llama"])
-    batch: int = flag(256, "responses between two writes to --out", 1)
-    max_rows: int = flag(None, "rows sampled at a time; None: as many as fit the memory", 1)
-    mirror: str = flag(
-        "", "a folder or base address that holds the downloads instead of their public addresses"
+    max_new_tokens: int = flag(
+        MAX_NEW_TOKENS, "tokens per response; what exceeds 3000 is added to the context", 1
     )
+    context: int = flag(
+        None,
+        "tokens of prompt and response together, at most the model's own maximum; "
+        "None: the paper's 4096, and more if --max-new-tokens is above 3000",
+        1,
+    )
+    seed: int = flag(0, "seed of the sampling", 0)
+    compare: str = flag("", "show a published row beside the results", choices=["", *PUBLISHED])
+    entropy: bool = flag(False, "Figure 3: entropy of right and of wrong responses")
+    reflect: bool = flag(False, "Figure 2: self-reflection, and one forced on each wrong response")
+    exclude_contaminated: bool = flag(
+        False, "leave out the problems that also stand in the paper's training set"
+    )
+    template: str = flag("auto", "form of the prompt", choices=["auto", "qwen", "llama"])
+    batch: int = flag(256, "responses to sample between two writes to --out", 1)
+    max_rows: int = flag(None, "responses sampled at a time; None: as many as fit the memory", 1)
+    mirror: str = flag("", "folder or base address to fetch the downloads from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
 
+    def total_tokens(self) -> int:
+        """The most tokens of prompt and response together, if the model has positions for them."""
+        return self.context or CONTEXT + max(0, self.max_new_tokens - MAX_NEW_TOKENS)
 
-# --- Protocol: problems in, records out ------------------------------------------------------------------------------
+
+# --- Protocol: sample and grade ---------------------------------------------------------------
 
 
 @dataclass
 class Record:
-    """One response to one problem, as it stands in a line of responses.jsonl."""
+    """One graded response; a line of responses.jsonl."""
 
-    task: str  # the set or file, and
-    problem: int  # the row in it, from 1: Problem.source
+    task: str  # the benchmark or file
+    problem: int  # its row in there, from 1
     sample: int  # 0 .. n-1
     temperature: float
-    phrase: str  # "" or the forced reflection that this response contains
+    phrase: str  # the forced reflection in this response, or ""
     response: str
     ids: list[int]  # its tokens, the end token included
-    finished: bool  # ended by an end token; False: truncated by a limit
-    format: float
-    accuracy: float
-    answer: str | None  # content of the last closed box
-    entropy: float | None = None  # P_i, Eq. 3, at the sampling temperature
-    entropies: list[float] | None = None  # of each token, rounded
+    finished: bool  # whether it ended with an end token; if not, it was truncated
+    format: float = 0.0
+    accuracy: float = 0.0
+    answer: str | None = None  # content of the last closed box
+    entropy: float | None = None  # P_i of Eq. 3, at the sampling temperature
 
     def key(self) -> tuple:
         return self.task, self.problem, self.sample, self.temperature, self.phrase
@@ -110,7 +127,7 @@ class Record:
 
 @dataclass
 class Draft:
-    """A response to be sampled: the prompt, and what the response starts with."""
+    """A response that is still to be sampled. A forced reflection gives its first tokens."""
 
     problem: Problem
     sample: int
@@ -119,7 +136,7 @@ class Draft:
     phrase: str = ""
 
     def key(self, temperature: float) -> tuple:
-        """That of the record which it becomes."""
+        """The key of the record that this draft becomes."""
         task, _, row = self.problem.source.rpartition(":")
         return task, int(row), self.sample, temperature, self.phrase
 
@@ -129,22 +146,23 @@ def evaluate(
     problems: list[Problem],
     n: int = 1,
     temperature: float = 0.1,
-    max_new_tokens: int = 3000,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     top_p: float = 1.0,
 ) -> list[Record]:
-    """n graded responses to each problem, problem-major; every process works on a share and gets all of them."""
-    return respond(
-        policy,
-        drafts(policy, problems, n),
-        temperature,
-        Flags(max_new_tokens=max_new_tokens, seed=seed, top_p=top_p),
-    )
+    """Sample and grade n responses to each problem; all responses to one problem are adjacent."""
+    flags = Flags(max_new_tokens=max_new_tokens, seed=seed, top_p=top_p)
+    return respond(policy, drafts(policy, problems, n), temperature, flags)
 
 
 def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
-    prompts = [policy.prompt_ids(p.question) for p in problems]
-    return [Draft(p, sample, prompt) for p, prompt in zip(problems, prompts) for sample in range(n)]
+    """The n responses to each problem that are to be sampled."""
+    unwritten = []
+    for problem in problems:
+        prompt = policy.prompt_ids(problem.question)
+        for sample in range(n):
+            unwritten.append(Draft(problem, sample, prompt))
+    return unwritten
 
 
 def respond(
@@ -154,131 +172,137 @@ def respond(
     flags: Flags,
     entropy: bool = False,
 ) -> list[Record]:
-    """Sample and grade each draft, in order; with `entropy` also compute its tokens' entropies. Every process works on
-    a share. Prompt and response together fit the context and the model's own maximum."""
-    longest = min(flags.context, policy.context())
-    prompts = [d.prompt + d.start for d in drafts]
-    most = [REFLECTION_TOKENS if d.phrase else flags.max_new_tokens for d in drafts]
-    samples = policy.sample(
-        prompts,
-        [max(0, min(m, longest - len(p))) for m, p in zip(most, prompts)],
-        [stream(flags.seed, d.problem.source, d.sample, d.phrase) for d in drafts],
-        temperature,
-        flags.top_p,
-    )
-    rows = [(d.start + s.ids)[: max(0, longest - len(d.prompt))] for d, s in zip(drafts, samples)]
-    texts = [policy.decode(ids) for ids in rows]
-    scores = spread(
-        list(zip(texts, drafts)),
-        lambda mine: reward.score_all(
-            [text for text, _ in mine], [list(d.problem.answers) for _, d in mine]
-        ),
-    )
-    records = [
-        Record(
-            *d.key(temperature),
-            response=text,
-            ids=ids,
-            finished=s.finished,
-            format=format,
-            accuracy=accuracy,
-            answer=reward.final_answer(text),
-        )
-        for d, s, ids, text, (format, accuracy) in zip(drafts, samples, rows, texts, scores)
-    ]
+    """Sample and grade each draft. With `entropy`, also compute the entropy of each token.
+
+    Prompt and response together stay within the context and the model's own maximum. Under
+    torchrun every process samples and grades its share, and all of them return all records.
+    """
+    total_tokens = min(flags.total_tokens(), policy.context())
+    prompts, limits, seeds = [], [], []
+    for draft in drafts:
+        prompt = draft.prompt + draft.start
+        wanted = flags.max_new_tokens
+        if draft.phrase:
+            wanted = REFLECTION_TOKENS
+        limit = max(0, min(wanted, total_tokens - len(prompt)))
+        if limit < wanted:
+            say_once(
+                f"note: some responses get fewer new tokens than asked for, because prompt and "
+                f"response together have at most {total_tokens} (--context, or the model's maximum)"
+            )
+        prompts.append(prompt)
+        limits.append(limit)
+        seeds.append(stream(flags.seed, draft.problem.source, draft.sample, draft.phrase))
+    samples = policy.sample(prompts, limits, seeds, temperature, flags.top_p)
+
+    records = []
+    for draft, sample in zip(drafts, samples):
+        ids = draft.start + sample.ids
+        ids = ids[: max(0, total_tokens - len(draft.prompt))]  # a forced phrase may not fit
+        record = Record(*draft.key(temperature), policy.decode(ids), ids, sample.finished)
+        records.append(record)
+    grade(drafts, records)
     if entropy:
         add_entropy(policy, drafts, records, temperature)
     return records
 
 
+def grade(drafts: list[Draft], records: list[Record]) -> None:
+    """Fill in the rewards and the answer of each record."""
+
+    def rewards(rows: list[tuple[str, list]]) -> list[tuple[float, float]]:
+        if not rows:
+            return []
+        responses, golds = zip(*rows)
+        return reward.score_all(responses, golds)
+
+    rows = [(r.response, list(d.problem.answers)) for d, r in zip(drafts, records)]
+    for record, (format, accuracy) in zip(records, spread(rows, rewards)):
+        record.format, record.accuracy = format, accuracy
+        record.answer = reward.final_answer(record.response)
+
+
 def add_entropy(
     policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float
 ) -> None:
-    """Token entropies under softmax(z / T), T the sampling temperature, and their mean P_i (Eq. 3)."""
+    """Fill in P_i of Eq. 3, the mean entropy of a response's tokens, if it has any.
+
+    A token's entropy is that of softmax(z / T), with T as in sampling.
+    """
     policy.sampler.release()  # its cache holds most of a GPU's memory
+
+    def forward(rows: list[tuple[list[int], list[int]]]) -> list[tuple]:
+        if not rows:
+            return []
+        prompts, responses = zip(*rows)
+        return response_logprobs(
+            policy.model, prompts, responses, temperature, policy.vocab_size, budget=8192
+        )
+
     rows = [(d.prompt, r.ids) for d, r in zip(drafts, records)]
-    known = spread(
-        rows,
-        lambda mine: response_logprobs(
-            policy.model,
-            [p for p, _ in mine],
-            [ids for _, ids in mine],
-            temperature,
-            policy.vocab_size,
-            budget=8192,
-        ),
-    )
-    for r, (_, entropies) in zip(records, known):
-        if r.ids:
-            r.entropy = entropies.double().mean().item()
-            r.entropies = [round(h, 4) for h in entropies.tolist()]
+    for record, (_, entropies) in zip(records, spread(rows, forward)):
+        if record.ids:
+            record.entropy = entropies.double().mean().item()
 
 
 def while_training(
     policy: engine.Policy, tasks: dict[str, list[Problem]], flags, step: int
 ) -> None:
-    """Held-out accuracy after `step` steps, printed and appended to evals.jsonl of the run."""
-    limit = flags.eval_limit_between if 0 < step < flags.steps else 0
+    """Print the held-out accuracy after `step` steps, and append it to evals.jsonl of the run.
+
+    `flags` are those of edge_grpo.py.
+    """
+    limit = None
+    if 0 < step < flags.steps and flags.eval_limit_between:
+        limit = flags.eval_limit_between
     for task, problems in tasks.items():
-        s = summarize(
-            evaluate(
-                policy,
-                problems[: limit or None],
-                n=flags.eval_n,
-                temperature=flags.eval_temperature,
-                max_new_tokens=flags.eval_max_new_tokens,
-                seed=flags.seed,
-            )
+        records = evaluate(
+            policy,
+            problems[:limit],
+            n=flags.eval_n,
+            temperature=flags.eval_temperature,
+            max_new_tokens=flags.eval_max_new_tokens,
+            seed=flags.seed,
         )
-        append(
-            Path(flags.out) / "evals.jsonl",
-            [
-                dict(
-                    step=step,
-                    task=task,
-                    n=flags.eval_n,
-                    temperature=flags.eval_temperature,
-                    **{
-                        k: s[k]
-                        for k in (
-                            "accuracy",
-                            "stderr",
-                            "problems",
-                            "mean_length",
-                            "format",
-                            "truncated",
-                        )
-                    },
-                )
-            ],
-        )
+        line = dict(step=step, task=task, temperature=flags.eval_temperature)
+        line |= summarize(records)
+        append(Path(flags.out) / "evals.jsonl", [line])
         say(
-            f"step {step}: held-out {task}: accuracy {s['accuracy']:.3f} ± {s['stderr']:.3f} "
-            f"({s['problems']} problems)"
+            f"step {step}: held-out {task}: accuracy {line['accuracy']:.3f} "
+            f"± {line['stderr']:.3f} ({line['problems']} problems)"
         )
     policy.sampler.release()  # its cache took most of the free memory, which the update needs
 
 
-# --- Numbers ---------------------------------------------------------------------------------------------------------
+# --- Accuracy: avg@n, pass@k, maj@n -----------------------------------------------------------
 
 
 def summarize(records: list[Record]) -> dict:
-    """Numbers over all problems of `records`, each with the same weight (over several tasks: the micro average).
+    """Numbers over all problems of the records, each problem with the same weight.
 
-    accuracy is avg@n in [0, 1]; stderr its standard error over problems (0 for a single problem); lengths are in
-    tokens; pass@k for k = 1, 2, 4, .., n and maj@n only where n > 1. Raises ValueError for no records.
+    Over several tasks the accuracy is thus the micro average, as in the paper. accuracy is avg@n
+    in [0, 1], and stderr its standard error over problems (0 for a single one). Lengths are in
+    tokens. pass@k for k = 1, 2, 4, .., n and maj@n are given if n > 1, where n is the number of
+    responses that every problem has. `right` counts the right responses to each problem, in the
+    order of the problems, so that two models can be compared in pairs. Raises ValueError if there
+    are no records.
     """
     if not records:
         raise ValueError("no records to summarize")
-    problems = list(group(records, lambda r: (r.task, r.problem)).values())
-    means = [statistics.fmean(r.accuracy for r in rs) for rs in problems]
-    n = min(map(len, problems))
-    stderr = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    right, accuracies, votes = [], [], []  # by problem
+    for responses in group(records, lambda r: (r.task, r.problem)).values():
+        right.append(sum(r.accuracy == 1 for r in responses))
+        accuracies.append(right[-1] / len(responses))
+        votes.append([(r.answer, r.accuracy == 1) for r in responses])
+    stderr = 0.0
+    if len(accuracies) > 1:
+        stderr = statistics.stdev(accuracies) / math.sqrt(len(accuracies))
     lengths = [len(r.ids) for r in records]
+    n = min(map(len, votes))
     numbers = dict(
-        problems=len(problems),
+        problems=len(votes),
         n=n,
-        accuracy=statistics.fmean(means),
+        accuracy=statistics.fmean(accuracies),
         stderr=stderr,
         mean_length=statistics.fmean(lengths),
         max_length=max(lengths),
@@ -287,134 +311,99 @@ def summarize(records: list[Record]) -> dict:
     )
     if n > 1:
         for k in sorted({2**i for i in range(n.bit_length())} | {n}):
-            numbers[f"pass@{k}"] = mean(
-                pass_at_k(len(rs), sum(r.accuracy == 1 for r in rs), k) for rs in problems
-            )
-        numbers[f"maj@{n}"] = mean(
-            majority([(r.answer, r.accuracy == 1) for r in rs]) for rs in problems
-        )
-    return numbers
+            numbers[f"pass@{k}"] = mean(pass_at_k(len(v), c, k) for v, c in zip(votes, right))
+        numbers[f"maj@{n}"] = mean(map(majority, votes))
+    return numbers | dict(right=right)
 
 
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate, from n >= k samples, of the chance that one of k samples is right (Chen et al. 2021)."""
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that one of k samples is right, estimated from n >= k (Chen et al. 2021)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(votes: list[tuple[str | None, bool]]) -> float:
-    """maj@n of one problem from (answer, right) pairs: 1 if the right answer has the most votes, else 0.
+    """maj@n of one problem, from (answer, right) pairs: 1 if the right answer has the most votes.
 
-    Tie rule: of t answers that share the lead, one is drawn; so if the right one is among them, this is 1/t. Right
-    answers are one answer, however they are written; wrong ones are the same if the grader says so. No box, no vote.
+    A response without a box has no vote. All right answers count as one answer, however they are
+    written, and wrong answers as the same if the grader says so. If t answers share the lead, one
+    of them is drawn: with the right one among them, that is 1 / t.
     """
-    right = sum(correct for answer, correct in votes if answer is not None)
-    wrong = Counter()
-    for answer, count in Counter(
-        a for a, correct in votes if a is not None and not correct
-    ).items():
-        same = (known for known in wrong if reward.grade(f"\\boxed{{{answer}}}", known))
-        wrong[next(same, answer)] += count
-    ahead = right > 0 and right >= max(wrong.values(), default=0)
-    return 1 / (1 + list(wrong.values()).count(right)) if ahead else 0.0
+    right = 0
+    wrong = Counter()  # votes of each wrong answer, as it is written
+    for answer, is_right in votes:
+        if answer is not None and is_right:
+            right += 1
+        elif answer is not None:
+            wrong[answer] += 1
+    if right == 0:
+        return 0.0
+    if right > wrong.total():
+        return 1.0
+
+    merged = Counter()  # equal answers together, under the first way they are written
+    for answer, count in wrong.items():
+        for known in merged:
+            [(_, same)] = reward.score_all([f"\\boxed{{{answer}}}"], [known])  # waits for sympy
+            if same == 1:
+                answer = known
+                break
+        merged[answer] += count
+    if right < max(merged.values()):
+        return 0.0
+    return 1 / (1 + list(merged.values()).count(right))
 
 
-# --- Figure 3: entropy -----------------------------------------------------------------------------------------------
+def numbers_by_task(records: list[Record]) -> dict:
+    """The numbers of each task, and of all problems together."""
+    tasks = {}
+    for task, responses in group(records, lambda r: r.task).items():
+        tasks[task] = summarize(responses)
+    return dict(tasks=tasks, all=summarize(records))
 
 
-def entropy_report(records: list[Record]) -> dict:
-    """Mean P of correct and of wrong responses, their ratio, and the shares on the expected side of the average.
+# --- Figure 2: does reflection help? ----------------------------------------------------------
 
-    `overall` compares each P with the average over all responses. `within` compares it with its own question's (what
-    EDA divides by): there the means are of P / that average, over the questions with at least two responses.
-    """
-    scored = [r for r in records if r.entropy is not None]
-    if not scored:
-        return {}
-    average = statistics.fmean(r.entropy for r in scored)
-    within = []
-    for rs in group(scored, lambda r: (r.task, r.problem)).values():
-        P = statistics.fmean(r.entropy for r in rs)
-        within += (
-            [(r.entropy / P if P > 0 else 1.0, r.accuracy == 1) for r in rs] if len(rs) > 1 else []
-        )
-    overall = split([(r.entropy, r.accuracy == 1) for r in scored], average)
-    return dict(average=average, overall=overall, within=split(within, 1.0) if within else None)
-
-
-def split(rows: list[tuple[float, bool]], average: float) -> dict:
-    """Of (P, right) rows: counts, mean P of right and wrong ones, their ratio (wrong / right), and the shares of right
-    ones above and of wrong ones below the average (equal is neither). None where there is no such response."""
-    right, wrong = [p for p, correct in rows if correct], [p for p, correct in rows if not correct]
-    mean_right, mean_wrong = mean(right), mean(wrong)
-    return dict(
-        correct=len(right),
-        wrong=len(wrong),
-        mean_correct=mean_right,
-        mean_wrong=mean_wrong,
-        ratio=mean_wrong / mean_right if mean_right and mean_wrong is not None else None,
-        correct_above=mean(p > average and not math.isclose(p, average) for p in right),
-        wrong_below=mean(p < average and not math.isclose(p, average) for p in wrong),
-    )
-
-
-def token_table(records: list[Record], min_count: int = MIN_COUNT) -> list[tuple[int, float, int]]:
-    """(token id, mean entropy of the distribution it was drawn from, count) of tokens drawn min_count times, highest
-    entropy first."""
-    drawn = defaultdict(list)
-    for r in records:
-        for token, h in zip(r.ids, r.entropies or ()):
-            drawn[token].append(h)
-    rows = [
-        (token, statistics.fmean(hs), len(hs))
-        for token, hs in drawn.items()
-        if len(hs) >= min_count
-    ]
-    return sorted(rows, key=lambda row: (-row[1], row[0]))
-
-
-# --- Figure 2: reflection --------------------------------------------------------------------------------------------
-
-# A response contains self-reflection if one of these stands in it, in any case, at word boundaries. The paper's rule is
-# not public: this list is ours; edit it.
-REFLECTION_PHRASES = (
-    "wait",
-    "hold on",
-    "let me check",
-    "let me re-check",
-    "let me recheck",
-    "let me double-check",
-    "let me verify",
-    "let me reconsider",
-    "let me rethink",
-    "let me try again",
-    "let's double-check",
-    "let's recheck",
-    "let's re-check",
-    "let's re-examine",
-    "let's reexamine",
-    "let's reconsider",
-    "let's re-evaluate",
-    "let's reevaluate",
-    "on second thought",
-    "i made a mistake",
-    "i made an error",
-    "there is a mistake",
-    "there is an error",
-    "there was a mistake",
-    "that's not right",
-    "that is not right",
-    "this is not right",
-    "this is incorrect",
-    "something is wrong",
-    "upon reflection",
-    "upon re-evaluation",
-    "upon reevaluation",
-    "upon closer inspection",
-)
+# A response reflects if one of these stands in it, in upper or lower case, as whole words. The
+# paper does not publish its rule: this list is ours, so edit it.
+REFLECTION_PHRASES = """
+wait
+hold on
+let me check
+let me re-check
+let me recheck
+let me double-check
+let me verify
+let me reconsider
+let me rethink
+let me try again
+let's double-check
+let's recheck
+let's re-check
+let's re-examine
+let's reexamine
+let's reconsider
+let's re-evaluate
+let's reevaluate
+on second thought
+i made a mistake
+i made an error
+there is a mistake
+there is an error
+there was a mistake
+that's not right
+that is not right
+this is not right
+this is incorrect
+something is wrong
+upon reflection
+upon re-evaluation
+upon reevaluation
+upon closer inspection
+""".strip().splitlines()
 REFLECTION = re.compile(
     rf"(?<!\w)(?:{'|'.join(map(re.escape, REFLECTION_PHRASES))})(?!\w)", re.IGNORECASE
 )
-FORCED = (  # each is tried on every incorrect response
+FORCED = (  # each is tried on every wrong response
     " Wait! Something is wrong here.",  # the paper's; the other three are ours
     "\nLet me double-check the steps above.",
     "\nHold on, I made a mistake somewhere. Let me find it.",
@@ -423,72 +412,144 @@ FORCED = (  # each is tried on every incorrect response
 
 
 def reflects(response: str) -> bool:
+    """Whether a response contains self-reflection."""
     return REFLECTION.search(response.replace("’", "'")) is not None
 
 
 def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Record]) -> list[Draft]:
-    """Each incorrect response without its end token, then one of the four phrases, open to be continued."""
-    wrong = [
-        (d, r.ids[:-1] if r.finished else r.ids) for d, r in zip(drafts, records) if r.accuracy != 1
-    ]
-    return [
-        Draft(d.problem, d.sample, d.prompt, ids + policy.encode(phrase), phrase)
-        for d, ids in wrong
-        for phrase in FORCED
-    ]
+    """Each wrong response without its end token, then one of the four phrases, to be continued."""
+    forced = []
+    for draft, record in zip(drafts, records):
+        if record.accuracy == 1:
+            continue
+        written = record.ids
+        if record.finished:
+            written = written[:-1]
+        for phrase in FORCED:
+            start = written + policy.encode(phrase)
+            forced.append(Draft(draft.problem, draft.sample, draft.prompt, start, phrase))
+    return forced
 
 
 def reflection_report(records: list[Record], forced: list[Record]) -> dict:
-    """Accuracy with self-reflection and overall, counts, and for each forced reflection the share of wrong responses
-    that it fixed; `gain` is what the average over the four adds to the overall accuracy."""
-    with_it = [r.accuracy for r in records if reflects(r.response)]
-    fixed = {
-        phrase: mean(r.accuracy == 1 for r in rs)
-        for phrase, rs in group(forced, lambda r: r.phrase).items()
-    }
-    mean_fixed = mean(fixed.values())
+    """Accuracy with self-reflection and overall, and what forced reflections fix.
+
+    `fixed` is, for each phrase, the share of wrong responses that become right with it. `gain` is
+    what the average of the four phrases would add to the overall accuracy.
+    """
+    reflecting = [r.accuracy for r in records if reflects(r.response)]
     wrong = sum(r.accuracy != 1 for r in records)
+    fixed = {}
+    for phrase, continued in group(forced, lambda r: r.phrase).items():
+        fixed[phrase] = mean(r.accuracy for r in continued)
+    mean_fixed = gain = None
+    if fixed:
+        mean_fixed = mean(fixed.values())
+        gain = mean_fixed * wrong / len(records)
     return dict(
         responses=len(records),
         accuracy=mean(r.accuracy for r in records),
-        reflecting=len(with_it),
-        share_reflecting=len(with_it) / len(records),
-        accuracy_reflecting=mean(with_it),
+        reflecting=len(reflecting),
+        share_reflecting=len(reflecting) / len(records),
+        accuracy_reflecting=mean(reflecting),
         wrong=wrong,
         fixed=fixed,
         mean_fixed=mean_fixed,
-        gain=mean_fixed * wrong / len(records) if fixed else None,
+        gain=gain,
     )
 
 
-# --- The folder of results -------------------------------------------------------------------------------------------
+# --- Figure 3: are right responses more confident than wrong ones? ----------------------------
+
+
+def entropy_report(records: list[Record]) -> dict:
+    """Compare the entropy P of right and of wrong responses; {} if no response has a token.
+
+    `overall` compares each P with the average over all responses, as the paper does. `within`
+    compares P / mean(P), with the mean over the responses to the same question, because EDA
+    divides by that mean; questions with one response, or with no entropy at all, are left out.
+    `P_correct` and `P_wrong` list every P, for histograms.
+    """
+    measured = [r for r in records if r.entropy is not None]
+    if not measured:
+        return {}
+    overall = [(r.entropy, r.accuracy == 1) for r in measured]
+    average = statistics.fmean(r.entropy for r in measured)
+    within = []
+    for responses in group(measured, lambda r: (r.task, r.problem)).values():
+        mean_P = statistics.fmean(r.entropy for r in responses)
+        if len(responses) > 1 and mean_P > 0:
+            within += [(r.entropy / mean_P, r.accuracy == 1) for r in responses]
+    result = dict(
+        average=average,
+        overall=right_and_wrong(overall, average),
+        within=None,
+        P_correct=[round(P, 4) for P, is_right in overall if is_right],
+        P_wrong=[round(P, 4) for P, is_right in overall if not is_right],
+    )
+    if within:
+        result["within"] = right_and_wrong(within, 1.0)
+    return result
+
+
+def right_and_wrong(rows: list[tuple[float, bool]], average: float) -> dict:
+    """Compare the P of right and of wrong responses; rows are (P, right) pairs.
+
+    `ratio` is the left panel's relative confidence: mean P of wrong / mean P of right responses.
+    The right panel shows `correct_above` and `wrong_below`: the share of right responses with P
+    above the average, and of wrong ones with P below it. A P equal to the average is neither. A
+    number is None if there are no such responses.
+    """
+    right = [P for P, is_right in rows if is_right]
+    wrong = [P for P, is_right in rows if not is_right]
+    mean_right, mean_wrong = mean(right), mean(wrong)
+    ratio = None
+    if wrong and mean_right:
+        ratio = mean_wrong / mean_right
+    return dict(
+        correct=len(right),
+        wrong=len(wrong),
+        mean_correct=mean_right,
+        mean_wrong=mean_wrong,
+        ratio=ratio,
+        correct_above=mean(P > average and not math.isclose(P, average) for P in right),
+        wrong_below=mean(P < average and not math.isclose(P, average) for P in wrong),
+    )
+
+
+# --- The folder of results, in which an interrupted evaluation continues -----------------------
 
 
 def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
-    """The finished records of the folder by key. UserError if they were made with other weights, another prompt or
-    other limits; a task may be new, but not have other problems."""
+    """Read the records that are already in the folder, by key.
+
+    Raises UserError if they were made with other settings: weights, prompt, limits or problems of
+    a task. A new task may be added.
+    """
     out.mkdir(parents=True, exist_ok=True)
     file, lines = out / "settings.json", out / "responses.jsonl"
-    before = read_json(file) if file.exists() else settings
-    rows, whole = read_lines(lines)
+    before = settings
+    if file.exists():
+        before = read_json(file)
+    rows, whole_bytes = read_lines(lines)
     try:
         records = [Record(**row) for row in rows]
     except TypeError:
         raise UserError(
             f"--out {out}: holds files that eval.py did not write; give another --out"
         ) from None
-    if changed := [
-        f"{name} was {before[name]!r}, is {value!r}"
-        for name, value in settings.items()
-        if before.get(name, value) != value
-    ]:
+    changed = []
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            changed.append(f"{name} was {before[name]!r}, is {value!r}")
+    if changed:
         raise UserError(
-            f"--out {out}: holds results of other settings ({'; '.join(changed)}); give another --out, or "
-            "delete the folder"
+            f"--out {out}: holds results of other settings ({'; '.join(changed)}); "
+            "give another --out, or delete the folder"
         )
-    write_json(file, {**before, **settings})
+    write_json(file, before | settings)
     with open(lines, "ab") as f:
-        f.truncate(whole)
+        f.truncate(whole_bytes)  # the last line may be half written
     return {r.key(): r for r in records}
 
 
@@ -497,85 +558,83 @@ def complete(
     drafts: list[Draft],
     temperature: float,
     flags: Flags,
-    stored: dict,
+    stored: dict[tuple, Record],
     name: str,
 ) -> list[Record]:
-    """The records of all drafts: the stored ones, and the others batch by batch, each batch written when it is done."""
-    todo = [d for d in drafts if d.key(temperature) not in stored]
-    if 0 < len(todo) < len(drafts):
-        say(f"{name}: {len(drafts) - len(todo)} of {len(drafts)} responses were there already")
+    """The records of all drafts: those already stored, and the others, written batch by batch."""
+    missing = [draft for draft in drafts if draft.key(temperature) not in stored]
+    say(f"{name}: {len(missing)} of {len(drafts)} responses are to be sampled")
+    done = 0
     started = time.perf_counter()
-    for first in range(0, len(todo), flags.batch):
-        batch = todo[first : first + flags.batch]
-        records = respond(policy, batch, temperature, flags, flags.entropy and not batch[0].phrase)
-        stored.update((r.key(), r) for r in records)
+    while done < len(missing):
+        batch_size = flags.batch
+        if done == 0 and policy.device.type == "cpu":
+            batch_size = min(32, batch_size)  # so that the pace is soon known
+        batch = missing[done : done + batch_size]
+        with_entropy = flags.entropy and not batch[0].phrase
+        records = respond(policy, batch, temperature, flags, with_entropy)
+        stored.update({r.key(): r for r in records})
         append(Path(flags.out) / "responses.jsonl", map(asdict, records))
-        left = len(todo) - first - len(batch)
-        minutes = (time.perf_counter() - started) / (len(todo) - left) * left / 60
-        say(
-            f"{name}: {len(drafts) - left}/{len(drafts)} responses, "
-            + (f"{minutes:.1f} min left at this pace" if left else "done")
-        )
-    return [stored[d.key(temperature)] for d in drafts]
+        done += len(batch)
+        minutes = (time.perf_counter() - started) / done * (len(missing) - done) / 60
+        say(f"{name}: {done}/{len(missing)} responses, {minutes:.1f} min left at this pace")
+    return [stored[draft.key(temperature)] for draft in drafts]
 
 
-# --- The evaluation of a model ---------------------------------------------------------------------------------------
+# --- The evaluation of a model ----------------------------------------------------------------
 
 
 def run(flags: Flags) -> None:
-    """Evaluate one model: tables to the screen, responses.jsonl and summary.json to --out."""
-    out = Path(flags.out)
-    tasks = {task: data.load(task, flags.mirror or None) for task in dict.fromkeys(flags.tasks)}
+    """Evaluate a model: print tables, write responses.jsonl and summary.json to --out."""
+    out, mirror = Path(flags.out), flags.mirror or None
+    tasks, problems = {}, []
+    for task in dict.fromkeys(flags.tasks):
+        tasks[task] = data.load(task, mirror)
+        problems += tasks[task][: flags.limit]
+    if flags.exclude_contaminated:
+        training = data.load("deepscaler-hard-1k", mirror)
+        left_out = contaminated(problems, training)
+        problems = [p for p in problems if p.source not in left_out]
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )
-    problems = [p for task in tasks.values() for p in task[: flags.limit]]
-    training = (
-        data.load("deepscaler-hard-1k", flags.mirror or None) if flags.exclude_contaminated else []
+    settings = dict(
+        seed=flags.seed,
+        max_new_tokens=flags.max_new_tokens,
+        context=flags.total_tokens(),
+        top_p=flags.top_p,
+        entropy=flags.entropy,
+        weights=fingerprint(policy),
+        prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
     )
-    removed = contaminated(problems, training)
-    settings = {
-        key: getattr(flags, key)
-        for key in ("seed", "max_new_tokens", "context", "top_p", "entropy")
-    }
-    settings |= dict(
-        weights=fingerprint(policy), prompt=policy.decode_raw(policy.prompt_ids("QUESTION"))
-    )
-    settings |= {
-        f"problems of {task}": digest(repr(asdict(p)).encode() for p in tasks[task])
-        for task in tasks
-    }
+    for task in tasks:
+        settings[f"problems of {task}"] = digest(repr(asdict(p)).encode() for p in tasks[task])
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
-    say(
-        f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {flags.out}"
-    )
-    say(
-        f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(problems[0].question))!r}"
-    )
-    found, rows = {}, drafts(policy, problems, flags.n)
+    say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {out}")
+    first_prompt = policy.decode_raw(policy.prompt_ids(problems[0].question))
+    say(f"prompt of the first problem: {first_prompt!r}")
+
+    unwritten = drafts(policy, problems, flags.n)
+    results = {}
     for T in dict.fromkeys(flags.temperature):
-        records = complete(policy, rows, T, flags, stored, f"T = {T:g}")
-        forced = forced_drafts(policy, rows, records) if flags.reflect else []
-        forced = complete(policy, forced, T, flags, stored, f"T = {T:g}, forced reflection")
+        records = complete(policy, unwritten, T, flags, stored, f"T = {T:g}")
+        forced = []
+        if flags.reflect:
+            to_reflect = forced_drafts(policy, unwritten, records)
+            name = f"T = {T:g}, forced reflection"
+            forced = complete(policy, to_reflect, T, flags, stored, name)
         if is_main():
-            found[f"{T:g}"] = analyse(policy, records, forced, removed, flags)
+            result = analyse(records, forced, flags)
+            results[f"{T:g}"] = result
             say(
-                f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, at most {flags.max_new_tokens} new tokens, "
-                f"context {flags.context}, seed {flags.seed}\n\n{text_of(found[f'{T:g}'], flags.compare)}"
+                f"\n## {flags.model}, T = {T:g}, top-p {flags.top_p:g}, "
+                f"at most {flags.max_new_tokens} new tokens, context {settings['context']}, "
+                f"seed {flags.seed}\n\n{result_text(result, flags.compare)}"
             )
     if is_main():
-        write_json(
-            out / "summary.json",
-            dict(
-                model=flags.model,
-                seed=flags.seed,
-                n=flags.n,
-                limit=flags.limit,
-                settings=settings,
-                results=found,
-            ),
-        )
+        summary = dict(model=flags.model, seed=flags.seed, n=flags.n, limit=flags.limit)
+        write_json(out / "summary.json", summary | dict(settings=settings, results=results))
         lock.close()
 
 
@@ -584,48 +643,30 @@ def digest(items: Iterable[bytes]) -> str:
 
 
 def fingerprint(policy: engine.Policy) -> str:
-    """A hash of the first 4096 numbers of every weight: results of one model are never continued with another."""
+    """A hash of the first 4096 numbers of every weight, which tells models apart."""
     return digest(
         p.detach().flatten()[:4096].float().cpu().numpy().tobytes()
         for p in policy.model.parameters()
     )
 
 
-def analyse(
-    policy: engine.Policy,
-    records: list[Record],
-    forced: list[Record],
-    removed: set[str],
-    flags: Flags,
-) -> dict:
+def analyse(records: list[Record], forced: list[Record], flags: Flags) -> dict:
     """Everything that was asked for at one temperature, as it goes into summary.json."""
-    result = scores(records)
-    if flags.exclude_contaminated:
-        kept = [r for r in records if f"{r.task}:{r.problem}" not in removed]
-        result["without_contaminated"] = dict(
-            removed=sorted(removed), **(scores(kept) if kept else {})
-        )
+    result = numbers_by_task(records)
     if flags.entropy:
         result["entropy"] = entropy_report(records)
-        result["tokens"] = [(policy.decode_raw([t]), h, c) for t, h, c in token_table(records)]
     if flags.reflect:
         result["reflection"] = reflection_report(records, forced)
     return result
 
 
-def scores(records: list[Record]) -> dict:
-    """Numbers per task, and over all problems: the micro average."""
-    by_task = group(records, lambda r: r.task)
-    return dict(tasks={task: summarize(rs) for task, rs in by_task.items()}, all=summarize(records))
-
-
-# --- The command line ------------------------------------------------------------------------------------------------
+# --- The command line -------------------------------------------------------------------------
 
 
 def parse_flags(argv: list[str]) -> Flags:
-    parser = make_parser(
-        Flags, {}, description=__doc__, usage="python eval.py --model MODEL [flags]"
-    )
+    """The flags of a command line. Raises UserError."""
+    usage = "python eval.py --model MODEL [flags]"
+    parser = make_parser(Flags, {}, description=__doc__, usage=usage)
     flags = Flags(**vars(parser.parse_args(argv)))
     check_ranges(flags)
     for name in ("model", "tasks", "temperature"):
@@ -633,28 +674,34 @@ def parse_flags(argv: list[str]) -> Flags:
             parser.error(f"--{name}: must be given")
     if flags.entropy and 0 in flags.temperature:
         parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
-    model = Path(flags.model)
-    usual = (
-        model.parent / "eval"
-        if model.name == "final"
-        else Path("evals") / f"{model.name}-seed{flags.seed}"
-    )
-    flags.out = flags.out or str(usual)
+    if not flags.out:
+        model = Path(flags.model)
+        out = Path("evals") / f"{model.name}-seed{flags.seed}"
+        if model.name == "final":
+            out = model.parent / "eval"
+        flags.out = str(out)
     return flags
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] and argv[0] in report.COMMANDS:
-        return exit_code(
-            lambda: print(report.command(argv)) or 0, "give the command again", "", if_unread=0
-        )
+    """Evaluate, or run one of the commands that read runs; returns the exit code."""
+    if argv is None:
+        argv = sys.argv[1:]
+    reads_runs = bool(argv) and argv[0] in report.COMMANDS
+
+    def work() -> int:
+        if reads_runs:
+            print(report.command(argv))
+        else:
+            run(parse_flags(argv))
+        return 0
+
     return exit_code(
-        lambda: run(parse_flags(argv)) or 0,
-        "the same command goes on where it was",
-        "set --max-rows or --batch lower; the same command goes on where it was",
-        if_unread=141,
-    )  # an evaluation it ended is not complete
+        work,
+        "the same command continues where it was",
+        "set --max-rows or --batch lower; the same command continues where it was",
+        if_unread=0 if reads_runs else 141,  # an evaluation that this ends is not complete
+    )
 
 
 if __name__ == "__main__":

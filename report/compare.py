@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 from errors import UserError
 from report.paper import CONTEXT, TASKS
@@ -50,17 +51,12 @@ def comparison(runs: list[Run], against: str | None = None) -> str:
             "`eval.py --out RUN/eval`"
         )
     pool = averaged(runs)
-
-    def accuracies(run: Run) -> Numbers:
-        numbers = {"average": micro_average([run.results[key] for key in pool])} if pool else {}
-        for key, name in names.items():
-            numbers[name] = 100 * run.results[key]["accuracy"] if key in run.results else None
-        return numbers
-
+    accuracies = partial(accuracy, names=names, pool=pool)
     parts = [table(runs, accuracies, 1), accuracy_legend(runs, names, pool)]
     if against is not None:
         parts += [difference_table(runs, accuracies, against), DIFFERENCE_LEGEND]
-    if trained := [run for run in runs if run.metrics]:
+    trained = [run for run in runs if run.metrics]
+    if trained:
         parts += [table(trained, training, 3), TRAINING_LEGEND]
     parts[-1] += "\n" + label_legend(runs)
     return "\n\n".join(parts)
@@ -72,15 +68,15 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> str:
     """A row for each label, with the means over its seeds."""
+    columns = numbers(runs[0])
     rows = []
     for label, seeds in by_label(runs).items():
         row = [label, str(len(seeds))]
-        found = [numbers(run) for run in seeds]
-        for name in found[0]:
-            values = [of_run[name] for of_run in found]
-            row.append(mean_std(values, 0 if name == "seconds" else digits))
+        found = list(map(numbers, seeds))
+        for name in columns:
+            row.append(mean_std([of_seed[name] for of_seed in found], digits))
         rows.append(row)
-    return markdown(["method", "seeds", *found[0]], rows)
+    return markdown(["method", "seeds", *columns], rows)
 
 
 def mean_std(values: list[float | None], digits: int) -> str:
@@ -103,8 +99,10 @@ def mean_std(values: list[float | None], digits: int) -> str:
 
 def column_names(runs: list[Run]) -> dict[tuple, str]:
     """The head of the column of each (task, way of sampling), in the order of the paper's tasks."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.results))
-    keys.sort(key=lambda key: TASKS.index(key[0]) if key[0] in TASKS else len(TASKS))
+    found = {}
+    for run in runs:
+        found |= run.results
+    keys = sorted(found, key=lambda key: TASKS.index(key[0]) if key[0] in TASKS else len(TASKS))
     tasks = [task for task, _ in keys]
     names = {}
     for task, way in keys:
@@ -117,25 +115,41 @@ def averaged(runs: list[Run]) -> list[tuple]:
 
     Nothing if there is only one, or if one was sampled in two ways.
     """
-    pool = [key for key in column_names(runs) if all(key in run.results for run in runs)]
+    pool = list(column_names(runs))
+    for run in runs:
+        pool = [key for key in pool if key in run.results]
     tasks = {task for task, _ in pool}
     if tasks.issuperset(TASKS):
-        pool = [key for key in pool if key[0] in TASKS]
-        tasks = TASKS
+        tasks = set(TASKS)
+        pool = [key for key in pool if key[0] in tasks]
     return pool if 1 < len(pool) == len(tasks) else []
+
+
+def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
+    """The run's accuracies in percent, first the average over the keys in `pool`."""
+    numbers = {}
+    if pool:
+        numbers["average"] = micro_average([run.results[key] for key in pool])
+    for key, name in names.items():
+        result = run.results.get(key)
+        numbers[name] = 100 * result["accuracy"] if result else None
+    return numbers
 
 
 def micro_average(results: list[dict]) -> float:
     """The accuracy in percent over all problems of several tasks."""
-    right = sum(numbers["accuracy"] * numbers["problems"] for numbers in results)
-    return 100 * right / sum(numbers["problems"] for numbers in results)
+    right = problems = 0
+    for result in results:
+        right += result["accuracy"] * result["problems"]
+        problems += result["problems"]
+    return 100 * right / problems
 
 
 def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple]) -> str:
     """How each column was measured, and which runs were not evaluated at their last step."""
     lines = [ACCURACY_LEGEND]
     if pool:
-        lines.append(f"- average: over all problems of {', '.join(names[key] for key in pool)}")
+        lines.append(f"- average: over all problems of {', '.join(map(names.get, pool))}")
     for key, name in names.items():
         measured = {how_measured(run.results[key]) for run in runs if key in run.results}
         warning = "NOT MEASURED ALIKE: " if len(measured) > 1 else ""
@@ -170,12 +184,13 @@ def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against
     columns = numbers(runs[0])
     rows = []
     for label, seeds in labels.items():
-        pairs = [(numbers(run), baseline[run.seed]) for run in seeds if run.seed in baseline]
-        row = [label]
-        for name in columns:
-            known = [(a[name], b[name]) for a, b in pairs if None not in (a[name], b[name])]
-            row.append(paired([a - b for a, b in known]))
-        rows.append(row)
+        differences = {name: [] for name in columns}
+        for run in seeds:
+            of_run, of_baseline = numbers(run), baseline.get(run.seed, {})
+            for name in columns:
+                if of_run[name] is not None and of_baseline.get(name) is not None:
+                    differences[name].append(of_run[name] - of_baseline[name])
+        rows.append([label, *map(paired, differences.values())])
     return markdown([f"minus {against}", *columns], rows)
 
 
@@ -204,11 +219,9 @@ def training(run: Run) -> Numbers:
         if step.get("advantage_variance"):
             ratios.append(step["advantage_variance_eda"] / step["advantage_variance"])
         seconds += sum(value for key, value in step.items() if key.startswith("seconds_"))
-    return {
-        **numbers,
-        "Â / A": statistics.median(ratios) if ratios else None,
-        "seconds": seconds,
-    }
+    numbers["Â / A"] = statistics.median(ratios) if ratios else None
+    numbers["seconds"] = seconds
+    return numbers
 
 
 def label_legend(runs: list[Run]) -> str:
@@ -218,9 +231,11 @@ def label_legend(runs: list[Run]) -> str:
         if common:
             methods = dict.fromkeys(run.method for run in alike)
             lines.append(f"- {', '.join(methods)}, unless labelled otherwise: {common}")
-    seeds = {}
-    for label, alike in by_label(runs).items():
-        seeds[label] = ", ".join(str(run.seed) for run in alike)
-    for numbers, labels in group(seeds, seeds.get).items():
-        lines.append(f"- seeds {numbers}: {'; '.join(labels)}")
+    labels = by_label(runs)
+    for seeds, alike in group(labels, lambda label: seeds_of(labels[label])).items():
+        lines.append(f"- seeds {seeds}: {'; '.join(alike)}")
     return "\n".join(lines)
+
+
+def seeds_of(runs: list[Run]) -> str:
+    return ", ".join(str(run.seed) for run in runs)

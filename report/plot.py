@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.folder import read_lines
 from errors import UserError
 from report.paper import METHODS
 from report.runs import Run
@@ -206,26 +205,28 @@ def by_temperature(run: Run, place: tuple[str, ...]) -> Points:
 
 
 def histograms(runs: list[Run]) -> list[Panel]:
-    """How P is distributed over right and over wrong responses, from each responses.jsonl with
-    entropies: a panel for each label and temperature. (Packed runs hold no responses.)"""
+    """How P is distributed over right and over wrong responses: a panel for each label and
+    temperature at which eval.py --entropy was run."""
     import numpy
 
-    records = defaultdict(list)
+    pooled = defaultdict(lambda: dict(right=[], wrong=[]))
     for run in runs:
-        for file in run.path.glob("**/responses.jsonl"):
-            for r in read_lines(file)[0]:
-                if r["entropy"] is not None and not r["phrase"]:
-                    records[run.label, r["temperature"]].append(r)
+        for temperature, found in run.analyses:
+            entropy = found.get("entropy") or {}
+            pooled[run.label, temperature]["right"] += entropy.get("P_correct", [])
+            pooled[run.label, temperature]["wrong"] += entropy.get("P_wrong", [])
     panels = []
-    for (label, temperature), rows in sorted(records.items()):
-        highest = max(r["entropy"] for r in rows)
+    for (label, temperature), sides in sorted(pooled.items()):
+        highest = max(sides["right"] + sides["wrong"], default=0.0)
         lines = {}
-        for right, side in group(rows, lambda r: r["accuracy"] == 1).items():
-            counts, edges = numpy.histogram([r["entropy"] for r in side], 24, (0.0, highest))
-            name = KINDS["right" if right else "wrong"]
-            lines[name] = [(x, n / len(side), 0.0) for x, n in zip(edges + edges[1] / 2, counts)]
-        title = f"Share of responses by P, T = {temperature:g}\n{label}"
-        panels.append(Panel(title, "entropy P (nats per token)", lines, {}))
+        for kind, P in sides.items():
+            counts, edges = numpy.histogram(P, 24, (0.0, highest))
+            if P:
+                centres = edges[:-1] + edges[1] / 2
+                lines[KINDS[kind]] = [(x, n / len(P), 0.0) for x, n in zip(centres, counts)]
+        if lines:
+            title = f"Share of responses by P, T = {temperature:g}\n{label}"
+            panels.append(Panel(title, "entropy P (nats per token)", lines, {}))
     return panels
 
 

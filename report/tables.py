@@ -8,8 +8,6 @@ from pathlib import Path
 
 from report.paper import PROBLEMS, PUBLISHED
 
-MIN_COUNT = 20  # how often a token must be drawn to stand in the table of tokens
-
 
 def group(items: Iterable, key: Callable) -> dict:
     """Lists of items by key, in the order in which the keys first occur."""
@@ -50,13 +48,12 @@ def short(task: str) -> str:
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table that also lines up on a screen: first column to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * widths[0]]
+    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
     lines = []
-    for first, *others in (header, *rows):
+    for first, *others in (header, rule, *rows):
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * (widths[0] + 2)]
-    rule += ["-" * (width + 1) + ":" for width in widths[1:]]
-    lines.insert(1, f"|{'|'.join(rule)}|")
     return "\n".join(lines)
 
 
@@ -70,38 +67,36 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def result_text(result: dict, published: str | None = None) -> str:
     """What eval.py found at one temperature, as text. published: a row of the paper's table."""
-    parts = [accuracy_table(result, PUBLISHED.get(published), published)]
-    if without := result.get("without_contaminated"):
-        count = len(without["removed"])
-        parts.append(f"without the {count} problems that also stand in the training set:")
-        parts.append(accuracy_table(without) if "all" in without else "nothing is left")
+    parts = [accuracy_table(result, published)]
     if "entropy" in result:
-        parts += [entropy_text(result["entropy"]), token_text(result["tokens"])]
+        parts.append(entropy_text(result["entropy"]))
     if "reflection" in result:
         parts.append(reflection_text(result["reflection"]))
     return "\n\n".join(parts)
 
 
-def accuracy_table(result: dict, published: dict | None = None, name: str | None = None) -> str:
+def accuracy_table(result: dict, published: str | None = None) -> str:
     """Accuracies in percent ± standard error over problems.
 
     The paper's average stands beside ours only if the problems are the paper's.
     """
-    problems = {task: numbers["problems"] for task, numbers in result["tasks"].items()}
-    extra = [key for key in result["all"] if "@" in key]
-    paper_head = [f"paper: {name}"] if published else []
-    header = ["benchmark", "problems", f"avg@{result['all']['n']}", *paper_head, *extra]
-    header += ["mean length", "max length", "formatted", "truncated"]
+    paper = PUBLISHED.get(published)
+    problems = {}
     rows = []
+    extra = [key for key in result["all"] if "@" in key]
     for task, numbers in [*result["tasks"].items(), ("average", result["all"])]:
         accuracy = f"{percent(numbers['accuracy'], 2)} ± {percent(numbers['stderr'], 2)}"
         row = [task, str(numbers["problems"]), accuracy]
-        if published:
+        if paper:
             comparable = task != "average" or problems == PROBLEMS
-            row.append(number(published.get(task) if comparable else None, 2))
+            row.append(number(paper.get(task) if comparable else None, 2))
         row += [percent(numbers.get(key)) for key in extra]
         row += [f"{numbers['mean_length']:.0f}", str(numbers["max_length"])]
         rows.append([*row, percent(numbers["format"]), percent(numbers["truncated"])])
+        problems[task] = numbers["problems"]
+    header = ["benchmark", "problems", f"avg@{result['all']['n']}"]
+    header += [f"paper: {published}"] if paper else []
+    header += [*extra, "mean length", "max length", "formatted", "truncated"]
     return markdown(header, rows)
 
 
@@ -109,36 +104,19 @@ def entropy_text(found: dict) -> str:
     """Entropies of correct and wrong responses (Figure 3)."""
     if not found:
         return "entropy: there is no response with a token in it"
-    header = ["entropy P", "correct", "wrong", "mean P correct", "mean P wrong", "wrong / correct"]
-    header += ["% correct above average", "% wrong below average"]
+    names = dict(overall="over all responses", within="within each question (P / its mean)")
     rows = []
-    for key, name in (
-        ("overall", "over all responses"),
-        ("within", "within each question (P / its mean)"),
-    ):
+    for key, name in names.items():
         if side := found[key]:
             row = [name, str(side["correct"]), str(side["wrong"])]
             row += [number(side[key]) for key in ("mean_correct", "mean_wrong", "ratio")]
             rows.append([*row, percent(side["correct_above"]), percent(side["wrong_below"])])
+    header = ["entropy P", "correct", "wrong", "mean P correct", "mean P wrong", "wrong / correct"]
+    header += ["% correct above average", "% wrong below average"]
     text = markdown(header, rows)
     if not found["within"]:
         text += "\nwithin each question: needs at least two responses (--n)"
     return text
-
-
-def token_text(tokens: list[tuple[str, float, int]], top: int = 12) -> str:
-    """The tokens of highest and of lowest mean entropy, from (text, entropy, count) in order."""
-    if not tokens:
-        return f"tokens by entropy: none was drawn {MIN_COUNT} times or more"
-    header = [f"highest entropy (count >= {MIN_COUNT})", "mean", "count"]
-    header += ["lowest entropy", "mean", "count"]
-    rows = []
-    for pair in zip(tokens[:top], tokens[::-1][:top]):
-        row = []
-        for text, entropy, count in pair:
-            row += [repr(text), number(entropy), str(count)]
-        rows.append(row)
-    return markdown(header, rows)
 
 
 def reflection_text(found: dict) -> str:

@@ -162,7 +162,7 @@ def test_training_table_averages_over_steps_then_over_seeds(tmp_path):
     table = compared(a, b).split("\n\n")[2]
     row = dict(zip(cells(table)["method"], cells(table)["GRPO"]))
     assert row["seeds"] == "2" and row["mixed"] == "0.375 ± 0.177"
-    assert row["P trained"] == "–" and row["seconds"] == "21 ± 0"
+    assert row["P trained"] == "–" and row["seconds"] == "21.000 ± 0.000"
     assert row["Â / A"] == "2.000 ± 0.000", "of the median step: one outlier does not count"
 
 
@@ -558,22 +558,18 @@ def test_figures_2_and_3_are_drawn_by_temperature(tmp_path):
         result = summary["results"][temperature]
         result["entropy"] = dict(average=0.1, overall=overall, within=None)
         result["reflection"] = dict(accuracy=0.5, accuracy_reflecting=None, gain=gain)
-    summary["results"]["1.2"] = dict(summary["results"]["1"], entropy={})
+    summary["results"]["1.2"] = dict(result, entropy={})
+    summary["results"]["1"]["entropy"] |= dict(P_correct=[0.1], P_wrong=[0.2, 0.2, 0.4])
     (folder / "summary.json").write_text(json.dumps(summary))
     figures = plot.all_panels(runs.read_runs([folder]), window=1)
     assert [list(p.lines.values()) for p in figures["figure2"]] == [
         [[(0.1, 0.5, 0), (1.0, 0.5, 0), (1.2, 0.5, 0)]],
-        [[(0.1, 0.2, 0), (1.0, 0.1, 0), (1.2, 0.1, 0)]],
+        [[(0.1, 0.2, 0), (1.0, 0.1, 0), (1.2, 0.2, 0)]],
     ]
     by_title = {panel.title: panel.lines for panel in figures["figure3"]}
     assert by_title["Mean P, wrong / right"] == {"m/final": [(1.0, 1.5, 0)]}
     assert len(by_title) == 3, "within each question nothing is known"
-    records = [
-        dict(temperature=1.0, phrase="", accuracy=float(i == 0), entropy=P)
-        for i, P in enumerate((0.1, 0.2, 0.2, 0.4, None))
-    ]
-    write_lines(folder / "responses.jsonl", [*records, records[0] | dict(phrase="Wait!")])
-    [panel] = plot.all_panels(runs.read_runs([folder]), window=1)["entropy_histogram"]
+    [panel] = figures["entropy_histogram"]
     shares = {name: [s for _, s, _ in line if s] for name, line in panel.lines.items()}
     assert shares["right responses"] == [1.0]
     assert shares["wrong responses"] == pytest.approx([2 / 3, 1 / 3])
