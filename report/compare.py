@@ -74,7 +74,8 @@ def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> st
         row = [label, str(len(seeds))]
         found = list(map(numbers, seeds))
         for name in columns:
-            row.append(mean_std([of_seed[name] for of_seed in found], digits))
+            values = [of_seed[name] for of_seed in found]
+            row.append(mean_std(values, 0 if name == "seconds" else digits))
         rows.append(row)
     return markdown(["method", "seeds", *columns], rows)
 
@@ -102,7 +103,7 @@ def column_names(runs: list[Run]) -> dict[tuple, str]:
     found = {}
     for run in runs:
         found |= run.results
-    keys = sorted(found, key=lambda key: TASKS.index(key[0]) if key[0] in TASKS else len(TASKS))
+    keys = sorted(found, key=lambda key: [*TASKS, key[0]].index(key[0]))
     tasks = [task for task, _ in keys]
     names = {}
     for task, way in keys:
@@ -122,7 +123,9 @@ def averaged(runs: list[Run]) -> list[tuple]:
     if tasks.issuperset(TASKS):
         tasks = set(TASKS)
         pool = [key for key in pool if key[0] in tasks]
-    return pool if 1 < len(pool) == len(tasks) else []
+    if len(pool) == 1 or len(pool) > len(tasks):
+        return []
+    return pool
 
 
 def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
@@ -152,8 +155,10 @@ def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple])
         lines.append(f"- average: over all problems of {', '.join(map(names.get, pool))}")
     for key, name in names.items():
         measured = {how_measured(run.results[key]) for run in runs if key in run.results}
-        warning = "NOT MEASURED ALIKE: " if len(measured) > 1 else ""
-        lines.append(f"- {name}: {key[0]}, {warning}{'; '.join(sorted(measured))}")
+        how = "; ".join(sorted(measured))
+        if len(measured) > 1:
+            how = f"NOT MEASURED ALIKE: {how}"
+        lines.append(f"- {name}: {key[0]}, {how}")
     for run in runs:
         last = max((evaluation["step"] for evaluation in run.evals), default=0)
         if last < run.steps and all("step" in numbers for numbers in run.results.values()):
@@ -197,12 +202,14 @@ def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against
 def paired(differences: list[float]) -> str:
     """Mean, standard error, t and n of paired differences."""
     n = len(differences)
-    if n < 2:
-        return "–" if n == 0 else f"{differences[0]:+.1f} (n = 1)"
+    if n == 0:
+        return "–"
     average = statistics.fmean(differences)
+    if n == 1:
+        return f"{average:+.1f} (n = 1)"
     error = statistics.stdev(differences) / math.sqrt(n)
-    t = f"{average / error:.1f}" if error else "–"
-    return f"{average:+.1f} ± {error:.1f} (t = {t}, n = {n})"
+    t = average / error if error else math.inf
+    return f"{average:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
 
 
 # --- Training and labels --------------------------------------------------------------------------
@@ -219,7 +226,9 @@ def training(run: Run) -> Numbers:
         if step.get("advantage_variance"):
             ratios.append(step["advantage_variance_eda"] / step["advantage_variance"])
         seconds += sum(value for key, value in step.items() if key.startswith("seconds_"))
-    numbers["Â / A"] = statistics.median(ratios) if ratios else None
+    numbers["Â / A"] = None
+    if ratios:
+        numbers["Â / A"] = statistics.median(ratios)
     numbers["seconds"] = seconds
     return numbers
 
@@ -228,9 +237,9 @@ def label_legend(runs: list[Run]) -> str:
     """Each method's flags that differ from the defaults but are in no label, and all seeds."""
     lines = []
     for common, alike in group(runs, lambda run: " ".join(run.common)).items():
+        methods = ", ".join(group(alike, lambda run: run.method))
         if common:
-            methods = dict.fromkeys(run.method for run in alike)
-            lines.append(f"- {', '.join(methods)}, unless labelled otherwise: {common}")
+            lines.append(f"- {methods}, unless labelled otherwise: {common}")
     labels = by_label(runs)
     for seeds, alike in group(labels, lambda label: seeds_of(labels[label])).items():
         lines.append(f"- seeds {seeds}: {'; '.join(alike)}")

@@ -28,7 +28,8 @@ def conclude(flags) -> int:
     found = warnings(metrics, config, out)
     parts = [f"# {out.name}", *setting(config), table]
     parts += [f"**Warning:** {warning}" for warning in found]
-    if kinds := kinds_of_rows(metrics):
+    kinds = kinds_of_rows(metrics)
+    if kinds and not config["flags"]["sft"]:
         parts += ["## What EDA sees", KINDS_LEGEND, kinds]
     try:
         if len(metrics) >= 10:
@@ -53,7 +54,7 @@ def conclude(flags) -> int:
 def setting(config: dict) -> list[str]:
     """What was run, on what, as two paragraphs."""
     changed = " ".join(f"{flag}={json.dumps(v)}" for flag, v in config["changed"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    versions = ", ".join(map(" ".join, config["versions"].items()))
     return [
         visible(f"`python {config['command']}`, commit {config['commit']}"),
         f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; "
@@ -92,7 +93,7 @@ def summary(metrics: list[dict], evals: list[dict]) -> str:
         numbers = [average(part, key) for part in (first, last)]
         if None not in numbers:
             rows.append([name, *map(show_number, numbers)])
-    steps = "step" if len(first) == 1 else f"{len(first)} steps"
+    steps = f"{len(first)} of {len(metrics)} steps"
     return markdown(["", f"first {steps}", f"last {steps}"], rows)
 
 

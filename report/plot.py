@@ -132,11 +132,12 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
     for figure, titles in TRAINING.items():
         for key, title in titles.items():
             add(figure, title, steps, lambda run: metric(run, key), window)
-    if len({run.label for run in runs}) == 1 and (panels := figures.get("relative_entropy")):
-        lines = {}
-        for panel in panels:
-            lines[panel.title.partition(", ")[2]] = panel.lines[runs[0].label]
-        figures["relative_entropy"] = [Panel("P / mean of its group", steps, lines, {})]
+    if len(group(runs, lambda run: run.label)) == 1 and "relative_entropy" in figures:
+        lines = {}  # one panel with a line for each kind of row
+        for panel in figures["relative_entropy"]:
+            title, _, kind = panel.title.partition(", ")
+            lines[kind] = panel.lines[runs[0].label]
+        figures["relative_entropy"] = [Panel(title, steps, lines, {})]
     for figure, titles in ANALYSES.items():
         for title, place in titles.items():
             add(figure, title, "sampling temperature", lambda run: by_temperature(run, place))
@@ -170,9 +171,10 @@ def curve(series: list[Points], window: int) -> Points:
             by_x[x].append((statistics.fmean(value for _, value, _ in last), error))
     line = []
     for x, seeds in sorted(by_x.items()):
-        values, errors = zip(*seeds)
+        values, (error, *_) = zip(*seeds)
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
         if len(values) == len(series):
-            error = statistics.stdev(values) / math.sqrt(len(values)) if values[1:] else errors[0]
             line.append((x, statistics.fmean(values), error))
     return line
 
@@ -249,27 +251,26 @@ def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
 def draw_figure(
     path: Path, panels: list[Panel], style: dict[str, tuple[str, str]], note: str
 ) -> None:
-    """Draw the panels in two columns, with one legend for all below them."""
+    """Draw the panels in two columns, with one legend below them. The note is about bands: it is
+    left out if there are none."""
     import matplotlib.pyplot as plt
 
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    size = (5.2 * columns, 2.9 * rows + 1.0)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    handles = {}
-    for axis, panel in zip(axes.flat, panels):
-        handles |= draw_panel(axis, panel, style)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    lines = [line for panel in panels for line in panel.lines.values()]
-    banded = any(error for line in lines for _, _, error in line)
-    figure.set_figheight(size[1] + 0.22 * math.ceil(len(handles) / columns))
+    figure = plt.figure(layout="constrained")
+    handles, errors = {}, []
+    for place, panel in enumerate(panels, start=1):
+        handles |= draw_panel(figure.add_subplot(rows, columns, place), panel, style)
+        for points in panel.lines.values():
+            errors += [error for _, _, error in points]
+    legend_rows = math.ceil(len(handles) / columns)
+    figure.set_size_inches(5.2 * columns, 2.9 * rows + 0.4 + 0.22 * legend_rows)
     figure.legend(
         handles.values(),
         handles,
         loc="outside lower center",
         frameon=False,
-        title=note if banded else "",
+        title=note if any(errors) else "",
         ncols=columns,
     )
     figure.savefig(path, dpi=110)

@@ -87,15 +87,17 @@ def accuracy_table(result: dict, published: str | None = None) -> str:
     for task, numbers in [*result["tasks"].items(), ("average", result["all"])]:
         accuracy = f"{percent(numbers['accuracy'], 2)} ± {percent(numbers['stderr'], 2)}"
         row = [task, str(numbers["problems"]), accuracy]
-        if paper:
-            comparable = task != "average" or problems == PROBLEMS
-            row.append(number(paper.get(task) if comparable else None, 2))
+        if paper and (task != "average" or problems == PROBLEMS):
+            row.append(number(paper.get(task), 2))
+        elif paper:
+            row.append("–")
         row += [percent(numbers.get(key)) for key in extra]
         row += [f"{numbers['mean_length']:.0f}", str(numbers["max_length"])]
         rows.append([*row, percent(numbers["format"]), percent(numbers["truncated"])])
         problems[task] = numbers["problems"]
     header = ["benchmark", "problems", f"avg@{result['all']['n']}"]
-    header += [f"paper: {published}"] if paper else []
+    if paper:
+        header.append(f"paper: {published}")
     header += [*extra, "mean length", "max length", "formatted", "truncated"]
     return markdown(header, rows)
 
@@ -107,7 +109,8 @@ def entropy_text(found: dict) -> str:
     names = dict(overall="over all responses", within="within each question (P / its mean)")
     rows = []
     for key, name in names.items():
-        if side := found[key]:
+        side = found[key]
+        if side:
             row = [name, str(side["correct"]), str(side["wrong"])]
             row += [number(side[key]) for key in ("mean_correct", "mean_wrong", "ratio")]
             rows.append([*row, percent(side["correct_above"]), percent(side["wrong_below"])])

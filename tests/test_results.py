@@ -162,7 +162,7 @@ def test_training_table_averages_over_steps_then_over_seeds(tmp_path):
     table = compared(a, b).split("\n\n")[2]
     row = dict(zip(cells(table)["method"], cells(table)["GRPO"]))
     assert row["seeds"] == "2" and row["mixed"] == "0.375 ± 0.177"
-    assert row["P trained"] == "–" and row["seconds"] == "21.000 ± 0.000"
+    assert row["P trained"] == "–" and row["seconds"] == "21 ± 0"
     assert row["Â / A"] == "2.000 ± 0.000", "of the median step: one outlier does not count"
 
 
@@ -675,7 +675,7 @@ def test_first_and_last_steps_never_overlap():
         for s in (1, 2, 3, 4)
     ]
     rows = cells(page.summary(metrics, evals))
-    assert rows[""] == ["first 2 steps", "last 2 steps"]
+    assert rows[""] == ["first 2 of 4 steps", "last 2 of 4 steps"]
     assert rows["accuracy (%), sampled"] == ["15.0", "35.0"]
     assert rows["loss"] == ["-1.5000", "-3.5000"]
     assert rows["held-out accuracy (%), t, before and after"] == ["0.0 ± 10.0", "40.0 ± 10.0"]
