@@ -19,6 +19,7 @@ KINDS = {  # of rows that a step trains on
     "answer": "injected answers",
     "reference": "references",
     "prefix": "prefixes of references",
+    "sibling": "responses of a sibling",
 }
 TRAINING = {  # a figure's panels: the title of each key of metrics.jsonl
     "accuracy": {"accuracy": "Accuracy in training, as sampled", "reward": "Reward, as trained on"},
