@@ -9,7 +9,7 @@ r"""The paper's evaluation: five benchmarks, self-reflection (Figure 2) and entr
 The next four read what training and evaluation wrote (report/):
 
     python eval.py plot runs/* --out figures
-    python eval.py compare runs/* --format markdown
+    python eval.py compare runs/* --against GRPO
     python eval.py show runs/X --step 17 --question 2             # one group of responses
     python eval.py pack runs/* --out evidence.jsonl.xz
 

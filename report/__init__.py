@@ -1,4 +1,4 @@
-"""The code that looks at runs: `eval.py plot`, `compare`, `show` and `pack`, and report.md."""
+"""This package looks at runs: `eval.py plot`, `compare`, `show` and `pack`, and report.md."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ COMMANDS = ("plot", "compare", "show", "pack")
 
 
 def command(argv: list[str]) -> str:
-    """Run one of COMMANDS with its flags, as eval.py got them; returns what is to be printed."""
+    """Run one of COMMANDS with its flags, as eval.py got them; return what is to be printed."""
     name = argv[0]
     flags = parse_flags(name, argv[1:])
     if name == "compare":
@@ -29,25 +29,24 @@ def command(argv: list[str]) -> str:
 
 
 def parse_flags(name: str, argv: list[str]) -> argparse.Namespace:
+    """Parse the flags of a command. Raises UserError."""
     parser = argparse.ArgumentParser(prog=f"eval.py {name}", allow_abbrev=False)
     parser.error = wrong_flag
     add = parser.add_argument
-    add(
-        "runs",
-        nargs=1 if name == "show" else "+",
-        metavar="RUN",
-        help="a folder of edge_grpo.py or of results of eval.py; but for show also packed runs: "
-        "FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'",
-    )
+    run = "a folder of edge_grpo.py, or of results of eval.py"
     if name == "show":
+        add("runs", nargs=1, metavar="RUN", help=run)
         add("--step", type=int, help="[the last]")
         question = "which question of the step, or problem of the results [1]"
         add("--question", type=int, default=1, help=question)
         page = "write a page with each token shaded by its entropy"
         add("--html", metavar="FILE", type=Path, help=page)
+    else:
+        packed = "; or packed runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'"
+        add("runs", nargs="+", metavar="RUN", help=run + packed)
     if name == "compare":
-        against = "a label of the table; also print the paired differences to it, over seeds"
-        add("--against", metavar="NAME", help=against)
+        against = "a label of the table: also print the paired differences to it, over seeds"
+        add("--against", metavar="LABEL", help=against)
     if name == "plot":
         add("--out", type=Path, default=Path("figures"), help="folder of the PNGs [figures]")
     if name == "pack":

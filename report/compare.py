@@ -1,4 +1,4 @@
-"""The comparison of runs: tables of mean ± standard deviation (n - 1) over seeds."""
+"""`eval.py compare` prints tables of mean ± standard deviation (n - 1) over seeds."""
 
 import math
 import statistics
@@ -40,9 +40,10 @@ Means over all steps of training: mean ± standard deviation over seeds [median]
 
 
 def comparison(runs: list[Run], against: str | None = None) -> str:
-    """Runs x benchmarks in percent, how each was measured, and runs x metrics of training.
+    """Return the tables of accuracy and of training, and say how each number was measured.
 
-    against: a label; every other label's paired differences to it are printed, too.
+    against is a label: then a third table has every other label's paired differences to it. Raises
+    UserError if nothing was evaluated, or if no run has that label.
     """
     names = column_names(runs)
     if not names:
@@ -67,7 +68,7 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> str:
-    """A row for each label, with the means over its seeds."""
+    """Make a table with a row for each label, which has the means over its seeds."""
     columns = numbers(runs[0])
     rows = []
     for label, seeds in by_label(runs).items():
@@ -81,7 +82,7 @@ def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> st
 
 
 def mean_std(values: list[float | None], digits: int) -> str:
-    """mean ± standard deviation [median], and how many values there are if some are missing."""
+    """Write mean ± standard deviation [median], and the number of values if some are missing."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -99,7 +100,7 @@ def mean_std(values: list[float | None], digits: int) -> str:
 
 
 def column_names(runs: list[Run]) -> dict[tuple, str]:
-    """The head of the column of each (task, way of sampling), in the order of the paper's tasks."""
+    """Name the column of each (task, way of sampling), in the order of the paper's tasks."""
     found = {}
     for run in runs:
         found |= run.results
@@ -112,9 +113,9 @@ def column_names(runs: list[Run]) -> dict[tuple, str]:
 
 
 def averaged(runs: list[Run]) -> list[tuple]:
-    """What the average is over: the paper's five tasks, or else the tasks that every run has.
+    """Choose what the average is over: the paper's five tasks, or else all that every run has.
 
-    Nothing if there is only one, or if one was sampled in two ways.
+    There is no average of one task, nor where a task was sampled in two ways.
     """
     pool = list(column_names(runs))
     for run in runs:
@@ -129,7 +130,7 @@ def averaged(runs: list[Run]) -> list[tuple]:
 
 
 def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
-    """The run's accuracies in percent, first the average over the keys in `pool`."""
+    """Return the run's accuracies in percent, the average over `pool` first."""
     numbers = {}
     if pool:
         numbers["average"] = micro_average([run.results[key] for key in pool])
@@ -140,7 +141,7 @@ def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
 
 
 def micro_average(results: list[dict]) -> float:
-    """The accuracy in percent over all problems of several tasks."""
+    """Return the accuracy in percent over all problems of several tasks."""
     right = problems = 0
     for result in results:
         right += result["accuracy"] * result["problems"]
@@ -149,7 +150,7 @@ def micro_average(results: list[dict]) -> float:
 
 
 def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple]) -> str:
-    """How each column was measured, and which runs were not evaluated at their last step."""
+    """Say how each column was measured, and which runs were not evaluated at their last step."""
     lines = [ACCURACY_LEGEND]
     if pool:
         lines.append(f"- average: over all problems of {', '.join(map(names.get, pool))}")
@@ -167,7 +168,7 @@ def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple])
 
 
 def how_measured(numbers: dict) -> str:
-    """What two results must have in common to be compared."""
+    """Describe what two results must have in common to be compared."""
     parts = [f"{numbers['problems']} problems, n = {numbers['n']}, T = {numbers['temperature']:g}"]
     if numbers.get("max_new_tokens"):
         parts.append(f"at most {numbers['max_new_tokens']} tokens")
@@ -179,7 +180,7 @@ def how_measured(numbers: dict) -> str:
 
 
 def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against: str) -> str:
-    """A row for each other label: its differences to the label `against`, paired by seed."""
+    """Make a table of every other label's differences to `against`, paired by seed."""
     labels = by_label(runs)
     if against not in labels:
         raise UserError(f"--against {against}: no label of that name; there are {list(labels)}")
@@ -200,7 +201,7 @@ def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against
 
 
 def paired(differences: list[float]) -> str:
-    """Mean, standard error, t and n of paired differences."""
+    """Write mean, standard error, t and n of paired differences."""
     n = len(differences)
     if n == 0:
         return "–"
@@ -216,7 +217,7 @@ def paired(differences: list[float]) -> str:
 
 
 def training(run: Run) -> Numbers:
-    """Means over the steps of a run, the median step's ratio of variances, and all seconds."""
+    """Return means over a run's steps, the median step's ratio of variances, and all seconds."""
     numbers = {}
     for key, name in TRAINING.items():
         numbers[name] = mean(step[key] for step in run.metrics if key in step)
@@ -234,17 +235,15 @@ def training(run: Run) -> Numbers:
 
 
 def label_legend(runs: list[Run]) -> str:
-    """Each method's flags that differ from the defaults but are in no label, and all seeds."""
+    """List each method's changed flags that are in no label, and the seeds of each label."""
     lines = []
     for common, alike in group(runs, lambda run: " ".join(run.common)).items():
         methods = ", ".join(group(alike, lambda run: run.method))
         if common:
             lines.append(f"- {methods}, unless labelled otherwise: {common}")
-    labels = by_label(runs)
-    for seeds, alike in group(labels, lambda label: seeds_of(labels[label])).items():
-        lines.append(f"- seeds {seeds}: {'; '.join(alike)}")
+    seeds = {}
+    for label, alike in by_label(runs).items():
+        seeds[label] = ", ".join(str(run.seed) for run in alike)
+    for numbers, labels in group(seeds, seeds.get).items():
+        lines.append(f"- seeds {numbers}: {'; '.join(labels)}")
     return "\n".join(lines)
-
-
-def seeds_of(runs: list[Run]) -> str:
-    return ", ".join(str(run.seed) for run in runs)

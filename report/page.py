@@ -1,4 +1,4 @@
-"""What a finished run says about itself: report.md in its folder, and in short on the screen."""
+"""A finished run writes report.md into its folder, and prints the short form of it."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def conclude(flags) -> int:
 
 
 def setting(config: dict) -> list[str]:
-    """What was run, on what, as two paragraphs."""
+    """Write what was run, and on what, as two paragraphs."""
     changed = " ".join(f"{flag}={json.dumps(v)}" for flag, v in config["changed"].items())
     versions = ", ".join(map(" ".join, config["versions"].items()))
     return [
@@ -64,25 +64,25 @@ def setting(config: dict) -> list[str]:
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code in Markdown, whatever backticks are in it."""
+    """Put text into a code block of Markdown, whatever backticks are in it."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
 def average(metrics: list[dict], key: str) -> float | None:
-    """The mean over the steps in which a number is defined."""
+    """Average a number over the steps in which it is defined."""
     return mean(step[key] for step in metrics if step.get(key) is not None)
 
 
 def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[dict]]:
-    """The first and the last `count` steps, or the two halves of fewer."""
+    """Return the first and the last `count` steps, or the two halves of a shorter run."""
     count = max(1, min(count, len(metrics) // 2))
     return metrics[:count], metrics[-count:]
 
 
 def summary(metrics: list[dict], evals: list[dict]) -> str:
-    """Held-out accuracy before and after training, and the first steps beside the last ones."""
+    """Set held-out accuracy before and after training, and first and last steps, side by side."""
     first, last = first_and_last(metrics, 10)
     rows = []
     for task, of_task in group(evals, lambda e: e["task"]).items():
@@ -112,7 +112,7 @@ rows with the largest share of it decide what the update does."""
 
 
 def kinds_of_rows(metrics: list[dict]) -> str | None:
-    """P / mean and the share of |Â| of each kind of row, early and late; None where unknown."""
+    """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
     ends = first_and_last(metrics, math.ceil(len(metrics) / 10))
     rows = []
     for kind, name in plot.KINDS.items():
@@ -126,8 +126,8 @@ def kinds_of_rows(metrics: list[dict]) -> str | None:
 
 
 def diverged(metrics: list[dict], out: Path) -> bool:
-    """Whether the last steps had the entropy of nearly uniform tokens, or no gradient in spite of
-    advantages."""
+    """Tell whether the last steps had the entropy of nearly uniform tokens, or no gradient in
+    spite of advantages."""
     _, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
     if any(step["advantage_variance"] for step in late) and not average(late, "grad_norm"):
         return True
@@ -138,7 +138,7 @@ def diverged(metrics: list[dict], out: Path) -> bool:
 
 
 def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
-    """What would make one doubt the run, most serious first."""
+    """List what would make one doubt the run, most serious first."""
     skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
     left_out = len(config["problems_left_out"])
     gap, cut = average(metrics, "logprob_gap") or 0.0, average(metrics, "truncated") or 0.0

@@ -1,4 +1,4 @@
-"""The figures of runs: curves over the steps of training, and the paper's Figures 2 and 3."""
+"""`eval.py plot` draws curves over the steps of training, and the paper's Figures 2 and 3."""
 
 import math
 import statistics
@@ -80,9 +80,10 @@ class Panel:
 
 
 def draw(runs: list[Run], out: Path) -> list[Path]:
-    """Write one PNG per figure that the runs have data for; returns their paths.
+    """Write one PNG per figure that the runs have data for; return their paths.
 
-    Curves of metrics are smoothed over a 25th of the steps. UserError without data or matplotlib.
+    Curves of metrics are smoothed over a 25th of the steps. Raises UserError without data or
+    matplotlib.
     """
     try:
         import matplotlib
@@ -111,7 +112,7 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
 
 
 def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
-    """The panels of each figure by its name, without those that have no data."""
+    """Collect the panels of each figure by its name; those without data are left out."""
     figures = defaultdict(list)
 
     def add(figure, title, xlabel, points, window=1, ring_points=lambda run: []):
@@ -150,7 +151,7 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
 def lines_of(
     runs: list[Run], points: Callable[[Run], Points], window: int = 1
 ) -> dict[str, Points]:
-    """The line of each label that has points: the mean over its runs."""
+    """Average the runs of each label to one line; labels without points have none."""
     lines = {}
     for label, seeds in group(runs, lambda run: run.label).items():
         line = curve(list(filter(None, map(points, seeds))), window)
@@ -160,7 +161,7 @@ def lines_of(
 
 
 def curve(series: list[Points], window: int) -> Points:
-    """The mean over seeds and its standard error, at each x that every seed has.
+    """Average over seeds, with the standard error, at each x that every seed has.
 
     Each seed is first smoothed by the mean of its last `window` values. A single seed keeps its
     own standard errors.
@@ -181,15 +182,15 @@ def curve(series: list[Points], window: int) -> Points:
 
 
 def metric(run: Run, key: str) -> Points:
-    """One number of metrics.jsonl by step; nothing for a correction that the run never makes."""
+    """Return one number of metrics.jsonl by step; none of a correction that a run never makes."""
     points = [(step["step"], step[key], 0.0) for step in run.metrics if key in step]
     never = not any(value for _, value, _ in points)
     return [] if never and key in TRAINING["corrections"] else points
 
 
 def held_out(run: Run, task: str, on_line: bool) -> Points:
-    """Held-out accuracy by step, over the problems that the run was evaluated on most often; or,
-    off the line, its evaluations on more or fewer problems."""
+    """Return held-out accuracy by step: on_line, over the problems that the run was evaluated on
+    most often; else its evaluations on more or fewer problems."""
     evals = [e for e in run.evals if e["task"] == task]
     sizes = Counter(e["problems"] for e in evals).most_common(1)
     chosen = [e for e in evals if (e["problems"] == sizes[0][0]) == on_line]
@@ -197,7 +198,7 @@ def held_out(run: Run, task: str, on_line: bool) -> Points:
 
 
 def by_temperature(run: Run, place: tuple[str, ...]) -> Points:
-    """A number that eval.py found, by the sampling temperature."""
+    """Return a number that eval.py found, by the sampling temperature."""
     points = []
     for temperature, found in run.analyses:
         for key in place:
@@ -208,7 +209,7 @@ def by_temperature(run: Run, place: tuple[str, ...]) -> Points:
 
 
 def histograms(runs: list[Run]) -> list[Panel]:
-    """How P is distributed over right and over wrong responses: a panel for each label and
+    """Show how P is distributed over right and over wrong responses, in a panel for each label and
     temperature at which eval.py --entropy was run."""
     import numpy
 
@@ -237,8 +238,8 @@ def histograms(runs: list[Run]) -> list[Panel]:
 
 
 def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """(colour, line style) by label: a method has its own colour, other labels take what is left,
-    and then begin again with another line style."""
+    """Choose (colour, line style) by label: a method has its own colour, other labels take what is
+    left, and then begin again with another line style."""
     named = dict(METHODS.values())
     style = {label: (named[label], "-") for label in labels if label in named}
     free = [colour for name, colour in named.items() if name not in style]

@@ -1,4 +1,4 @@
-"""Runs, as `compare` and `plot` read them: folders of edge_grpo.py and eval.py, or packed files.
+"""This file reads runs for `compare` and `plot`, from folders or from packed files, and packs them.
 
 A packed file, NAME.jsonl.xz, holds one line of JSON per run: its name, config.json, metrics.jsonl
 (a list per key), evals.jsonl and every summary.json. It reads like a folder of runs, and a glob
@@ -42,7 +42,7 @@ class Run:
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """The labelled runs, in the order of METHODS. UserError if there is none."""
+    """Read and label the runs, in the order of METHODS. Raises UserError if there is none."""
     runs = [make_run(path, content) for path, content in contents(paths).items()]
     for of_method in group(runs, lambda run: run.method).values():
         label_runs(of_method)
@@ -76,20 +76,20 @@ def label_runs(runs: list[Run]) -> None:
 
 
 def value_text(value: object) -> str:
-    """A flag's value in labels: the numbers of a list have slashes between them."""
+    """Write a flag's value for a label, with slashes between the numbers of a list."""
     if isinstance(value, list):
         return "/".join(map(value_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def model_name(path: str) -> str:
-    """RUN/final or RUN/step-100; of another path or a hub id the last two parts."""
+    """Shorten a model's path to RUN/final or RUN/step-100, a hub id to its last two parts."""
     parts = [part for part in Path(path).parts if part != "checkpoints"]
     return "/".join(parts[-2:])
 
 
 def contents(paths: list[str]) -> dict[Path, dict]:
-    """The files' content of each run by its path; paths without a run are skipped with a note."""
+    """Read the files of each run, by its path. Paths without a run are skipped with a note."""
     runs, skipped = {}, []
     for given in map(Path, paths):
         found = dict(find_runs(given))
@@ -107,7 +107,7 @@ def contents(paths: list[str]) -> dict[Path, dict]:
 
 
 def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
-    """The run in a folder, or else those below it; the runs of a packed file or of a glob in it."""
+    """Find the run in a folder, or else all below it; or the runs of a packed file or glob."""
     for file in (given, *given.parents):
         if file.suffix == ".xz" and file.is_file():
             wanted = "*" if given == file else str(given.relative_to(file))
@@ -130,7 +130,7 @@ def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def read_packed(file: Path) -> list[dict]:
-    """The lines of a packed file, their metrics as a list of steps again."""
+    """Read the lines of a packed file; their metrics become a list of steps again."""
     try:
         with lzma.open(file, "rt", encoding="utf-8") as lines:
             rows = list(map(json.loads, lines))
@@ -145,7 +145,10 @@ def read_packed(file: Path) -> list[dict]:
 
 
 def pack(file: Path, paths: list[str]) -> None:
-    """Write all that `compare` and `plot` read of the runs to one file, metrics to six digits."""
+    """Write all that `compare` and `plot` read to one file, metrics to six digits.
+
+    Raises UserError for two runs of one name, or for a file name that is not NAME.jsonl.xz.
+    """
     if not file.name.endswith(".jsonl.xz"):
         raise UserError(f"--out {file}: the name of a file of packed runs ends in .jsonl.xz")
     rows = {}
@@ -166,14 +169,14 @@ def pack(file: Path, paths: list[str]) -> None:
 
 
 def rounded(value: object) -> object:
-    """A float to six significant digits, or from 1 on to six digits behind the point."""
+    """Round a float to six significant digits, or from 1 on to six digits behind the point."""
     if not isinstance(value, float):
         return value
     return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
 def make_run(path: Path, content: dict) -> Run:
-    """A run from the content of its files. UserError for files of other programs."""
+    """Make a run from the content of its files. Raises UserError for files of other programs."""
     try:
         return parse_run(path, content)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -184,6 +187,8 @@ def make_run(path: Path, content: dict) -> Run:
 
 
 def parse_run(path: Path, content: dict) -> Run:
+    """Make a run; its results are those of eval.py, or else of its last evaluation in training,
+    and never of its best one."""
     config, evals, summaries = content["config"], content["evals"], content["summaries"]
     if config is None:
         run = Run(path, model_name(summaries[0]["model"]), summaries[0]["seed"])
@@ -231,7 +236,7 @@ def name_method(run: Run, eda: bool | None) -> None:
 def add_result(run: Run, task: str, numbers: dict) -> None:
     """Add what was measured on a task to the run's results, by the way in which it was sampled.
 
-    UserError if the task was measured twice in that way.
+    Raises UserError if the task was measured twice in that way.
     """
     n, temperature = numbers["n"], numbers["temperature"]
     way = "greedy" if n == 1 and temperature == 0 else f"T={temperature:g}"

@@ -1,4 +1,4 @@
-"""One group as a person reads it: `python eval.py show RUN --step 17 --question 2`.
+"""`python eval.py show RUN --step 17 --question 2` shows one group as a person reads it.
 
 A group is the responses to one question of a step (samples.jsonl of a run), or to one problem of
 an evaluation (responses.jsonl of a folder of eval.py). Text that GEC injected is set apart. The
@@ -18,9 +18,9 @@ from report.tables import mean, visible
 
 
 def find_group(folder: Path, step: int | None, question: int) -> list[dict]:
-    """The rows of question number `question` (from 1) of a step (default: the last).
+    """Find the rows of question number `question` (from 1) of a step (default: the last).
 
-    UserError if there are none.
+    Raises UserError if there are none.
     """
     samples = folder / "samples.jsonl"
     if samples.exists():
@@ -51,7 +51,7 @@ def find_group(folder: Path, step: int | None, question: int) -> list[dict]:
 
 
 def as_sample(record: dict) -> dict:
-    """A line of responses.jsonl as a row of samples.jsonl, with its question if that is here."""
+    """Make a row of samples.jsonl from a line of responses.jsonl, with its question if possible."""
     try:
         problem = data.load(record["task"])[record["problem"] - 1]
         question, answers = problem.question, list(problem.answers)
@@ -77,7 +77,7 @@ def title(rows: list[dict]) -> str:
 
 
 def heading(number: int, row: dict, rows: list[dict]) -> str:
-    """Accuracy, length, P, relative entropy, A -> A^, and what GEC did."""
+    """Write a response's accuracy, length, P, P/mean and A -> A^, and what GEC did to it."""
     parts = ["right" if row["accuracy"] else "wrong", f"{row['tokens']} tokens"]
     if "correction" in row:
         then = "right" if row["accuracy_corrected"] else "wrong"
@@ -96,12 +96,12 @@ def heading(number: int, row: dict, rows: list[dict]) -> str:
 
 
 def replaced(row: dict) -> bool:
-    """Whether a correction kept nothing of the sampled response."""
+    """Tell whether a correction kept nothing of the sampled response."""
     return "correction" in row and row["segments"][0][1]
 
 
 def as_text(rows: list[dict], width: int | None = None, colour: bool = False) -> str:
-    """The group in lines of at most `width` columns, injected text in colour or in [brackets]."""
+    """Write the group in lines of `width` columns, injected text in colour or in [brackets]."""
     width = width or shutil.get_terminal_size().columns
     start, end = ("\x1b[35m", "\x1b[0m") if colour else ("[", "]")
     lines = [title(rows), *wrapped(visible(rows[0]["question"]), width, "  "), ""]
@@ -117,7 +117,7 @@ def as_text(rows: list[dict], width: int | None = None, colour: bool = False) ->
 
 
 def wrapped(text: str, width: int, indent: str) -> list[str]:
-    """The lines of a text, wrapped and indented; empty ones stay."""
+    """Wrap and indent the lines of a text; empty ones stay."""
     wrapper = textwrap.TextWrapper(
         max(width, 20), initial_indent=indent, subsequent_indent=indent, replace_whitespace=False
     )
@@ -142,7 +142,7 @@ def escaped(text: str) -> str:
 
 
 def as_page(rows: list[dict]) -> str:
-    """The group as one self-contained HTML page. UserError for a run without --save-tokens."""
+    """Write the group as one self-contained HTML page. Raises UserError without --save-tokens."""
     known = [entropy for row in rows for entropy in row.get("token_entropies", ())]
     if not known:
         raise UserError(
@@ -166,7 +166,7 @@ def as_page(rows: list[dict]) -> str:
 
 
 def shaded(row: dict, highest: float) -> str:
-    """The tokens of a response as HTML, coloured by entropy, injected ones outlined together."""
+    """Write a response's tokens as HTML, coloured by entropy, injected ones outlined together."""
     keys = ("token_injected", "token_texts", "token_entropies", "token_logp")
     page = ""
     for injected, tokens in groupby(zip(*map(row.get, keys)), key=lambda token: token[0]):

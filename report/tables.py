@@ -1,4 +1,4 @@
-"""Tables in Markdown, text that is safe to print, and what eval.py prints about one model."""
+"""This file makes tables in Markdown, makes text safe to print, and writes what eval.py found."""
 
 import re
 import statistics
@@ -10,7 +10,7 @@ from report.paper import PROBLEMS, PUBLISHED
 
 
 def group(items: Iterable, key: Callable) -> dict:
-    """Lists of items by key, in the order in which the keys first occur."""
+    """Group items into lists by their key, in the order in which the keys first occur."""
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -18,7 +18,7 @@ def group(items: Iterable, key: Callable) -> dict:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """The mean, or None of nothing; of booleans it is the share that is true."""
+    """Return the mean, or None of nothing. The mean of booleans is the share that is true."""
     values = list(values)
     return statistics.fmean(values) if values else None
 
@@ -30,8 +30,7 @@ HIDDEN = re.compile(  # control, bidirectional, invisible characters and halves 
 
 
 def visible(text: str) -> str:
-    r"""Text with its control and bidirectional characters written as \x1b and the like; newlines
-    and tabs stay.
+    r"""Write control and bidirectional characters as \x1b and the like; newlines and tabs stay.
 
     Everything that a model wrote passes through here before it is printed: an escape sequence
     would clear the screen, and a bidirectional override would reorder the line.
@@ -40,13 +39,13 @@ def visible(text: str) -> str:
 
 
 def short(task: str) -> str:
-    """The name of a task in a column's head: 5-8 for tiny:5-8:test, a file without its folders."""
+    """Shorten a task for the head of a column: tiny:5-8:test is 5-8, a file has no folders."""
     name = Path(task).stem.removeprefix("tiny:").removesuffix(":test")
     return name.replace(":validation", " val.")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table that also lines up on a screen: first column to the left, the others to the right."""
+    """Align a table for the screen, too: the first column to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
     rule = ["-" * widths[0]]
     rule += ["-" * (width - 1) + ":" for width in widths[1:]]
@@ -66,7 +65,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def result_text(result: dict, published: str | None = None) -> str:
-    """What eval.py found at one temperature, as text. published: a row of the paper's table."""
+    """Write what eval.py found at one temperature. published names a row of the paper's table."""
     parts = [accuracy_table(result, published)]
     if "entropy" in result:
         parts.append(entropy_text(result["entropy"]))
@@ -76,7 +75,7 @@ def result_text(result: dict, published: str | None = None) -> str:
 
 
 def accuracy_table(result: dict, published: str | None = None) -> str:
-    """Accuracies in percent ± standard error over problems.
+    """Make a table of accuracies in percent ± standard error over problems.
 
     The paper's average stands beside ours only if the problems are the paper's.
     """
@@ -103,7 +102,7 @@ def accuracy_table(result: dict, published: str | None = None) -> str:
 
 
 def entropy_text(found: dict) -> str:
-    """Entropies of correct and wrong responses (Figure 3)."""
+    """Compare the entropies of correct and of wrong responses (Figure 3)."""
     if not found:
         return "entropy: there is no response with a token in it"
     names = dict(overall="over all responses", within="within each question (P / its mean)")
@@ -123,7 +122,7 @@ def entropy_text(found: dict) -> str:
 
 
 def reflection_text(found: dict) -> str:
-    """Accuracy of responses that reflect, and what a forced reflection fixes (Figure 2)."""
+    """Write the accuracy of responses that reflect, and what forced reflections fix (Figure 2)."""
     text = (
         f"reflection: {found['reflecting']} of {found['responses']} responses "
         f"({percent(found['share_reflecting'])}%) contain self-reflection, accuracy "
