@@ -28,7 +28,6 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -166,13 +165,9 @@ def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft
 
 
 def respond(
-    policy: engine.Policy,
-    drafts: list[Draft],
-    temperature: float,
-    flags: Flags,
-    entropy: bool = False,
+    policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags
 ) -> list[Record]:
-    """Sample and grade each draft. With `entropy`, also compute the entropy of each token.
+    """Sample and grade each draft. With --entropy, also compute P_i, but not of forced reflections.
 
     Prompt and response together stay within the context and the model's own maximum. Under
     torchrun every process samples and grades its share, and all of them return all records.
@@ -187,7 +182,7 @@ def respond(
         limit = max(0, min(wanted, total_tokens - len(prompt)))
         if limit < wanted:
             say_once(
-                f"note: some responses get fewer new tokens than asked for, because prompt and "
+                "note: some responses get fewer new tokens than asked for, because prompt and "
                 f"response together have at most {total_tokens} (--context, or the model's maximum)"
             )
         prompts.append(prompt)
@@ -202,7 +197,7 @@ def respond(
         record = Record(*draft.key(temperature), policy.decode(ids), ids, sample.finished)
         records.append(record)
     grade(drafts, records)
-    if entropy:
+    if flags.entropy and not drafts[0].phrase:
         add_entropy(policy, drafts, records, temperature)
     return records
 
@@ -225,9 +220,9 @@ def grade(drafts: list[Draft], records: list[Record]) -> None:
 def add_entropy(
     policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float
 ) -> None:
-    """Fill in P_i of Eq. 3, the mean entropy of a response's tokens, if it has any.
+    """Fill in P_i of Eq. 3, the mean entropy of a response's tokens; None if it has no token.
 
-    A token's entropy is that of softmax(z / T), with T as in sampling.
+    The entropy of a token is that of softmax(z / T), where T is the sampling temperature.
     """
     policy.sampler.release()  # its cache holds most of a GPU's memory
 
@@ -252,13 +247,10 @@ def while_training(
 
     `flags` are those of edge_grpo.py.
     """
-    limit = None
-    if 0 < step < flags.steps and flags.eval_limit_between:
-        limit = flags.eval_limit_between
     for task, problems in tasks.items():
         records = evaluate(
             policy,
-            problems[:limit],
+            problems,
             n=flags.eval_n,
             temperature=flags.eval_temperature,
             max_new_tokens=flags.eval_max_new_tokens,
@@ -351,14 +343,6 @@ def majority(votes: list[tuple[str | None, bool]]) -> float:
     if right < max(merged.values()):
         return 0.0
     return 1 / (1 + list(merged.values()).count(right))
-
-
-def numbers_by_task(records: list[Record]) -> dict:
-    """The numbers of each task, and of all problems together."""
-    tasks = {}
-    for task, responses in group(records, lambda r: r.task).items():
-        tasks[task] = summarize(responses)
-    return dict(tasks=tasks, all=summarize(records))
 
 
 # --- Figure 2: does reflection help? ----------------------------------------------------------
@@ -521,10 +505,10 @@ def right_and_wrong(rows: list[tuple[float, bool]], average: float) -> dict:
 
 
 def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
-    """Read the records that are already in the folder, by key.
+    """The records that are already in the folder, by key.
 
-    Raises UserError if they were made with other settings: weights, prompt, limits or problems of
-    a task. A new task may be added.
+    Raises UserError if they were made with other settings: other weights, prompts or limits, or
+    other problems of a task. A new task may be added.
     """
     out.mkdir(parents=True, exist_ok=True)
     file, lines = out / "settings.json", out / "responses.jsonl"
@@ -536,7 +520,7 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
         records = [Record(**row) for row in rows]
     except TypeError:
         raise UserError(
-            f"--out {out}: holds files that eval.py did not write; give another --out"
+            f"--out {out}: holds files that this eval.py did not write; give another --out"
         ) from None
     changed = []
     for name, value in settings.items():
@@ -571,8 +555,7 @@ def complete(
         if done == 0 and policy.device.type == "cpu":
             batch_size = min(32, batch_size)  # so that the pace is soon known
         batch = missing[done : done + batch_size]
-        with_entropy = flags.entropy and not batch[0].phrase
-        records = respond(policy, batch, temperature, flags, with_entropy)
+        records = respond(policy, batch, temperature, flags)
         stored.update({r.key(): r for r in records})
         append(Path(flags.out) / "responses.jsonl", map(asdict, records))
         done += len(batch)
@@ -608,7 +591,7 @@ def run(flags: Flags) -> None:
         prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
     )
     for task in tasks:
-        settings[f"problems of {task}"] = digest(repr(asdict(p)).encode() for p in tasks[task])
+        settings[f"problems of {task}"] = stream(tasks[task])
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {out}")
@@ -638,21 +621,20 @@ def run(flags: Flags) -> None:
         lock.close()
 
 
-def digest(items: Iterable[bytes]) -> str:
-    return blake2b(b"".join(items), digest_size=8).hexdigest()
-
-
 def fingerprint(policy: engine.Policy) -> str:
     """A hash of the first 4096 numbers of every weight, which tells models apart."""
-    return digest(
-        p.detach().flatten()[:4096].float().cpu().numpy().tobytes()
-        for p in policy.model.parameters()
-    )
+    hashed = blake2b(digest_size=8)
+    for p in policy.model.parameters():
+        hashed.update(p.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def analyse(records: list[Record], forced: list[Record], flags: Flags) -> dict:
     """Everything that was asked for at one temperature, as it goes into summary.json."""
-    result = numbers_by_task(records)
+    tasks = {}
+    for task, responses in group(records, lambda r: r.task).items():
+        tasks[task] = summarize(responses)
+    result = dict(tasks=tasks, all=summarize(records))
     if flags.entropy:
         result["entropy"] = entropy_report(records)
     if flags.reflect:

@@ -33,7 +33,7 @@ END = 0
 
 
 def script(answers: dict[str, list[str]], max_positions: int = 10_000) -> SimpleNamespace:
-    """A policy whose ids are characters and whose k-th response to a prompt is given; "|" ends it."""
+    """A policy with characters as ids and k-th responses by prompt; "|" ends a response."""
     calls = []
 
     def encode(text):
@@ -72,7 +72,11 @@ def record(accuracy=0.0, task="a", row=1, sample=0, **fields) -> Record:
 
 def text_of(records=(record(1),), published=None, **analyses) -> str:
     """What is printed for the records and the results of analyses."""
-    return evaluation.result_text({**evaluation.numbers_by_task(records), **analyses}, published)
+    return evaluation.result_text(numbers(records) | analyses, published)
+
+
+def numbers(records) -> dict:
+    return evaluation.analyse(records, [], evaluation.Flags())
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +115,8 @@ def test_protocol_on_a_scripted_sampler():
     assert {(c.temperature, c.top_p, c.limit) for c in policy.calls} == {(0.3, 0.9, 20)}
     assert records[0].response == r"\boxed{3}" and records[0].ids[-1] == END
 
-    numbers = evaluation.numbers_by_task(records)
-    a, b, together = numbers["tasks"]["a"], numbers["tasks"]["b"], numbers["all"]
+    result = numbers(records)
+    a, b, together = result["tasks"]["a"], result["tasks"]["b"], result["all"]
     assert (a["accuracy"], a["stderr"], a["right"]) == (0.5, 0, [1, 1])
     assert (b["accuracy"], b["right"], together["right"]) == (0, [0], [1, 1, 0])
     expected = dict(
@@ -342,7 +346,7 @@ def test_right_responses_by_problem_are_in_the_packed_evidence(tmp_path, capsys)
     counts = {task: [0] * 5 for task in ("tiny:1-3:test", "tiny:5-8:test")}
     for r in map(json.loads, lines(out)):
         counts[r["task"]][r["problem"] - 1] += r["accuracy"] == 1
-    assert {task: numbers["right"] for task, numbers in tasks.items()} == counts
+    assert {task: result["right"] for task, result in tasks.items()} == counts
     assert sum(map(sum, counts.values())) > 0
 
 
@@ -442,16 +446,17 @@ def test_results_go_where_compare_looks_for_them(model, out):
 def test_the_limits_on_the_command_line_are_those_of_the_sampling(tmp_path, monkeypatch):
     calls, respond = [], evaluation.respond
 
-    def spy(policy, drafts, T, flags, entropy):
-        calls.append((flags, entropy, bool(drafts[0].phrase)))
-        return respond(policy, drafts, T, flags, entropy)
+    def spy(policy, drafts, T, flags):
+        calls.append(flags)
+        return respond(policy, drafts, T, flags)
 
     monkeypatch.setattr(evaluation, "respond", spy)
     more = "--context 99 --top-p 0.9 --seed 5 --entropy --reflect".split()
     assert evaluation.main(command(tmp_path, *more)) == 0
-    limits = {(f.max_new_tokens, f.context, f.seed, f.top_p) for f, *_ in calls}
+    limits = {(f.max_new_tokens, f.context, f.seed, f.top_p) for f in calls}
     assert limits == {(30, 99, 5, 0.9)}
-    assert {(entropy, forced) for _, entropy, forced in calls} == {(True, False), (False, True)}
+    for r in map(json.loads, lines(tmp_path)):
+        assert (r["entropy"] is None) == bool(r["phrase"])
 
 
 @pytest.mark.slow
@@ -702,8 +707,8 @@ def test_equal_entropies_are_neither_above_nor_below_their_average():
 
 def test_entropy_is_that_of_the_sampling_distribution(tiny):
     drafts = evaluation.drafts(tiny, data.load("tiny:1-3:test")[:3], 1)
-    limits = evaluation.Flags(max_new_tokens=20)
-    records = evaluation.respond(tiny, drafts, 0.6, limits, entropy=True)
+    limits = evaluation.Flags(max_new_tokens=20, entropy=True)
+    records = evaluation.respond(tiny, drafts, 0.6, limits)
     for r, d in zip(records, drafts):
         logits = tiny.model(torch.tensor([d.prompt + r.ids])).logits[0].double()
         logits = logits[len(d.prompt) - 1 : -1, : tiny.vocab_size]
