@@ -88,7 +88,7 @@ def summary(metrics: list[dict], evals: list[dict]) -> str:
     for task, of_task in group(evals, lambda e: e["task"]).items():
         ends = [of_task[0], of_task[-1]]
         accuracies = [f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in ends]
-        rows.append([f"held-out accuracy (%), {task}, before and after", *accuracies])
+        rows.append([f"held-out accuracy, {task}, before and after (%)", *accuracies])
     for key, name, show_number in ROWS:
         numbers = [average(part, key) for part in (first, last)]
         if None not in numbers:
@@ -98,9 +98,9 @@ def summary(metrics: list[dict], evals: list[dict]) -> str:
 
 
 ROWS = [  # key of metrics.jsonl, name, how it is shown
-    ("accuracy", "accuracy (%), sampled", percent),
-    ("mixed_groups", "mixed groups (%), sampled", percent),
-    ("mixed_groups_corrected", "mixed groups (%), trained on", percent),
+    ("accuracy", "accuracy, sampled (%)", percent),
+    ("mixed_groups", "mixed groups, sampled (%)", percent),
+    ("mixed_groups_corrected", "mixed groups, trained on (%)", percent),
     ("loss", "loss", number),
 ]
 

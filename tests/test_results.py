@@ -676,9 +676,9 @@ def test_first_and_last_steps_never_overlap():
     ]
     rows = cells(page.summary(metrics, evals))
     assert rows[""] == ["first 2 of 4 steps", "last 2 of 4 steps"]
-    assert rows["accuracy (%), sampled"] == ["15.0", "35.0"]
+    assert rows["accuracy, sampled (%)"] == ["15.0", "35.0"]
     assert rows["loss"] == ["-1.5000", "-3.5000"]
-    assert rows["held-out accuracy (%), t, before and after"] == ["0.0 ± 10.0", "40.0 ± 10.0"]
+    assert rows["held-out accuracy, t, before and after (%)"] == ["0.0 ± 10.0", "40.0 ± 10.0"]
 
 
 def test_what_eda_sees_is_shown_early_and_late():
