@@ -9,7 +9,7 @@ r"""The paper's evaluation: five benchmarks, self-reflection (Figure 2) and entr
 The next four read what training and evaluation wrote (report/):
 
     python eval.py plot runs/* --out figures
-    python eval.py compare runs/* --format markdown
+    python eval.py compare runs/* --against GRPO
     python eval.py show runs/X --step 17 --question 2             # one group of responses
     python eval.py pack runs/* --out evidence.jsonl.xz
 
@@ -45,8 +45,7 @@ from engine.forward import response_logprobs
 from engine.processes import is_main, leave, on_main, spread, stream
 from errors import UserError
 from report.paper import CONTEXT, PUBLISHED, TASKS
-from report.tables import group, mean
-from report.tables import report as result_text
+from report.tables import group, mean, result_text
 
 MAX_NEW_TOKENS = 3000  # per response, as in the paper
 REFLECTION_TOKENS = 256  # after a forced reflection, as in GEC

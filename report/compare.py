@@ -1,16 +1,16 @@
-"""The comparison of runs: tables of mean ± standard deviation (n - 1) over seeds, in Markdown, LaTeX or CSV."""
+"""`eval.py compare` prints tables of mean ± standard deviation (n - 1) over seeds."""
 
-import csv
-import io
+import math
 import statistics
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from errors import UserError
 from report.paper import CONTEXT, TASKS
 from report.runs import Run
-from report.tables import group, latex, markdown, mean, short
+from report.tables import group, markdown, mean, short
+
+Numbers = dict[str, float | None]  # of one run, by the head of their column
 
 TRAINING = {
     "mixed_groups": "mixed",
@@ -22,191 +22,228 @@ TRAINING = {
     "accuracy": "accuracy",
     "self_reflection": "reflects",
 }
+ACCURACY_LEGEND = """\
+Accuracy in percent at the last step: mean ± standard deviation over seeds [median of three seeds
+or more]."""
+DIFFERENCE_LEGEND = """\
+Differences in points, paired by seed: mean ± standard error, t = mean / standard error, and the
+number n of seeds that both have."""
 TRAINING_LEGEND = """\
-Means over all steps of training.
-- mixed: share of groups with rewards that differ, as sampled and after correction (corr.)
+Means over all steps of training: mean ± standard deviation over seeds [median].
+- mixed: share of groups whose rewards differ, as sampled and after correction (corr.)
 - var: variance of the advantages in a group, before (A) and after EDA (Â)
+- Â / A: how many times EDA raises that variance in the median step; means hang on a few steps
 - P: entropy in nats per token, as sampled and as trained on
-- accuracy: share of the samples that are right; reflects: that say the reflection phrase of their own accord
+- accuracy: share of the samples that are right
+- reflects: share of the samples with the reflection phrase, without being made to
 - seconds: of all steps together"""
 
 
-@dataclass
-class Table:
-    runs: list[Run]
-    columns: dict[str, Callable[[Run], float | None]]
-    digits: int  # behind the point; of seconds none
-    below: str
+def comparison(runs: list[Run], against: str | None = None) -> str:
+    """Return the tables of accuracy and of training, and say how each number was measured.
 
-    def rows(self) -> list[tuple[str, list[Run], dict[str, list[float]]]]:
-        """(label, its runs, the values that they have in each column)"""
-        return [
-            (
-                label,
-                alike,
-                {
-                    name: [v for v in map(value, alike) if v is not None]
-                    for name, value in self.columns.items()
-                },
-            )
-            for label, alike in group(self.runs, lambda r: r.label).items()
-        ]
-
-
-def comparison(runs: list[Run], format: str = "markdown") -> str:
-    """Runs x benchmarks in percent, how each was measured, and runs x metrics of training."""
-    kinds = list(dict.fromkeys(frozenset(r.scores) for r in runs))
-    widest = group(
-        runs, lambda r: max((kind for kind in kinds if kind >= r.scores.keys()), key=len)
-    )
-    tables = [score_table(alike) for alike in widest.values()]  # so that no table is mostly empty
-    tables += [training_table(trained)] if (trained := [r for r in runs if r.metrics]) else []
-    if format == "csv":
-        return as_csv(tables)
-    tables[-1].below += "\n" + legend(runs)
-    parts = []
-    for table in tables:
-        cells = [
-            [
-                label,
-                str(len(alike)),
-                *(
-                    mean_std(v, len(alike), 0 if name == "seconds" else table.digits)
-                    for name, v in values.items()
-                ),
-            ]
-            for label, alike, values in table.rows()
-        ]
-        parts.append(
-            (latex if format == "latex" else markdown)(["method", "seeds", *table.columns], cells)
+    against is a label: then a third table has every other label's paired differences to it. Raises
+    UserError if nothing was evaluated, or if no run has that label.
+    """
+    names = column_names(runs)
+    if not names:
+        raise UserError(
+            "nothing to compare: no run has an evals.jsonl or an eval/ folder of "
+            "`eval.py --out RUN/eval`"
         )
-        parts.append(textwrap.indent(table.below, "% " if format == "latex" else ""))
+    pool = averaged(runs)
+    accuracies = partial(accuracy, names=names, pool=pool)
+    parts = [table(runs, accuracies, 1), accuracy_legend(runs, names, pool)]
+    if against is not None:
+        parts += [difference_table(runs, accuracies, against), DIFFERENCE_LEGEND]
+    trained = [run for run in runs if run.metrics]
+    if trained:
+        parts += [table(trained, training, 3), TRAINING_LEGEND]
+    parts[-1] += "\n" + label_legend(runs)
     return "\n\n".join(parts)
 
 
-def as_csv(tables: list[Table]) -> str:
-    """A line for each number: to be read by another program."""
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["method", "seeds", "quantity", "mean", "std", "n"])
-    for label, alike, columns in (row for table in tables for row in table.rows()):
-        for quantity, values in columns.items():
-            if values:
-                std = statistics.stdev(values) if len(values) > 1 else float("nan")
-                writer.writerow(
-                    [
-                        label,
-                        " ".join(str(r.seed) for r in alike),
-                        quantity,
-                        f"{mean(values):.6g}",
-                        f"{std:.6g}",
-                        len(values),
-                    ]
-                )
-    return lines.getvalue().rstrip()
+def by_label(runs: list[Run]) -> dict[str, list[Run]]:
+    return group(runs, lambda run: run.label)
 
 
-def score_table(runs: list[Run]) -> Table:
-    """Their average is the micro average over the paper's five tasks, or else over the tasks that every run has; there
-    is none where a task was sampled in two ways."""
-    keys = list(dict.fromkeys(key for r in runs for key in r.scores))
-    if not keys:
-        raise UserError(
-            "nothing to compare: no run has an evals.jsonl or an eval/ folder of `eval.py --out RUN/eval`"
-        )
-    keys.sort(key=lambda key: TASKS.index(key[0]) if key[0] in TASKS else len(TASKS))
-    ways = group(keys, lambda key: key[0])
-    names = {
-        key: " ".join([short(key[0]), *key[1:]] if len(ways[key[0]]) > 1 else [short(key[0])])
-        for key in keys
-    }
-    pool = [key for key in keys if all(key in r.scores for r in runs)]
-    if set(TASKS) <= {task for task, _ in pool}:
-        pool = [key for key in pool if key[0] in TASKS]
-    if len(keys) == 1 or len({task for task, _ in pool}) < len(pool):
-        pool = []
-    columns = (
-        {"average": lambda r: 100 * micro_average([r.scores[key] for key in pool])} if pool else {}
-    )
+def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> str:
+    """Make a table with a row for each label, which has the means over its seeds."""
+    columns = numbers(runs[0])
+    rows = []
+    for label, seeds in by_label(runs).items():
+        row = [label, str(len(seeds))]
+        found = list(map(numbers, seeds))
+        for name in columns:
+            values = [of_seed[name] for of_seed in found]
+            row.append(mean_std(values, 0 if name == "seconds" else digits))
+        rows.append(row)
+    return markdown(["method", "seeds", *columns], rows)
+
+
+def mean_std(values: list[float | None], digits: int) -> str:
+    """Write mean ± standard deviation [median], and the number of values if some are missing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    text = f"{statistics.fmean(known):.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.{digits}f}"
+    if len(known) > 2:
+        text += f" [{statistics.median(known):.{digits}f}]"
+    if len(known) < len(values):
+        text += f" (n = {len(known)})"
+    return text
+
+
+# --- Accuracy -------------------------------------------------------------------------------------
+
+
+def column_names(runs: list[Run]) -> dict[tuple, str]:
+    """Name the column of each (task, way of sampling), in the order of the paper's tasks."""
+    found = {}
+    for run in runs:
+        found |= run.results
+    keys = sorted(found, key=lambda key: [*TASKS, key[0]].index(key[0]))
+    tasks = [task for task, _ in keys]
+    names = {}
+    for task, way in keys:
+        names[task, way] = short(task) if tasks.count(task) == 1 else f"{short(task)} {way}"
+    return names
+
+
+def averaged(runs: list[Run]) -> list[tuple]:
+    """Choose what the average is over: the paper's five tasks, or else all that every run has.
+
+    There is no average of one task, nor where a task was sampled in two ways.
+    """
+    pool = list(column_names(runs))
+    for run in runs:
+        pool = [key for key in pool if key in run.results]
+    tasks = {task for task, _ in pool}
+    if tasks.issuperset(TASKS):
+        tasks = set(TASKS)
+        pool = [key for key in pool if key[0] in tasks]
+    if len(pool) == 1 or len(pool) > len(tasks):
+        return []
+    return pool
+
+
+def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
+    """Return the run's accuracies in percent, the average over `pool` first."""
+    numbers = {}
+    if pool:
+        numbers["average"] = micro_average([run.results[key] for key in pool])
     for key, name in names.items():
-        columns[name] = lambda r, key=key: (
-            100 * r.scores[key]["accuracy"] if key in r.scores else None
-        )
-    below = ["Accuracy in percent at the last step: mean ± standard deviation over seeds."]
-    below += (
-        [f"- average: over all problems of {', '.join(names[key] for key in pool)}"] if pool else []
-    )
+        result = run.results.get(key)
+        numbers[name] = 100 * result["accuracy"] if result else None
+    return numbers
+
+
+def micro_average(results: list[dict]) -> float:
+    """Return the accuracy in percent over all problems of several tasks."""
+    right = problems = 0
+    for result in results:
+        right += result["accuracy"] * result["problems"]
+        problems += result["problems"]
+    return 100 * right / problems
+
+
+def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple]) -> str:
+    """Say how each column was measured, and which runs were not evaluated at their last step."""
+    lines = [ACCURACY_LEGEND]
+    if pool:
+        lines.append(f"- average: over all problems of {', '.join(map(names.get, pool))}")
     for key, name in names.items():
-        how = sorted({measured_how(r.scores[key]) for r in runs if key in r.scores})
-        below.append(
-            f"- {name}: {key[0]}, "
-            + ("NOT MEASURED ALIKE: " if len(how) > 1 else "")
-            + "; ".join(how)
-        )
-    for r in runs:
-        last, in_training = (
-            max((e["step"] for e in r.evals), default=0),
-            all("step" in s for s in r.scores.values()),
-        )
-        below += (
-            [f"- {r.path}: last evaluated at step {last} of {r.steps}"]
-            if last < r.steps and in_training
-            else []
-        )
-    return Table(runs, columns, 1, "\n".join(below))
-
-
-def training_table(runs: list[Run]) -> Table:
-    columns = {
-        name: lambda r, key=key: mean(line[key] for line in r.metrics if key in line)
-        for key, name in TRAINING.items()
-    }
-    columns["seconds"] = lambda r: sum(
-        v for line in r.metrics for k, v in line.items() if k.startswith("seconds_")
-    )
-    return Table(runs, columns, 3, TRAINING_LEGEND)
-
-
-def legend(runs: list[Run]) -> str:
-    """What the labels do not name: flags that most runs of a method have in common but not with the defaults, seeds."""
-    everywhere = [words for words in runs[0].usual if all(words in r.usual for r in runs)]
-    lines = [f"- all runs, unless named otherwise: {', '.join(everywhere)}"] if everywhere else []
-    for rest, alike in group(
-        runs, lambda r: tuple(words for words in r.usual if words not in everywhere)
-    ).items():
-        lines += (
-            [f"- {', '.join(dict.fromkeys(r.method for r in alike))}: {', '.join(rest)}"]
-            if rest
-            else []
-        )
-    seeds = {
-        label: ", ".join(str(r.seed) for r in alike)
-        for label, alike in group(runs, lambda r: r.label).items()
-    }
-    labels = group(seeds, seeds.get)
-    lines += [
-        f"- seeds {s}" + (f": {'; '.join(labels[s])}" if len(labels) > 1 else "") for s in labels
-    ]
+        measured = {how_measured(run.results[key]) for run in runs if key in run.results}
+        how = "; ".join(sorted(measured))
+        if len(measured) > 1:
+            how = f"NOT MEASURED ALIKE: {how}"
+        lines.append(f"- {name}: {key[0]}, {how}")
+    for run in runs:
+        last = max((evaluation["step"] for evaluation in run.evals), default=0)
+        if last < run.steps and all("step" in numbers for numbers in run.results.values()):
+            lines.append(f"- {run.path}: last evaluated at step {last} of {run.steps}")
     return "\n".join(lines)
 
 
-def micro_average(numbers: list[dict]) -> float:
-    return sum(s["accuracy"] * s["problems"] for s in numbers) / sum(s["problems"] for s in numbers)
-
-
-def mean_std(values: list[float], expected: int, digits: int) -> str:
-    if not values:
-        return "–"
-    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{std}" + (
-        f" (n = {len(values)})" if len(values) < expected else ""
-    )
-
-
-def measured_how(s: dict) -> str:
-    """What two scores must have in common to be compared."""
-    parts = [f"{s['problems']} problems, n = {s['n']}, T = {s['temperature']:g}"]
-    parts += [f"at most {s['max_new_tokens']:g} tokens"] if s.get("max_new_tokens") else []
-    parts += [f"context {s['context']:g}"] if s.get("context", CONTEXT) != CONTEXT else []
-    parts += [f"top-p {s['top_p']:g}"] if s.get("top_p", 1.0) != 1.0 else []
+def how_measured(numbers: dict) -> str:
+    """Describe what two results must have in common to be compared."""
+    parts = [f"{numbers['problems']} problems, n = {numbers['n']}, T = {numbers['temperature']:g}"]
+    if numbers.get("max_new_tokens"):
+        parts.append(f"at most {numbers['max_new_tokens']} tokens")
+    if numbers.get("context", CONTEXT) != CONTEXT:
+        parts.append(f"context {numbers['context']}")
+    if numbers.get("top_p", 1.0) != 1.0:
+        parts.append(f"top-p {numbers['top_p']:g}")
     return ", ".join(parts)
+
+
+def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against: str) -> str:
+    """Make a table of every other label's differences to `against`, paired by seed."""
+    labels = by_label(runs)
+    if against not in labels:
+        raise UserError(f"--against {against}: no label of that name; there are {list(labels)}")
+    if len({(run.label, run.seed) for run in runs}) < len(runs):
+        raise UserError("--against: two runs of one label have the same seed; leave one out")
+    baseline = {run.seed: numbers(run) for run in labels.pop(against)}
+    columns = numbers(runs[0])
+    rows = []
+    for label, seeds in labels.items():
+        differences = {name: [] for name in columns}
+        for run in seeds:
+            of_run, of_baseline = numbers(run), baseline.get(run.seed, {})
+            for name in columns:
+                if of_run[name] is not None and of_baseline.get(name) is not None:
+                    differences[name].append(of_run[name] - of_baseline[name])
+        rows.append([label, *map(paired, differences.values())])
+    return markdown([f"minus {against}", *columns], rows)
+
+
+def paired(differences: list[float]) -> str:
+    """Write mean, standard error, t and n of paired differences."""
+    n = len(differences)
+    if n == 0:
+        return "–"
+    average = statistics.fmean(differences)
+    if n == 1:
+        return f"{average:+.1f} (n = 1)"
+    error = statistics.stdev(differences) / math.sqrt(n)
+    t = average / error if error else math.inf
+    return f"{average:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
+
+
+# --- Training and labels --------------------------------------------------------------------------
+
+
+def training(run: Run) -> Numbers:
+    """Return means over a run's steps, the median step's ratio of variances, and all seconds."""
+    numbers = {}
+    for key, name in TRAINING.items():
+        numbers[name] = mean(step[key] for step in run.metrics if key in step)
+    ratios = []
+    seconds = 0.0
+    for step in run.metrics:
+        if step.get("advantage_variance"):
+            ratios.append(step["advantage_variance_eda"] / step["advantage_variance"])
+        seconds += sum(value for key, value in step.items() if key.startswith("seconds_"))
+    numbers["Â / A"] = None
+    if ratios:
+        numbers["Â / A"] = statistics.median(ratios)
+    numbers["seconds"] = seconds
+    return numbers
+
+
+def label_legend(runs: list[Run]) -> str:
+    """List each method's changed flags that are in no label, and the seeds of each label."""
+    lines = []
+    for common, alike in group(runs, lambda run: " ".join(run.common)).items():
+        methods = ", ".join(group(alike, lambda run: run.method))
+        if common:
+            lines.append(f"- {methods}, unless labelled otherwise: {common}")
+    seeds = {}
+    for label, alike in by_label(runs).items():
+        seeds[label] = ", ".join(str(run.seed) for run in alike)
+    for numbers, labels in group(seeds, seeds.get).items():
+        lines.append(f"- seeds {numbers}: {'; '.join(labels)}")
+    return "\n".join(lines)

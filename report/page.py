@@ -1,6 +1,8 @@
-"""What a finished run says of itself: report.md in its folder, and the same in short on the screen."""
+"""A finished run writes report.md into its folder, and prints the short form of it."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 from engine.console import say
@@ -8,106 +10,163 @@ from engine.folder import read_json, read_lines
 from engine.processes import is_main
 from errors import UserError
 from report import plot, runs, show
-from report.tables import markdown, mean, percent
+from report.tables import group, markdown, mean, number, percent, visible
 
 
 def conclude(flags) -> int:
-    """Write report.md, with figures if there are ten steps to draw, and print what matters most of it. Returns 0."""
-    if not is_main():  # what the main process writes, only it reads
+    """Write report.md, with figures from ten steps on, and print its table and its warnings.
+
+    Returns 0, the exit code of a whole run.
+    """
+    if not is_main():  # only the main process has written something
         return 0
     out = Path(flags.out)
     config = read_json(out / "config.json")
-    metrics = read_lines(out / "metrics.jsonl")[0]
-    table = summary(flags, metrics, read_lines(out / "evals.jsonl")[0])
-    warned = warnings(metrics, config)
+    metrics, _ = read_lines(out / "metrics.jsonl")
+    evals, _ = read_lines(out / "evals.jsonl")
+    table = summary(metrics, evals)
+    found = warnings(metrics, config, out)
+    parts = [f"# {out.name}", *setting(config), table]
+    parts += [f"**Warning:** {warning}" for warning in found]
+    kinds = kinds_of_rows(metrics)
+    if kinds and not config["flags"]["sft"]:
+        parts += ["## What EDA sees", KINDS_LEGEND, kinds]
     try:
-        figures = (
-            [p.name for p in plot.draw(runs.read_runs([str(out)]), out / "figures")]
-            if len(metrics) >= 10
-            else []
-        )
-    except UserError:  # no matplotlib: it is only there to draw
-        figures = []
-    groups = [
-        show.as_text(show.find_group(out, step, 1), width=100)
-        for step in sorted({1, (flags.steps + 1) // 2, flags.steps})
-    ]
-    changed = " ".join(f"{k}={json.dumps(v)}" for k, v in config["changed"].items()) or "none"
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    (out / "report.md").write_text(
-        "\n\n".join(
-            [
-                f"# {out.name}",
-                f"`python {config['command']}`, commit {config['commit']}",
-                f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; {versions}. "
-                f"{config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
-                f"Flags that differ from the defaults: {changed}.",
-                table,
-                *(f"**Warning:** {w}" for w in warned),
-                *(f"![{name}](figures/{name})" for name in figures),
-                "## Groups at the first, middle and last step, injected text in [brackets]",
-                *(f"```\n{group}\n```" for group in groups),
-            ]
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+        if len(metrics) >= 10:
+            figures = plot.draw(runs.read_runs([str(out)]), out / "figures")
+            parts += [f"![{path.name}](figures/{path.name})" for path in figures]
+    except UserError:  # matplotlib is not there, and only needed to draw
+        pass
+    parts.append("## Groups at the first, middle and last step, injected text in [brackets]")
+    for step in sorted({1, (flags.steps + 1) // 2, flags.steps}):
+        parts.append(fenced(show.as_text(show.find_group(out, step, 1), width=100)))
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     say(table)
-    for warning in warned:
+    for warning in found:
         say(f"warning: {warning}")
     say(
-        f"the model is in {out / 'final'}, all of this with figures and samples in {out / 'report.md'}"
+        f"the model is in {out / 'final'}, all of this with figures and samples in "
+        f"{out / 'report.md'}"
     )
     return 0
 
 
-def summary(flags, metrics: list[dict], evals: list[dict]) -> str:
-    """Held-out accuracy before and after, and what groups were like in the first and last steps."""
-    accuracy = {
-        (e["task"], e["step"]): f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in evals
-    }
-    rows = [
-        [f"held-out accuracy, {task}", accuracy[task, 0], accuracy[task, flags.steps]]
-        for task in flags.eval_tasks
+def setting(config: dict) -> list[str]:
+    """Write what was run, and on what, as two paragraphs."""
+    changed = " ".join(f"{flag}={json.dumps(v)}" for flag, v in config["changed"].items())
+    versions = ", ".join(map(" ".join, config["versions"].items()))
+    return [
+        visible(f"`python {config['command']}`, commit {config['commit']}"),
+        f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; "
+        f"{versions}. {config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
+        f"Flags that differ from the defaults: {changed or 'none'}.",
     ]
-    names = {
-        "accuracy": "accuracy, sampled",
-        "mixed_groups": "mixed groups, sampled",
-        "mixed_groups_corrected": "mixed groups, corrected",
-        "loss": "loss",
-    }
-    for key, name in names.items():
-        ends = [average(part, key) for part in (metrics[:10], metrics[-10:])]
-        if None not in ends:
-            rows.append([name, *(f"{x:.2f}" if key == "loss" else percent(x) for x in ends)])
-    return markdown(
-        [f"in percent; evaluated, or mean of {min(10, len(metrics))} steps", "first", "last"], rows
-    )
+
+
+def fenced(text: str) -> str:
+    """Put text into a code block of Markdown, whatever backticks are in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def average(metrics: list[dict], key: str) -> float | None:
-    return mean(m[key] for m in metrics if m.get(key) is not None)
+    """Average a number over the steps in which it is defined."""
+    return mean(step[key] for step in metrics if step.get(key) is not None)
 
 
-def warnings(metrics: list[dict], config: dict) -> list[str]:
-    """What would make one doubt the run, largest first."""
+def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[dict]]:
+    """Return the first and the last `count` steps, or the two halves of a shorter run."""
+    count = max(1, min(count, len(metrics) // 2))
+    return metrics[:count], metrics[-count:]
+
+
+def summary(metrics: list[dict], evals: list[dict]) -> str:
+    """Set held-out accuracy before and after training, and first and last steps, side by side."""
+    first, last = first_and_last(metrics, 10)
+    rows = []
+    for task, of_task in group(evals, lambda e: e["task"]).items():
+        ends = [of_task[0], of_task[-1]]
+        accuracies = [f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in ends]
+        rows.append([f"held-out accuracy, {task}, before and after (%)", *accuracies])
+    for key, name, show_number in ROWS:
+        numbers = [average(part, key) for part in (first, last)]
+        if None not in numbers:
+            rows.append([name, *map(show_number, numbers)])
+    steps = f"{len(first)} of {len(metrics)} steps"
+    return markdown(["", f"first {steps}", f"last {steps}"], rows)
+
+
+ROWS = [  # key of metrics.jsonl, name, how it is shown
+    ("accuracy", "accuracy, sampled (%)", percent),
+    ("mixed_groups", "mixed groups, sampled (%)", percent),
+    ("mixed_groups_corrected", "mixed groups, trained on (%)", percent),
+    ("loss", "loss", number),
+]
+
+
+KINDS_LEGEND = """\
+EDA divides a row's advantage by its P / mean, where P is the row's entropy and the mean is that of
+its group. Where every kind of row is near 1, EDA changes little. Σ Â is the sum of all |Â|: the
+rows with the largest share of it decide what the update does."""
+
+
+def kinds_of_rows(metrics: list[dict]) -> str | None:
+    """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
+    ends = first_and_last(metrics, math.ceil(len(metrics) / 10))
+    rows = []
+    for kind, name in plot.KINDS.items():
+        ratios = [average(steps, f"relative_entropy_{kind}") for steps in ends]
+        shares = [average(steps, f"advantage_share_{kind}") for steps in ends]
+        if ratios != [None, None]:
+            rows.append([name, *(number(ratio, 2) for ratio in ratios), *map(percent, shares)])
+    header = [f"first and last {len(ends[0])} of {len(metrics)} steps"]
+    header += ["P / mean early", "late", "% of Σ Â early", "late"]
+    return markdown(header, rows) if rows else None
+
+
+def diverged(metrics: list[dict], out: Path) -> bool:
+    """Tell whether the last steps had the entropy of nearly uniform tokens, or no gradient in
+    spite of advantages."""
+    _, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
+    if any(step["advantage_variance"] for step in late) and not average(late, "grad_norm"):
+        return True
+    entropy, config = average(late, "entropy"), out / "final" / "config.json"
+    if entropy is None or not config.exists():
+        return False
+    return entropy > 0.8 * math.log(read_json(config).get("vocab_size", math.inf))
+
+
+def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
+    """List what would make one doubt the run, most serious first."""
     skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
+    left_out = len(config["problems_left_out"])
     gap, cut = average(metrics, "logprob_gap") or 0.0, average(metrics, "truncated") or 0.0
-    found = [
+    sampled = average(metrics, "mixed_groups") or 0.0
+    corrected = average(metrics, "mixed_groups_corrected") or 0.0
+    doubts = [
+        (
+            diverged(metrics, out),
+            "the model diverged: its last tokens were nearly uniform, or its gradients 0 in spite "
+            "of advantages; set --lr lower",
+        ),
         (skipped, f"{skipped} updates were skipped because their gradient was not finite"),
         (
             all(m["mixed_groups_corrected"] == 0 for m in metrics),
             "no group was ever mixed, so nothing was learned",
         ),
+        (
+            corrected < sampled,
+            f"corrections lowered the share of mixed groups from {percent(sampled)}% to "
+            f"{percent(corrected)}%, so there was less to learn from than without them",
+        ),
         (gap > 0.05, f"sampler and trainer differ by {gap:.3f} nats a token"),
         (cut > 0.1, f"{percent(cut)}% of the responses were cut at --max-new-tokens"),
         (
             wrong,
-            f"{wrong} of {config['problems']} reference solutions are not graded right (--drop-wrong-references)",
+            f"{wrong} of {config['problems']} reference solutions are not graded right "
+            "(--drop-wrong-references)",
         ),
-        (
-            config["problems_left_out"],
-            f"{len(config['problems_left_out'])} problems were left out: too long a prompt",
-        ),
+        (left_out, f"{left_out} problems were left out: too long a prompt"),
     ]
-    return [sentence for true, sentence in found if true]
+    return [sentence for doubtful, sentence in doubts if doubtful]

@@ -1,13 +1,14 @@
 """The paper's benchmarks, methods and published numbers."""
 
-PROBLEMS = dict(
+PROBLEMS = dict(  # by task, in the order of its table
     aime=30, amc=83, math=500, minerva=272, olympiad_bench=675
-)  # by task, in the order of its table
+)
 TASKS = tuple(PROBLEMS)
 CONTEXT = 4096  # tokens of prompt and response together
 
-# Name and colour of each method in all tables and figures, in their order; the two that switch EDA are not the paper's.
-# The colours are Okabe and Ito's, which the colour-blind can tell apart.
+# Name and colour in all tables and figures of each (--method, --eda where it was changed), in their
+# order. The two rows that change --eda are not the paper's. The colours are those of Okabe and Ito,
+# which the colour-blind can tell apart.
 METHODS = {
     ("sft", None): ("SFT", "#000000"),
     ("grpo", None): ("GRPO", "#0072B2"),
@@ -20,8 +21,9 @@ METHODS = {
     ("dapo", None): ("DAPO", "#8C564B"),
 }
 
-# Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. Below the table, averages of the withdrawn
-# one: the base models, and `1k-` rows trained on a 1K sample that was not chosen for hardness.
+# Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. Only the average is
+# printed for the base models, and for the withdrawn `1k-` rows, which were trained on a 1K sample
+# that was not chosen for hardness.
 TABLE = """
 1.5b-sft         29.17  6.67 28.92 46.40 12.87 24.00
 1.5b-grpo        40.26 10.00 46.99 65.00 20.59 30.37
@@ -33,25 +35,20 @@ TABLE = """
 7b-force-r       40.26 13.33 40.96 67.60 19.85 29.33
 7b-force-r-eda   45.19 26.67 50.60 68.00 28.68 35.11
 7b-edge-grpo     53.21 16.67 53.01 79.00 36.03 42.67
+1.5b-base           25.71
+1k-1.5b-sft         30.13
+1k-1.5b-grpo        40.32
+1k-1.5b-force-r     42.63
+1k-1.5b-force-r-eda 45.83
+1k-1.5b-edge-grpo   48.08
+7b-base             29.04
+1k-7b-sft           41.99
+1k-7b-grpo          46.47
+1k-7b-force-r       47.76
+1k-7b-force-r-eda   45.71
+1k-7b-edge-grpo     49.30
 """
-PUBLISHED = {
-    name: dict(zip(("average", *TASKS), map(float, numbers)))
-    for name, *numbers in map(str.split, TABLE.strip().splitlines())
-}
-PUBLISHED |= {
-    name: {"average": average}
-    for name, average in {
-        "1.5b-base": 25.71,
-        "1k-1.5b-sft": 30.13,
-        "1k-1.5b-grpo": 40.32,
-        "1k-1.5b-force-r": 42.63,
-        "1k-1.5b-force-r-eda": 45.83,
-        "1k-1.5b-edge-grpo": 48.08,
-        "7b-base": 29.04,
-        "1k-7b-sft": 41.99,
-        "1k-7b-grpo": 46.47,
-        "1k-7b-force-r": 47.76,
-        "1k-7b-force-r-eda": 45.71,
-        "1k-7b-edge-grpo": 49.30,
-    }.items()
-}
+PUBLISHED = {}
+for line in TABLE.strip().splitlines():
+    row, *numbers = line.split()
+    PUBLISHED[row] = dict(zip(("average", *TASKS), map(float, numbers)))

@@ -1,8 +1,8 @@
-"""Runs, as `compare` and `plot` read them: a folder of edge_grpo.py, a folder of eval.py's results, or a packed file.
+"""This file reads runs for `compare` and `plot`, from folders or from packed files, and packs them.
 
-A packed file, NAME.jsonl.xz, has a line for each run: its name, config.json, metrics.jsonl (a list per key),
-evals.jsonl and all summary.json. It is read as if it were a folder of these runs, so that a glob behind it chooses some
-of them: results/tiny.jsonl.xz/edge-*
+A packed file, NAME.jsonl.xz, holds one line of JSON per run: its name, config.json, metrics.jsonl
+(a list per key), evals.jsonl and every summary.json. It reads like a folder of runs, and a glob
+behind it chooses among them: results/tiny.jsonl.xz/edge-*
 """
 
 import json
@@ -21,265 +21,230 @@ from errors import UserError
 from report.paper import METHODS
 from report.tables import group
 
-WORDS = {  # of the flags whose own names are longer or say less
-    "temperature": "T = {:g}",
-    "lr": "lr {:g}",
-    "steps": "{} steps",
-    "data": "{}",
-    "model": "{}",
-    "loss": "{} loss",
-    "group_size": "G = {}",
-    "kl": "KL × {:g}",
-    "injected_weight": "injected × {:g}",
-    "eda_grad": "gradient through P",
-    "all_wrong_advantage": "A = {:g} where all are wrong",
-}
-SWITCHES = {"correction", "sft", "eda"}  # what makes a method
-APART = MAY_CHANGE | {
-    "profile",
-    "seed",
-    "method",
-}  # what makes no other experiment, or stands elsewhere
+SWITCHES = ("correction", "sft", "eda")  # flags that make a method: labels always name them
+NOT_LABELLED = MAY_CHANGE | {"profile", "seed", "method"}
 
 
 @dataclass
 class Run:
     path: Path
-    method: str  # its name in tables; of results alone: the model
+    method: str  # its name in tables; for results of eval.py alone, the model
     seed: int
     steps: int = 0  # of training
-    flags: dict[str, str] = field(default_factory=dict)  # in words
-    changed: set[str] = field(
-        default_factory=set
-    )  # those that differ from the model's and method's defaults
-    metrics: list[dict] = field(
-        default_factory=list
-    )  # a step's numbers, without those that are not defined
-    evals: list[dict] = field(default_factory=list)
-    scores: dict[tuple, dict] = field(default_factory=dict)  # by (task, way of sampling)
-    label: str = ""  # runs with the same label differ in their seed only
-    usual: list[str] = field(default_factory=list)  # changed flags that the label does not name
+    flags: dict[str, str] = field(default_factory=dict)  # those that make another experiment
+    changed: set[str] = field(default_factory=set)  # flags that differ from the method's defaults
+    metrics: list[dict] = field(default_factory=list)  # one a step, without undefined numbers
+    evals: list[dict] = field(default_factory=list)  # evaluations while it trained
+    results: dict[tuple, dict] = field(default_factory=dict)  # at its end, by (task, way)
+    analyses: list[tuple[float, dict]] = field(default_factory=list)  # (T, results of eval.py)
+    label: str = ""  # runs with one label differ only in their seed
+    common: list[str] = field(default_factory=list)  # flag=value, where the label names none
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """The runs, labelled, in the order of METHODS. UserError where there is none."""
+    """Read and label the runs, in the order of METHODS. Raises UserError if there is none."""
     runs = [make_run(path, content) for path, content in contents(paths).items()]
-    methods = group(runs, lambda r: r.method)
-    for alike in methods.values():
-        label_runs(alike, len(methods) == 1)
-    order = {name: i for i, (name, _) in enumerate(METHODS.values())}
-    return sorted(runs, key=lambda r: order.get(r.method.partition(",")[0], -1))
+    for of_method in group(runs, lambda run: run.method).values():
+        label_runs(of_method)
+    methods = list(dict(METHODS.values()))
+    return sorted(runs, key=lambda run: methods.index(run.method) if run.method in methods else -1)
 
 
-def label_runs(runs: list[Run], alone: bool) -> None:
-    """Label the runs of a method by what differs from the value that most of them have, or else from the default. Where
-    there is no other method, its name is left out of labels that have another word."""
-    named = [[] for _ in runs]
+def label_runs(runs: list[Run]) -> None:
+    """Label the runs of one method with its name and the flags in which they differ, as flag=value.
 
-    def differs(flag: str) -> bool:
-        return (
-            any(flag in r.changed for r in runs)
-            or len({r.flags[flag] for r in runs if flag in r.flags}) > 1
-        )
+    The value that most of the runs have, or else the default, is left out of the labels. `common`
+    lists what is left out so, where it is not the default. A run that is older than a flag counts
+    as one with the flag's default.
+    """
+    common, defaults = [], {}
+    for run in runs:
+        run.label, run.common = run.method, common
+        for flag in run.flags.keys() - run.changed:
+            defaults[flag] = run.flags[flag]
+    for flag in dict.fromkeys(flag for run in runs for flag in run.flags):
+        default = defaults.get(flag)
+        values = [run.flags.get(flag, default) for run in runs]
+        left_out, count = Counter(values).most_common(1)[0]
+        if 2 * count <= len(runs) or flag in SWITCHES:
+            left_out = default
+        if left_out != default:
+            common.append(f"{flag}={left_out}")
+        for run, value in zip(runs, values):
+            if value != left_out:
+                run.label += f" {flag}={value}"
 
-    for flag in dict.fromkeys(flag for r in runs for flag in r.flags if differs(flag)):
-        defaults = [r.flags[flag] for r in runs if flag in r.flags.keys() - r.changed]
-        default = defaults[0] if defaults else f"default {flag}"
-        told = [r.flags.get(flag, default) for r in runs]  # a run may be older than the flag
-        [(most, count)] = Counter(told).most_common(1)
-        usual = most if count > len(runs) / 2 else default
-        for said, r, own in zip(told, runs, named):
-            own += [said] if said != usual else []
-            r.usual += [usual] if usual not in (default, *defaults) else []
-    for r, own in zip(runs, named):
-        r.label = ", ".join(own if own and alone else [r.method, *own])
+
+def value_text(value: object) -> str:
+    """Write a flag's value for a label, with slashes between the numbers of a list."""
+    if isinstance(value, list):
+        return "/".join(map(value_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def words(flag: str, value: object) -> str:
-    plain = flag.replace("_", " ")
-    if flag == "guided_probs":
-        without = [
-            branch for branch, p in zip(("reflections", "answers", "references"), value) if p == 0
-        ]
-        plain = f"without {' and '.join(without)}" if without else "guided"
-        plain += ", with prefixes" if sum(value[3:]) else ""
-        return f"{plain} ({'/'.join(f'{p:g}' for p in value)})"
-    if flag == "eda_clamp" and value:
-        return "EDA clamp " + " and ".join(
-            f"{lo:g}–{hi:g}" for lo, hi in zip(value[::2], value[1::2])
-        )
-    if flag == "model" and (
-        run := re.search(r"([^/]+?)(-seed\d+)?/final/?$", value)
-    ):  # a warm start for each seed
-        return f"from {run[1]}"
-    if flag in WORDS and value is not False:
-        return WORDS[flag].format(value)
-    if isinstance(value, bool):
-        return plain if value else f"no {plain}"
-    return f"{plain} {value}"
+def model_name(path: str) -> str:
+    """Shorten a model's path to RUN/final or RUN/step-100, a hub id to its last two parts."""
+    parts = [part for part in Path(path).parts if part != "checkpoints"]
+    return "/".join(parts[-2:])
 
 
 def contents(paths: list[str]) -> dict[Path, dict]:
-    """What is in the files of each run, by the run's path; what is no run is skipped with a note."""
+    """Read the files of each run, by its path. Paths without a run are skipped with a note."""
     runs, skipped = {}, []
     for given in map(Path, paths):
-        here = dict(found(given))
-        runs.update(here)
-        skipped += [] if here else [str(given)]
+        found = dict(find_runs(given))
+        runs |= found
+        if not found:
+            skipped.append(str(given))
     if not runs:
         raise UserError(
-            f"{skipped[0]}: no run (config.json), no results of eval.py (summary.json) and no packed runs "
-            "(.jsonl.xz) of that name"
+            f"{skipped[0]}: no run (config.json), no results of eval.py (summary.json) and no "
+            "packed runs (.jsonl.xz) of that name"
         )
     if skipped:
         print(f"skipped, as there are no runs in them: {', '.join(skipped)}", file=sys.stderr)
     return runs
 
 
-def found(given: Path) -> Iterator[tuple[Path, dict]]:
-    """The run that a path names; those below the folder; or those of the packed file, or of the glob behind it."""
-    file = next((p for p in (given, *given.parents) if p.is_file() and p.suffix == ".xz"), None)
-    if file is not None:
-        wanted = "*" if given == file else str(given.relative_to(file))
-        yield from (
-            (file / row["name"], row) for row in read_packed(file) if fnmatch(row["name"], wanted)
+def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
+    """Find the run in a folder, or else all below it; or the runs of a packed file or glob."""
+    for file in (given, *given.parents):
+        if file.suffix == ".xz" and file.is_file():
+            wanted = "*" if given == file else str(given.relative_to(file))
+            rows = [row for row in read_packed(file) if fnmatch(row["name"], wanted)]
+            yield from ((file / row["name"], row) for row in rows)
+            return
+    config = given / "config.json"
+    if config.exists() or (given / "summary.json").exists():
+        summaries = sorted({*given.glob("summary.json"), *given.glob("eval/**/summary.json")})
+        content = dict(
+            config=read_json(config) if config.exists() else None,
+            metrics=read_lines(given / "metrics.jsonl")[0],
+            evals=read_lines(given / "evals.jsonl")[0],
+            summaries=list(map(read_json, summaries)),
         )
-    elif (given / "config.json").exists() or (given / "summary.json").exists():
-        config, summaries = (
-            given / "config.json",
-            {*given.glob("summary.json"), *given.glob("eval/**/summary.json")},
-        )
-        yield (
-            given,
-            dict(
-                config=read_json(config) if config.exists() else None,
-                metrics=read_lines(given / "metrics.jsonl")[0],
-                evals=read_lines(given / "evals.jsonl")[0],
-                summaries=[read_json(summary) for summary in sorted(summaries)],
-            ),
-        )
+        yield given, content
     elif given.is_dir():
         for child in sorted(given.iterdir()):
-            yield from found(child)
+            yield from find_runs(child)
 
 
 def read_packed(file: Path) -> list[dict]:
+    """Read the lines of a packed file; their metrics become a list of steps again."""
     try:
         with lzma.open(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+            rows = list(map(json.loads, lines))
     except (lzma.LZMAError, EOFError, ValueError):
         raise UserError(
-            f"{file}: damaged, or no file of packed runs (eval.py pack); get it anew"
+            f"{file}: damaged, or not a file of packed runs (eval.py pack); get it anew"
         ) from None
-    return [
-        {
-            **row,
-            "metrics": [
-                dict(zip(row["metrics"], values)) for values in zip(*row["metrics"].values())
-            ],
-        }
-        for row in rows
-    ]
+    for row in rows:
+        steps = zip(*row["metrics"].values())
+        row["metrics"] = [dict(zip(row["metrics"], values)) for values in steps]
+    return rows
 
 
 def pack(file: Path, paths: list[str]) -> None:
-    """Write the runs to a packed file: everything that `compare` and `plot` read, numbers of steps to 6 digits."""
+    """Write all that `compare` and `plot` read to one file, metrics to six digits.
+
+    Raises UserError for two runs of one name, or for a file name that is not NAME.jsonl.xz.
+    """
     if not file.name.endswith(".jsonl.xz"):
         raise UserError(f"--out {file}: the name of a file of packed runs ends in .jsonl.xz")
     rows = {}
     for path, content in contents(paths).items():
-        make_run(path, content)  # only what can be read again is packed
+        make_run(path, content)  # fails for what could not be read again
         if path.name in rows:
             raise UserError(
-                f"{path}: another run has the name {path.name} too; pack them into two files"
+                f"{path}: another run is also named {path.name}; pack them into two files"
             )
-        metrics = {
-            key: [rounded(line.get(key)) for line in content["metrics"]]
-            for key in dict.fromkeys(key for line in content["metrics"] for key in line)
-        }
+        metrics = {}
+        for key in dict.fromkeys(key for line in content["metrics"] for key in line):
+            metrics[key] = [rounded(line.get(key)) for line in content["metrics"]]
         rows[path.name] = {**content, "name": path.name, "metrics": metrics}
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wt", encoding="utf-8") as packed:
-        packed.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows.values())
+        for row in rows.values():
+            packed.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def rounded(v: object) -> object:
-    """A float to six significant digits, and where it is 1 or more to six behind the point."""
-    return v if not isinstance(v, float) else round(v, 6) if abs(v) >= 1 else float(f"{v:.6g}")
+def rounded(value: object) -> object:
+    """Round a float to six significant digits, or from 1 on to six digits behind the point."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
 def make_run(path: Path, content: dict) -> Run:
-    """A run from what is in its files. UserError for files of other programs."""
-    config, summaries = content["config"], content["summaries"]
+    """Make a run from the content of its files. Raises UserError for files of other programs."""
     try:
-        if config is None:
-            model = [
-                part for part in Path(summaries[0]["model"]).parts if part != "checkpoints"
-            ]  # RUN/step-100
-            run = Run(path, "/".join(model[-2:]), summaries[0]["seed"])
-        else:
-            flags = {
-                k: v
-                for k, v in config["flags"].items()
-                if not k.startswith("eval_") and k not in APART
-            }
-            changed = {"model": flags["model"], **config["changed"]}
-            said = {flag: words(flag, value) for flag, value in flags.items()}
-            run = Run(
-                path,
-                method_name(config["method"], changed),
-                config["seed"],
-                flags["steps"],
-                said,
-                changed.keys() & said.keys() - SWITCHES,
-            )
-        run.metrics = [
-            {**{k: float(v) for k, v in line.items() if v is not None}, "step": int(line["step"])}
-            for line in content["metrics"]
-        ]
-        run.evals = content["evals"]
-        run.scores = final_scores(
-            run, summaries, config["flags"].get("eval_max_new_tokens") if config else None
-        )
-        return run
-    except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        return parse_run(path, content)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(
-            f"{path}: its files were not written by edge_grpo.py or eval.py ({type(error).__name__}: "
-            f"{error}); leave that folder out"
+            f"{path}: its files were not written by edge_grpo.py or eval.py "
+            f"({type(error).__name__}: {error}); leave that folder out"
         ) from None
 
 
-def method_name(method: str, changed: dict) -> str:
-    """As in the README's tables; a switched correction or EDA makes another method."""
-    known = METHODS.get((method, changed.get("eda")))
-    name, _ = known or METHODS.get((method, None), (method, None))
-    switched = [flag for flag in changed if flag in SWITCHES and not (flag == "eda" and known)]
-    return ", ".join([name, *(words(flag, changed[flag]) for flag in switched)])
-
-
-def final_scores(run: Run, summaries: list[dict], max_new_tokens: int | None) -> dict[tuple, dict]:
-    """Numbers by (task, way of sampling): of eval.py's results where there are any (their first temperature), else of
-    the last evaluation during training. Never the best of several steps. UserError for two of the same kind."""
-    last = max((e["step"] for e in run.evals), default=None)
-    trained = [
-        (e["task"], {**e, "max_new_tokens": max_new_tokens}) for e in run.evals if e["step"] == last
-    ]
-    measured = []
+def parse_run(path: Path, content: dict) -> Run:
+    """Make a run; its results are those of eval.py, or else of its last evaluation in training,
+    and never of its best one."""
+    config, evals, summaries = content["config"], content["evals"], content["summaries"]
+    if config is None:
+        run = Run(path, model_name(summaries[0]["model"]), summaries[0]["seed"])
+    else:
+        flags = config["flags"]
+        run = Run(path, config["method"], config["seed"], flags["steps"])
+        for flag, value in flags.items():
+            if flag not in NOT_LABELLED and not flag.startswith("eval_"):
+                run.flags[flag] = value_text(value)
+        warm_start = re.sub(r"-seed\d+(?=/|$)", "", flags["model"])  # one for each seed
+        run.flags["model"] = model_name(warm_start)
+        run.changed = set(config["changed"])
+        name_method(run, config["changed"].get("eda"))
+        limit = flags.get("eval_max_new_tokens")
+        evals = [{"max_new_tokens": limit, **evaluation} for evaluation in evals]
+    for line in content["metrics"]:
+        numbers = {key: float(value) for key, value in line.items() if value is not None}
+        run.metrics.append({**numbers, "step": int(line["step"])})
+    run.evals = evals
     for summary in summaries:
-        T, result = next(iter(summary["results"].items()))
-        measured += [
-            (task, {**summary.get("settings", {}), **s, "temperature": float(T)})
-            for task, s in result["tasks"].items()
-        ]
-    again = {task for task, _ in measured}
-    scores = {}
-    for task, s in [pair for pair in trained if pair[0] not in again] + measured:
-        n, T = s["n"], s["temperature"]
-        way = "greedy" if n == 1 and T == 0 else f"T={T:g}" if n == 1 else f"avg@{n} T={T:g}"
-        if (task, way) in scores:
-            raise UserError(
-                f"{run.path}: its eval/ holds {task}, {way}, twice, say of two seeds; move one of the "
-                "folders away"
-            )
-        scores[task, way] = s
-    return scores
+        for temperature, result in summary["results"].items():
+            run.analyses.append((float(temperature), result))
+            for task, numbers in result["tasks"].items():
+                how = dict(summary.get("settings", {}), temperature=float(temperature))
+                add_result(run, task, {**how, **numbers})
+    evaluated = {task for task, _ in run.results}
+    last = max((evaluation["step"] for evaluation in evals), default=0)
+    for evaluation in evals:
+        if evaluation["step"] == last and evaluation["task"] not in evaluated:
+            add_result(run, evaluation["task"], evaluation)
+    return run
+
+
+def name_method(run: Run, eda: bool | None) -> None:
+    """Name the method as the README's tables do. eda: as it was changed from the method's own."""
+    row = (run.method, eda)
+    if row in METHODS:
+        run.flags.pop("eda", None)  # the name says it
+    else:
+        row = (run.method, None)
+    if row in METHODS:
+        run.method, _ = METHODS[row]
+
+
+def add_result(run: Run, task: str, numbers: dict) -> None:
+    """Add what was measured on a task to the run's results, by the way in which it was sampled.
+
+    Raises UserError if the task was measured twice in that way.
+    """
+    n, temperature = numbers["n"], numbers["temperature"]
+    way = "greedy" if n == 1 and temperature == 0 else f"T={temperature:g}"
+    if n > 1:
+        way = f"avg@{n} {way}"
+    if (task, way) in run.results:
+        raise UserError(
+            f"{run.path}: its eval/ holds {task}, {way}, twice, say of two seeds; move one of the "
+            "folders away"
+        )
+    run.results[task, way] = numbers

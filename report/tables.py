@@ -1,4 +1,4 @@
-"""Tables in Markdown, and what eval.py prints about one model with them."""
+"""This file makes tables in Markdown, makes text safe to print, and writes what eval.py found."""
 
 import re
 import statistics
@@ -8,11 +8,9 @@ from pathlib import Path
 
 from report.paper import PROBLEMS, PUBLISHED
 
-MIN_COUNT = 20  # how often a token must be drawn to stand in the table of tokens
-
 
 def group(items: Iterable, key: Callable) -> dict:
-    """Lists of items by key, in the order in which the keys come first."""
+    """Group items into lists by their key, in the order in which the keys first occur."""
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -20,181 +18,122 @@ def group(items: Iterable, key: Callable) -> dict:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """None where there is nothing to average; of truth values it is the share that is true."""
+    """Return the mean, or None of nothing. The mean of booleans is the share that is true."""
     values = list(values)
     return statistics.fmean(values) if values else None
 
 
+HIDDEN = re.compile(  # control, bidirectional, invisible characters and halves of others
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    r"""Write control and bidirectional characters as \x1b and the like; newlines and tabs stay.
+
+    Everything that a model wrote passes through here before it is printed: an escape sequence
+    would clear the screen, and a bidirectional override would reorder the line.
+    """
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def short(task: str) -> str:
-    """5-8 for tiny:5-8:test, which the legend names in full; the name of a file without its folders."""
-    return (
-        Path(task).stem.removeprefix("tiny:").removesuffix(":test").replace(":validation", " val.")
-    )
+    """Shorten a task for the head of a column: tiny:5-8:test is 5-8, a file has no folders."""
+    name = Path(task).stem.removeprefix("tiny:").removesuffix(":test")
+    return name.replace(":validation", " val.")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose columns also line up on a screen: the first to the left, the others to the right."""
+    """Align a table for the screen, too: the first column to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
-    aligned = [
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
-        for row in (header, *rows)
-    ]
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
-    lines = [" | ".join(row) for row in aligned]
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+    rule = ["-" * widths[0]]
+    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = []
+    for first, *others in (header, rule, *rows):
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def latex(header: list[str], rows: list[list[str]]) -> str:
-    """The same for LaTeX, without packages."""
-
-    def line(cells: list[str]) -> str:
-        text = " & ".join(re.sub(r"([&%_#$])", r"\\\1", cell) for cell in cells)
-        for sign, command in {
-            "±": r"$\pm$",
-            "×": r"$\times$",
-            "–": "--",
-            "Â": r"$\hat{A}$",
-        }.items():
-            text = text.replace(sign, command)
-        return text + r" \\"
-
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\hline",
-            line(header),
-            r"\hline",
-            *map(line, rows),
-            r"\hline",
-            r"\end{tabular}",
-        ]
-    )
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def report(result: dict, published: str | None = None) -> str:
-    """The text of what eval.py found at one temperature; `published` is a row of the paper's table."""
-    parts = [score_table(result, PUBLISHED.get(published), published)]
-    if without := result.get("without_contaminated"):
-        parts += [
-            f"without the {len(without['removed'])} problems that also stand in the training set:",
-            score_table(without) if "all" in without else "nothing is left",
-        ]
+def result_text(result: dict, published: str | None = None) -> str:
+    """Write what eval.py found at one temperature. published names a row of the paper's table."""
+    parts = [accuracy_table(result, published)]
     if "entropy" in result:
         parts.append(entropy_text(result["entropy"]))
     if "reflection" in result:
-        parts += [reflection_text(result["reflection"])]
+        parts.append(reflection_text(result["reflection"]))
     return "\n\n".join(parts)
 
 
-def score_table(result: dict, published: dict | None = None, name: str | None = None) -> str:
-    """Accuracies in percent ± standard error over problems. The paper's average stands beside its own problems only."""
-    everything = {task: s["problems"] for task, s in result["tasks"].items()} == PROBLEMS
-    extra = [k for k in result["all"] if "@" in k]
-    header = [
-        "benchmark",
-        "problems",
-        f"avg@{result['all']['n']}",
-        *([f"paper: {name}"] if published else []),
-        *extra,
-        "mean length",
-        "max length",
-        "formatted",
-        "truncated",
-    ]
+def accuracy_table(result: dict, published: str | None = None) -> str:
+    """Make a table of accuracies in percent ± standard error over problems.
+
+    The paper's average stands beside ours only if the problems are the paper's.
+    """
+    paper = PUBLISHED.get(published)
+    problems = {}
     rows = []
-    for task, s in [*result["tasks"].items(), ("average", result["all"])]:
-        paper = (published or {}).get(task) if task != "average" or everything else None
-        rows.append(
-            [
-                task,
-                str(s["problems"]),
-                f"{percent(s['accuracy'], 2)} ± {percent(s['stderr'], 2)}",
-                *([f"{paper:.2f}" if paper is not None else "–"] if published else []),
-                *(percent(s.get(k)) for k in extra),
-                f"{s['mean_length']:.0f}",
-                str(s["max_length"]),
-                percent(s["format"]),
-                percent(s["truncated"]),
-            ]
-        )
+    extra = [key for key in result["all"] if "@" in key]
+    for task, numbers in [*result["tasks"].items(), ("average", result["all"])]:
+        accuracy = f"{percent(numbers['accuracy'], 2)} ± {percent(numbers['stderr'], 2)}"
+        row = [task, str(numbers["problems"]), accuracy]
+        if paper and (task != "average" or problems == PROBLEMS):
+            row.append(number(paper.get(task), 2))
+        elif paper:
+            row.append("–")
+        row += [percent(numbers.get(key)) for key in extra]
+        row += [f"{numbers['mean_length']:.0f}", str(numbers["max_length"])]
+        rows.append([*row, percent(numbers["format"]), percent(numbers["truncated"])])
+        problems[task] = numbers["problems"]
+    header = ["benchmark", "problems", f"avg@{result['all']['n']}"]
+    if paper:
+        header.append(f"paper: {published}")
+    header += [*extra, "mean length", "max length", "formatted", "truncated"]
     return markdown(header, rows)
 
 
 def entropy_text(found: dict) -> str:
+    """Compare the entropies of correct and of wrong responses (Figure 3)."""
     if not found:
         return "entropy: there is no response with a token in it"
-    sides = [
-        ("over all responses", found["overall"]),
-        ("within each question (P / its mean)", found["within"]),
-    ]
-    rows = [
-        [
-            name,
-            str(s["correct"]),
-            str(s["wrong"]),
-            *(number(s[k]) for k in ("mean_correct", "mean_wrong", "ratio")),
-            percent(s["correct_above"]),
-            percent(s["wrong_below"]),
-        ]
-        for name, s in sides
-        if s
-    ]
-    table = markdown(
-        [
-            "entropy P",
-            "correct",
-            "wrong",
-            "mean P correct",
-            "mean P wrong",
-            "wrong / correct",
-            "% correct above average",
-            "% wrong below average",
-        ],
-        rows,
-    )
-    return table + (
-        "" if found["within"] else "\nwithin each question: needs at least two responses (--n)"
-    )
+    names = dict(overall="over all responses", within="within each question (P / its mean)")
+    rows = []
+    for key, name in names.items():
+        side = found[key]
+        if side:
+            row = [name, str(side["correct"]), str(side["wrong"])]
+            row += [number(side[key]) for key in ("mean_correct", "mean_wrong", "ratio")]
+            rows.append([*row, percent(side["correct_above"]), percent(side["wrong_below"])])
+    header = ["entropy P", "correct", "wrong", "mean P correct", "mean P wrong", "wrong / correct"]
+    header += ["% correct above average", "% wrong below average"]
+    text = markdown(header, rows)
+    if not found["within"]:
+        text += "\nwithin each question: needs at least two responses (--n)"
+    return text
 
 
-def token_text(tokens: list[tuple[str, float, int]], top: int = 12) -> str:
-    if not tokens:
-        return f"tokens by entropy: none was drawn {MIN_COUNT} times or more"
-    pairs = zip(tokens[:top], tokens[::-1][:top])
-    return markdown(
-        [
-            f"highest entropy (count >= {MIN_COUNT})",
-            "mean",
-            "count",
-            "lowest entropy",
-            "mean",
-            "count",
-        ],
-        [
-            [repr(a), number(h), str(c), repr(b), number(g), str(d)]
-            for (a, h, c), (b, g, d) in pairs
-        ],
-    )
-
-
-def reflection_text(r: dict) -> str:
+def reflection_text(found: dict) -> str:
+    """Write the accuracy of responses that reflect, and what forced reflections fix (Figure 2)."""
     text = (
-        f"reflection: {r['reflecting']} of {r['responses']} responses ({percent(r['share_reflecting'])}%) contain "
-        f"self-reflection, accuracy {percent(r['accuracy_reflecting'])}%; overall {percent(r['accuracy'])}%\n"
+        f"reflection: {found['reflecting']} of {found['responses']} responses "
+        f"({percent(found['share_reflecting'])}%) contain self-reflection, accuracy "
+        f"{percent(found['accuracy_reflecting'])}%; overall {percent(found['accuracy'])}%\n"
     )
-    if not r["fixed"]:
+    if not found["fixed"]:
         return text + "no response is wrong, so none was made to reflect"
-    rows = [[repr(phrase), percent(x)] for phrase, x in r["fixed"].items()]
-    rows.append(["average of the four", percent(r["mean_fixed"])])
-    table = markdown([f"forced reflection on the {r['wrong']} wrong responses", "% fixed"], rows)
-    return (
-        f"{text}\n{table}\non average that adds {percent(r['gain'])} points to the overall accuracy"
+    rows = [[repr(phrase), percent(share)] for phrase, share in found["fixed"].items()]
+    rows.append(["average of the four", percent(found["mean_fixed"])])
+    table = markdown(
+        [f"forced reflection on the {found['wrong']} wrong responses", "% fixed"], rows
     )
+    gain = percent(found["gain"])
+    return f"{text}\n{table}\non average that adds {gain} points to the overall accuracy"

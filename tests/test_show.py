@@ -1,5 +1,6 @@
-"""`eval.py show`: one group of a run, or one problem of an evaluation, on the terminal and as a page."""
+"""`eval.py show`: one group of a run, or one problem of an evaluation, as text and as a page."""
 
+import html
 import html.parser
 import json
 import re
@@ -10,6 +11,7 @@ import edge_grpo
 import eval as evaluation
 from errors import UserError
 from report import show
+from report.tables import visible
 
 SMALL = (
     "--steps 2 --questions-per-step 2 --group-size 4 --max-new-tokens 16 --correction-tokens 8 "
@@ -47,26 +49,75 @@ def test_a_group_is_shown_with_all_that_the_method_did_to_it(run):
     )
 
 
-def test_injected_text_is_in_brackets_or_in_colour(run):
-    rows = [
-        dict(
-            source="x:1",
-            question="1+1?",
-            answers=["2"],
-            response="It is 3.",
-            accuracy=0.0,
-            tokens=4,
-            entropy=0.5,
-            correction="reflect",
-            accuracy_corrected=1.0,
-            tokens_corrected=9,
-            advantage=1.0,
-            advantage_eda=2.0,
-            segments=[["It is 3.", False], [" Wait!", True], [" 2.", False]],
-        )
-    ]
-    plain, coloured = show.as_text(rows, 80), show.as_text(rows, 80, colour=True)
-    assert "It is 3.[ Wait!] 2." in plain and "It is 3.\x1b[35m Wait!\x1b[0m 2." in coloured
+def reflected(**changed) -> list[dict]:
+    """One row as samples.jsonl holds it."""
+    row = dict(
+        source="x:1",
+        question="1+1?",
+        answers=["2"],
+        response="It is 3.",
+        accuracy=0.0,
+        tokens=4,
+        entropy=0.5,
+        relative_entropy=0.25,
+        correction="reflect",
+        accuracy_corrected=1.0,
+        tokens_corrected=9,
+        advantage=1.0,
+        advantage_eda=4.0,
+        segments=[["It is 3.", False], [" Wait!", True], [" 2.", False]],
+    )
+    return [row | changed]
+
+
+def test_injected_text_is_in_brackets_or_in_colour():
+    plain = show.as_text(reflected(), 80)
+    coloured = show.as_text(reflected(), 80, colour=True)
+    assert "It is 3.[ Wait!] 2." in plain
+    assert "It is 3.\x1b[35m Wait!\x1b[0m 2." in coloured
+
+
+def test_the_relative_entropy_is_the_one_that_eda_divided_by():
+    """It stands in the row; only an evaluation's, or an older run's, is computed."""
+    assert "P 0.500, P/mean 0.25, A +1.00 -> +4.00" in show.as_text(reflected(), 80)
+    assert "P/mean –" in show.as_text(reflected(relative_entropy=None), 80)
+    older = reflected() + reflected(entropy=1.5) + reflected(entropy=None)
+    for row in older:
+        del row["relative_entropy"]
+    text = show.as_text(older, 80)
+    assert "P 0.500, P/mean 0.50" in text and "P 1.500, P/mean 1.50" in text
+
+
+HOSTILE = {
+    "\x1b[2J\x1b]0;title\x07": r"\x1b[2J\x1b]0;title\x07",
+    "\u202e12\u202c": r"\u202e12\u202c",
+    "\u2066\u2069\u200f\u061c": r"\u2066\u2069\u200f\u061c",
+    "50%\r100%\b\x9b": r"50%\r100%\x08\x9b",
+    "a\u2028b\ufeff\x00": r"a\u2028b\ufeff\x00",
+    "\ud83d": r"\ud83d",
+}
+
+
+@pytest.mark.parametrize("text, shown", HOSTILE.items())
+def test_what_a_model_wrote_cannot_steer_the_terminal_or_the_page(text, shown):
+    everywhere = dict(
+        source=text,
+        question=text,
+        answers=[text],
+        response=text,
+        segments=[[text, True]],  # so that the response as sampled is shown, too
+        token_texts=[text],
+        token_injected=[True],
+        token_entropies=[0.1],
+        token_logp=[-0.1],
+    )
+    rows = reflected(**everywhere)
+    for output in (show.as_text(rows, 200), show.as_page(rows)):
+        assert text not in output and output.count(html.escape(shown)) >= 4
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", output)
+        output.encode()
+    harmless = "ordinary: äñ≤√2 中文 👍\n\ttabs"
+    assert visible(harmless) == harmless
 
 
 class Spans(html.parser.HTMLParser):
