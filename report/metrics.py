@@ -13,9 +13,9 @@ from report.tables import mean
 
 SHOWN = {  # on the screen: metric and short name
     "accuracy": "acc",
-    "accuracy_corrected": "corrected",
+    "accuracy_corrected": "acc trained",
     "mixed_groups": "mixed",
-    "mixed_groups_corrected": "mixed corrected",
+    "mixed_groups_corrected": "mixed trained",
     "entropy": "entropy",
     "loss": "loss",
 }
