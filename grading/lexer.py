@@ -1,28 +1,32 @@
-"""Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op and env; glued: no space stands before it."""
+"""Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op, money and env;
+glued: no space stands before it."""
 
 import re
 
 from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
-from grading.units import UNITS
+from grading.units import CURRENCIES, GLUED, UNITS, known, number_word
 from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
 
 _LEX = re.compile(
     rf"""
     (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;|\\(?:left|right)(?![A-Za-z])\.?)+)
-  | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*\{{\d{{1,50}}\}})
+  | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*(?:\{{\d{{1,50}}\}}|\d))
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
-  | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?)
+  | (?P<date>\d{{1,2}}/\d{{1,2}}/(?:19|20)\d\d(?!\d)|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))
+  | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
+        |\d*\.(?:\d{{3}}\\,)+\d{{1,3}})
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
   | (?P<based>(?=[A-F]{{0,60}}\d)[\dA-F]{{1,60}}_(?:\d{{1,2}}(?!\d)|\{{\(?\w{{1,7}}\)?\}}))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
-  | (?P<deg>\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z])))
+  | (?P<deg>\^\s*(?:\{{\s*(?:\\circ|\\degree|o)\s*\}}|(?:\\circ|\\degree|o)(?![a-zA-Z])))
+  | (?P<currency>(?:US\s?)?\\\$|[€£¥₹¢]|(?:USD|EUR|GBP|JPY|INR|Rs)(?![A-Za-z])\.?)
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
   | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
   | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
   | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
-  | (?P<escape>\\[{{}}$%&_\#|])
+  | (?P<escape>\\[{{}}%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
   | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
@@ -34,14 +38,15 @@ _SIMPLE = {  # group -> its one token
     "clock": lambda text: ("num", re.sub(r"\s", "", text)),
     "based": lambda text: ("num", re.sub(r"[{}()]", "", text)),
     "scientific": lambda text: ("num", text),
-    "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
+    "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{?(\d+)\}?", r"(\1)", text)),
+    "date": lambda text: ("text", text),
     "blackboard": lambda text: (
         ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])
     ),
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
-_SYSTEMS = ("cases", "aligned", "align", "gathered", "split")
+_SYSTEMS = "cases aligned align gathered gather split equation multline displaymath".split()
 _BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
 
@@ -99,15 +104,18 @@ class Lexer:
     def operator(self, text, match):
         if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
             return  # what aligns, what abbreviates
-        if text == "!=" and self.glued:  # 5!=120
+        if text == "!=" and self.glued and self.after_value():  # 5!=120, but x!=5
             self.add("op", "!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
         self.add("op", _OPERATORS.get(text, text))
 
     def escape(self, text, match):
-        if text != "\\$":
-            self.operator(text, match)
+        self.operator(text, match)
+
+    def currency(self, text, match):
+        name = next(name for sign, name in CURRENCIES.items() if sign in text)
+        self.add("text" if self.after_value() else "money", name)
 
     def environment(self, text, match):
         name = "system" if match["name"] in _SYSTEMS else match["name"]
@@ -119,31 +127,35 @@ class Lexer:
 
     def letters(self, text, match):
         low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
-        bare = text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if low in WORDS:
             self.add("op", WORDS[low])
+        elif number_word(text) is not None:
+            self.add("text", text)
         elif self.in_text:  # a single letter that is no unit is a variable
             variable = len(text) == 1 and not (text in UNITS and self.after_value())
             self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
-        elif self.after_value() and (
-            bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))
-        ):
+        elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
         elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
         elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
             self.add("fn", found[1])
             self.add("id", found[2])
-        elif (
-            text in FUNCTIONS
-            or len(text) > 3
-            and not text.isupper()
-            and list(text) != sorted(set(text))
-        ):
-            self.add(*("fn", FUNCTIONS[text]) if text in FUNCTIONS else ("text", text))
+        elif text in FUNCTIONS:
+            self.add("fn", FUNCTIONS[text])
+        elif len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
+            self.add("text", text)
         else:  # short, capitals, or letters in their order: a product
             for letter in text:
                 self.add("id", letter)
+
+    def is_unit(self, text: str, next_char: str) -> bool:
+        """Whether letters outside \\text{} that follow a value are its unit."""
+        if len(text) == 1:
+            return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
+        if text.lower() in ("am", "pm") or text in GLUED:
+            return True
+        return not self.glued and next_char != "(" and text not in FUNCTIONS and known(text)
 
     def command(self, text, match):
         name = text[1:]

@@ -5,9 +5,9 @@ from fractions import Fraction
 from functools import reduce
 
 from grading.lexer import Lexer
-from grading.tree import MAX_DEPTH, Node, Unreadable, constant, num
-from grading.units import UNITS, known, multiplier
-from grading.words import NUMBERS, PHRASES
+from grading.tree import MAX_DEPTH, Node, Unreadable, constant, names, num
+from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
+from grading.words import PHRASES
 
 _RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
 _SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
@@ -39,7 +39,7 @@ def number(text: str) -> Node:
     if "_" in text:
         digits, _, base = text.partition("_")
         try:
-            return num(int(digits, NUMBERS.get(base.lower()) or int(base)))
+            return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
         except ValueError:
             raise Unreadable("base") from None
     if "(" in text:
@@ -51,6 +51,32 @@ def number(text: str) -> Node:
         Decimal(mantissa), len(mantissa.partition(".")[2]) or None
     )  # int() refuses long numerals
     return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
+
+
+def _listed(joiner: str, items: list[Node]) -> Node:
+    return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+
+
+def _continues(item: Node, previous: Node) -> bool:
+    """Whether a value with a unit goes on with a smaller one: 2 hours and 30 minutes."""
+    if item[0] != "unit" or previous[0] != "unit":
+        return False
+    factor = ratio(item[2], previous[2])
+    return factor is not None and factor < 1
+
+
+def _spoken(words: list[str]) -> Fraction:
+    """twenty five, three hundred, three quarters."""
+    total = current = Fraction(0)
+    for word in words:
+        value = number_word(word)
+        if value < 1 or multiplier(word):
+            current = (current or 1) * value
+        else:
+            current += value
+        if value >= 1000:
+            total, current = total + current, Fraction(0)
+    return total + current
 
 
 def _determinant(rows: list[tuple]) -> Node:
@@ -117,7 +143,7 @@ class Parser:
     def answer(self) -> Node:
         node = self.sequence()
         if self.accept("pmod"):
-            node = ("cong", node, self.argument())
+            node = ("cong", node, self.signed(self.atom))
         while self.accept("."):
             pass
         if self.peek()[0] != "end":
@@ -125,17 +151,22 @@ class Parser:
         return node
 
     def sequence(self) -> Node:
-        items, joiners = [self.relation()], set()
+        """A list; x=1,y=2; x=3,y=4 and x=1,y=2 or x=3,y=4 are lists of lists."""
+        groups, joiners = [[self.relation()]], set()
         while joiner := self.accept(",", ";", "or", "and"):
             while second := self.accept("or", "and"):
                 joiner = second
             joiners.add(joiner)
-            items.append(self.relation())
-        return (
-            items[0]
-            if len(items) == 1
-            else ("list", "or" if "or" in joiners else ",", tuple(items))
-        )
+            item, items = self.relation(), groups[-1]
+            if joiner == "and" and _continues(item, items[-1]):
+                items[-1] = ("add", items[-1], item)
+            elif joiner in (";", "or"):
+                groups.append([item])
+            else:
+                items.append(item)
+        kind = "or" if "or" in joiners else ","
+        lists = [_listed(",", items) for items in groups]
+        return _listed(kind, lists)
 
     def relation(self) -> Node:
         self.accept("~")
@@ -176,20 +207,34 @@ class Parser:
         return read()
 
     def product(self) -> Node:
+        if self.peek()[0] == "money":
+            return self.price(self.take()[1])
         node = self.power()
         while True:
-            if self.accept("*"):
+            if self.peek()[0] == "text" or self.is_op("/") and self.peek(1)[0] == "text":
+                node = self.unit(node)
+            elif self.accept("*"):
                 node = ("mul", node, self.signed(self.power))
             elif self.accept("/"):
                 node = ("div", node, self.signed(self.power))
             elif self.accept("mod"):
                 node = ("mod", node, self.power())
-            elif self.peek()[0] == "text":
-                node = self.unit(node)
+            elif self.is_op("(", "[") and self.peek(1)[0] == "text" and not names(node):
+                self.take()  # 24 [cm], 2 (double root)
+                node = self.unit(node, remark=True)
+                self.expect(")", "]")
             elif self.starts_atom():
                 node = self.juxtaposed(node)
             else:
                 return node
+
+    def price(self, currency: str) -> Node:
+        node = self.signed(self.product)
+        if node[0] != "unit":
+            return ("unit", node, currency + "^1")
+        if ratio(currency + "^1", node[2]) is not None:  # $5 dollars
+            return node
+        return ("unit", node[1], f"{currency}^1 {node[2]}")
 
     def starts_atom(self) -> bool:
         kind, value, _ = self.peek()
@@ -206,37 +251,43 @@ class Parser:
         )
 
     def juxtaposed(self, left: Node) -> Node:
-        if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
+        (kind, opening, _), (previous_kind, previous, _) = self.peek(), self.peek(-1)
+        if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
-        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)  # 2^6 3^5
-        if self.peek()[0] == self.peek(-1)[0] == "num" and not powers:
+        bare = "(" != opening and previous != ")"
+        if kind == previous_kind == "num" and not self.is_op("^", ahead=-2):  # 2^6 3^5
             raise Unreadable("two numbers side by side")
         right = self.power()
+        if left[0] == right[0] == "num" and bare:
+            raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
         return ("mul", left, right)
 
-    def unit(self, node: Node) -> Node:
-        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
-        names = []
-        while (
-            self.peek()[0] == "text"
-            or names
-            and self.is_op("*", "/")
-            and (self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS)
-        ):
-            sign = -1 if self.accept("/") else 1
+    def unit(self, node: Node, remark: bool = False) -> Node:
+        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 5 cups of flour, 5 per apple, 1 way.
+        What stands in a remark, or after "of" or "per", may be any words."""
+        units, aside = [], False
+        while self.peek()[0] == "text" or self.is_op("*", "/") and self.goes_on(units):
+            over = self.accept("/")
             self.accept("*")
             name = self.take()[1]
-            factor = multiplier(name)
             power = constant(self.signed(self.atom)) if self.accept("^") else 1
+            factor, is_number = multiplier(name), number_word(name) is not None
+            if power is None or name.lower() in CHANGING or is_number and (aside or not factor):
+                raise Unreadable("prose after a value")
             if factor:
                 node = ("mul", node, num(factor))
-            elif power is None or not known(name):
+            elif known(name) and not aside:
+                units.append(f"{name}^{int(-power if over else power)}")
+            elif not (aside or over or remark) and (units or constant(node) != 1):
                 raise Unreadable("prose after a value")
-            else:
-                names.append(f"{name}^{int(sign * power)}")
-        return ("unit", node, " ".join(names)) if names else node
+            aside = aside or name.lower() == "of" or bool(over) and not known(name)
+        return ("unit", node, " ".join(units)) if units else node
+
+    def goes_on(self, units: list[str]) -> bool:
+        kind, value, _ = self.peek(1)
+        return kind == "text" or bool(units) and value in UNITS
 
     # -- powers
     def power(self) -> Node:
@@ -245,7 +296,12 @@ class Parser:
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = ("pow", node, self.signed(self.atom)) if op == "^" else self.marked(node, op)
+            if op == "^":
+                node = ("pow", node, self.signed(self.atom))
+            elif op == "!" and self.accept("!"):
+                node = ("fact2", node)
+            else:
+                node = self.marked(node, op)
         return node
 
     @staticmethod
@@ -295,13 +351,20 @@ class Parser:
         return ("sym", value)
 
     def words(self, first: str) -> Node:
-        names = [first]
+        words, is_number = [first], number_word(first) is not None
         while self.peek()[0] == "text":
-            names.append(self.take()[1])
-        phrase = " ".join(names).lower()
-        if phrase in PHRASES or phrase in NUMBERS:
-            return _ATOMS[PHRASES[phrase]] if phrase in PHRASES else num(NUMBERS[phrase])
-        return ("sym", first if len(names) == 1 and len(first) == 1 else "text " + phrase)
+            if is_number and number_word(self.peek()[1]) is None:
+                break
+            words.append(self.take()[1])
+        if is_number:
+            return num(_spoken(words))
+        phrase = " ".join(words).lower()
+        if phrase in PHRASES:
+            return _ATOMS[PHRASES[phrase]]
+        ends = self.peek()[1] in ("", ",", ";", "or", "and")
+        if not ends and not set(NEGATIONS).isdisjoint(phrase.split()):
+            raise Unreadable("a negation")
+        return ("sym", first if len(phrase) == 1 else "text " + phrase)
 
     def bracket(self, opening: str) -> Node:
         if opening == "{{" and self.accept("}}"):
@@ -363,10 +426,15 @@ class Parser:
                 index = self.sum()
                 self.expect("]")
             return ("root", self.signed(self.atom), index)
+        if self.is_op("="):  # \\max = 5
+            return ("sym", name)
         if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
             return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
         low = self.atom() if self.accept("_") else None
+        if name == "log" and low and low[0] == "num" and not self.starts_atom():  # \\log_28
+            self.at -= 1
+            low = self.argument()
         high = self.signed(self.atom) if self.accept("^") else None
         return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
 
@@ -376,6 +444,8 @@ class Parser:
         args = self.function_arguments()
         if base is not None and name != "log":
             raise Unreadable("subscript of a function")
+        if name == "det" and args[0][0] == "mat":
+            return _determinant(args[0][1])
         node = (name, *args) if base is None else ("div", ("ln", *args), ("ln", base))
         return node if power is None else ("pow", node, power)
 
