@@ -91,7 +91,7 @@ class Lexer:
         return match.start() + len(text)
 
     def thousands(self, text, match):
-        if text[0] == "0":
+        if text[0] == "0" and text[1] != ".":
             return self.number(re.match(r"\d+", text).group(), match)
         self.number(re.sub(r"[^\d.]", "", text), match)
 

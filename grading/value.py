@@ -6,7 +6,7 @@ the time of the call, which other threads would see. Its exponents have no bound
 
 import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, lcm, log2
+from math import comb, factorial, gcd, lcm, log2, prod
 
 from mpmath import MPContext
 
@@ -223,6 +223,12 @@ class Evaluator:
             raise Undefined("factorial")
         return self.times(Fraction(factorial(n)), Fraction(1))
 
+    def fact2(self, a):
+        n = self.integer(a, 10**4)
+        if n < 0:
+            raise Undefined("factorial")
+        return self.times(Fraction(prod(range(n, 0, -2))), Fraction(1))
+
     def binom(self, n, k):
         n, k = self.integer(n), self.integer(k)
         if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
@@ -273,5 +279,5 @@ _OPERATIONS = {
     "max": lambda self, *args: max((real(self.eval(arg)) for arg in args), key=lift),
     "int": lambda self, *node: self.symbolic(("int", *node)),
     "lim": lambda self, *node: self.symbolic(("lim", *node)),
-    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact binom big".split()},
+    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact fact2 binom big".split()},
 }
