@@ -98,7 +98,7 @@ class Judge:
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
         quotient = None
-        for f, g, _ in self.samples(("add", left, ("neg", right)), ("add", left2, ("neg", right2))):
+        for f, g in self.samples(("add", left, ("neg", right)), ("add", left2, ("neg", right2))):
             f, g = lift(f), lift(g)
             if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
@@ -196,40 +196,32 @@ class Judge:
 
     def same_number(self, a, b):
         try:
-            x, _, scale = self.measure(a, {})
-            rounded = self.evaluator.rounded
-            y, _, scale2 = self.measure(b, {})
+            x, y = self.evaluator.value(a, {}), self.evaluator.value(b, {})
         except Undefined:
             return False
-        if is_close(x, y, max(scale, scale2)):
-            return not rounded and not self.evaluator.rounded
-        return _rounds_to(a, b, y) or _rounds_to(b, a, x)
-
-    def measure(self, node, env):
-        """(value, whether it left the reals, what cancelled), see Evaluator."""
-        value = self.evaluator.value(node, env)
-        return value, self.evaluator.unreal, self.evaluator.scale
+        return is_close(x, y) or _rounds_to(a, b, y) or _rounds_to(b, a, x)
 
     def samples(self, a, b):
-        """(value of a, of b, scale of both) at random points where both have one; where nothing
-        leaves the reals, if possible. self.sampled counts them."""
-        letters, both = names(a, b), ("list", a, b)
+        """(value of a, of b) at random points where both have one; where nothing leaves the reals,
+        if possible. self.sampled counts them."""
+        letters, both, evaluator = names(a, b), ("list", a, b), self.evaluator
         coarse = has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in letters)
         wanted, self.sampled = 20 if coarse else 12, 0
         for unreal_allowed in (True,) if has(both, "i") else (False, True):
             for attempt in range(4 * wanted):
                 env = _draw(letters, attempt)
                 try:
-                    x, unreal, scale = self.measure(a, env)
-                    y, unreal2, scale2 = self.measure(b, env)
+                    x = evaluator.value(a, env)
+                    unreal = evaluator.unreal
+                    y = evaluator.value(b, env)
                 except Undefined:
                     if attempt > 11 and not self.sampled:
                         break
                     continue
-                if (unreal or unreal2) and not unreal_allowed:
+                if (unreal or evaluator.unreal) and not unreal_allowed:
                     continue
                 self.sampled += 1
-                yield x, y, max(scale, scale2)
+                yield x, y
                 if self.sampled == wanted:
                     return
             if self.sampled:

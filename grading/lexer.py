@@ -82,6 +82,8 @@ class Lexer:
 
     def after_value(self) -> bool:
         kind, value = self.tokens[-1][:2] if self.tokens else ("", "")
+        if value == "/" and len(self.tokens) > 1:  # km/hr
+            return self.tokens[-2][0] == "text"
         return kind in ("num", "text") or kind == "op" and value in ("}", ")", "pi", "deg", "%")
 
     def number(self, text, match):
