@@ -139,7 +139,11 @@ class Judge:
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
         left, right = a[2], b[2]
-        if a[3] == b[3] == ":" and (a[1], b[1]) != ("clock", "clock") and num(0) not in left + right:
+        if (
+            a[3] == b[3] == ":"
+            and (a[1], b[1]) != ("clock", "clock")
+            and num(0) not in left + right
+        ):
             scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
             return self.each(scaled, [("mul", item, left[0]) for item in right])
         return (a[1], a[3]) == (b[1], b[3]) and self.each(left, right)

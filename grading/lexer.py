@@ -1,5 +1,4 @@
-"""Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op, money and env;
-glued: no space stands before it."""
+"""Text -> tokens (kind, value): kinds are num, id, text, fn, op, money and env."""
 
 import re
 
@@ -77,11 +76,11 @@ class Lexer:
         return self.tokens
 
     def add(self, kind: str, value) -> None:
-        self.tokens.append((kind, value, self.glued))
+        self.tokens.append((kind, value))
         self.glued = True
 
     def after_value(self) -> bool:
-        kind, value = self.tokens[-1][:2] if self.tokens else ("", "")
+        kind, value = self.tokens[-1] if self.tokens else ("", "")
         if value == "/" and len(self.tokens) > 1:  # km/hr
             return self.tokens[-2][0] == "text"
         return kind in ("num", "text") or kind == "op" and value in ("}", ")", "pi", "deg", "%")

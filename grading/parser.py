@@ -93,7 +93,7 @@ class Parser:
     """Raises Unreadable."""
 
     def __init__(self, tokens: list[tuple]):
-        self.tokens = [*tokens, *[("end", "", False)] * 9]
+        self.tokens = [*tokens, *[("end", "")] * 9]
         self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
 
     # -- the stream
@@ -105,7 +105,7 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value, _ = self.tokens[self.at + ahead]
+        kind, value = self.tokens[self.at + ahead]
         return kind == "op" and value in values
 
     def accept(self, *values) -> str | None:
@@ -131,7 +131,7 @@ class Parser:
         """One token or one group, as text."""
         words, depth = [], 0
         while True:
-            kind, value, _ = self.take()
+            kind, value = self.take()
             if kind == "end":
                 raise Unreadable("unbalanced")
             words.append(value)
@@ -237,21 +237,15 @@ class Parser:
         return ("unit", node[1], f"{currency}^1 {node[2]}")
 
     def starts_atom(self) -> bool:
-        kind, value, _ = self.peek()
+        kind, value = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        return (
-            value in _STARTS
-            or value == "|"
-            and not self.bars
-            and (
-                self.depth > 0
-                or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1 :])
-            )
-        )
+        if value == "|" and not self.bars:  # a bar that opens, not the one of divides
+            return self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
+        return value in _STARTS
 
     def juxtaposed(self, left: Node) -> Node:
-        (kind, opening, _), (previous_kind, previous, _) = self.peek(), self.peek(-1)
+        (kind, opening), (previous_kind, previous) = self.peek(), self.peek(-1)
         if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
         bare = "(" != opening and previous != ")"
@@ -286,7 +280,7 @@ class Parser:
         return ("unit", node, " ".join(units)) if units else node
 
     def goes_on(self, units: list[str]) -> bool:
-        kind, value, _ = self.peek(1)
+        kind, value = self.peek(1)
         return kind == "text" or bool(units) and value in UNITS
 
     # -- powers
@@ -314,15 +308,13 @@ class Parser:
 
     # -- atoms
     def argument(self) -> Node:
-        kind, value, glued = self.peek()
-        if (
-            kind == "num" and value.isdigit() and len(value) > 1
-        ):  # \\frac12: the arguments are single digits
-            self.tokens[self.at : self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
+        kind, value = self.peek()
+        if kind == "num" and value.isdigit() and len(value) > 1:  # \\frac12: single digits
+            self.tokens[self.at : self.at + 1] = [(kind, value[0]), (kind, value[1:])]
         return self.signed(self.atom)
 
     def atom(self) -> Node:
-        kind, value, _ = self.take()
+        kind, value = self.take()
         if kind == "op" and value in _ATOMS:
             return _ATOMS[value]
         if kind in ("num", "id", "text"):
@@ -374,14 +366,11 @@ class Parser:
         items = node[2] if node[0] == "list" else (node,)
         if opening == "{{":
             return ("set", items)
-        if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
+        brackets = opening + closing
+        if opening == "{" or len(items) == 1 and brackets in ("()", "[]"):
             return node
-        if (
-            node[0] != "list"
-            or node[1] == "or"
-            or opening + closing in ("(]", "[)")
-            and len(items) != 2
-        ):
+        half_open = brackets in ("(]", "[)")
+        if node[0] != "list" or node[1] == "or" or half_open and len(items) != 2:
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
 
@@ -452,20 +441,15 @@ class Parser:
     def function_arguments(self) -> tuple:
         if self.is_op("{{", "(", "{", "["):  # max{a, b}
             node = self.nested(self.atom)
-            return (
-                node[1]
-                if node[0] == "set"
-                else node[2]
-                if node[0] in ("tuple", "list")
-                else (node,)
-            )
+            if node[0] == "set":
+                return node[1]
+            return node[2] if node[0] in ("tuple", "list") else (node,)
         negative = self.accept("-")
         node = self.power()
-        while (
-            self.starts_atom()
-            and not self.is_op("(")
-            and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num")
-        ):
+        while self.starts_atom() and not self.is_op("("):
+            kind, value = self.peek()
+            if kind == "fn" and (value != "frac" or node[0] != "num"):
+                break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
@@ -474,19 +458,14 @@ class Parser:
         if low is None:
             return ("mul", ("sym", name), self.product())
         sign = "to" if name == "lim" else "="
-        if (
-            low[0] != "rel"
-            or low[1][1::2] != (sign,)
-            or low[1][0][0] not in ("sym", "const")
-            or (high is None) != (name == "lim")
-        ):
+        if low[0] != "rel" or low[1][1::2] != (sign,) or (high is None) != (name == "lim"):
             raise Unreadable("bounds")
-        (_, variable), _, start = low[1]
+        (kind, variable, *_), _, start = low[1]
+        if kind not in ("sym", "const"):
+            raise Unreadable("bounds")
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
-        return (
-            ("lim", variable, start, body)
-            if name == "lim"
-            else ("big", name, variable, start, high, body)
-        )
+        if name == "lim":
+            return ("lim", variable, start, body)
+        return ("big", name, variable, start, high, body)

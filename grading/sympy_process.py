@@ -100,7 +100,11 @@ def serve() -> None:
     # These are meant for its parent, which may have answers yet to grade.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for text in (r"\sum_{n=0}^\infty \frac{1}{n!}", r"\int_0^1 x dx", r"\lim_{x \to 0} \frac{x}{x}"):
+    for text in (
+        r"\sum_{n=0}^\infty \frac{1}{n!}",
+        r"\int_0^1 x dx",
+        r"\lim_{x \to 0} \frac{x}{x}",
+    ):
         same(text, "0.3")  # so that sympy has loaded all that it needs
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     pipe = Connection(int(sys.argv[1]))

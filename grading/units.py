@@ -83,31 +83,19 @@ CHANGING = {
 }
 _KNOWN = {*UNITS, *_SPEEDS, *_COUNTED}
 
-
-def _number_words() -> dict[str, Fraction]:
-    """one: 1, twenty: 20, million: 10^6, third: 1/3, millionth: 10^-6 and so on."""
-    words = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-        fifteen sixteen seventeen eighteen nineteen""".split()
-    values = {word: Fraction(value) for value, word in enumerate(words)}
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-    for value, word in enumerate(tens, 2):
-        values[word] = Fraction(10 * value)
-    large = """thousand million billion trillion quadrillion quintillion sextillion septillion
-        octillion nonillion decillion""".split()
-    for power, word in enumerate(large, 1):
-        values[word] = Fraction(1000**power)
-    values |= {"hundred": Fraction(100), "lakh": Fraction(10**5), "crore": Fraction(10**7)}
-    irregular = {"five": "fif", "eight": "eigh", "nine": "nin", "twelve": "twelf"}
-    for word, value in list(values.items()):
-        if value > 3:
-            stem = irregular.get(word, word[:-1] + "ie" if word[-1] == "y" else word)
-            values[stem + "th"] = 1 / value
-    parts = {"half": 2, "third": 3, "quarter": 4}
-    values |= {word: Fraction(1, value) for word, value in parts.items()}
-    return values | {"dozen": Fraction(12), "score": Fraction(20)}
-
-
-NUMBERS = _number_words()
+_NUMBERS = """
+zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12
+thirteen 13 fourteen 14 fifteen 15 sixteen 16 seventeen 17 eighteen 18 nineteen 19 twenty 20
+thirty 30 forty 40 fifty 50 sixty 60 seventy 70 eighty 80 ninety 90 dozen 12 score 20 hundred 100
+thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12 quadrillion 1e15
+quintillion 1e18 sextillion 1e21 septillion 1e24 octillion 1e27 nonillion 1e30 decillion 1e33
+half 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 eighth 1/8 ninth 1/9 twelfth 1/12 twentieth 1/20
+thirtieth 1/30 fortieth 1/40 fiftieth 1/50 sixtieth 1/60 seventieth 1/70 eightieth 1/80
+ninetieth 1/90""".split()
+NUMBERS = dict(zip(_NUMBERS[::2], map(Fraction, _NUMBERS[1::2])))
+for _name, _value in list(NUMBERS.items()):
+    if _value > 3:
+        NUMBERS.setdefault(_name + "th", 1 / _value)
 
 
 def number_word(word: str) -> Fraction | None:
