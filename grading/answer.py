@@ -33,7 +33,7 @@ def _squash(text: str) -> str:
 
 def _prose(text: str) -> str | None:
     """The letters of an answer that consists of words, None if it does not."""
-    text = re.sub(_MARKUP + r"|[{}()$~]", "", text).strip()
+    text = re.sub(_MARKUP + r"|[{}()$~\"]", "", text).strip()
     text = re.sub(r"\s", "", _ARTICLE.sub("", text)).rstrip(".")
     return text if text.isalpha() else None
 

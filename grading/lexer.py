@@ -12,13 +12,14 @@ _LEX = re.compile(
   | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*(?:\{{\d{{1,50}}\}}|\d))
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
   | (?P<date>\d{{1,2}}/\d{{1,2}}/(?:19|20)\d\d(?!\d)|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))
-  | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
+  | (?P<thousands>(?<![_^])\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
         |\d*\.(?:\d{{3}}\\,)+\d{{1,3}})
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
   | (?P<based>(?=[A-F]{{0,60}}\d)[\dA-F]{{1,60}}_(?:\d{{1,2}}(?!\d)|\{{\(?\w{{1,7}}\)?\}}))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
-  | (?P<deg>\^\s*(?:\{{\s*(?:\\circ|\\degree|o)\s*\}}|(?:\\circ|\\degree|o)(?![a-zA-Z])))
+  | (?P<deg>\^\s*(?:\{{\s*\\(?:circ|degree)\s*\}}|\\(?:circ|degree)(?![a-zA-Z]))
+        |(?<=[\d}})])\^(?:\{{o\}}|o(?![a-zA-Z])))
   | (?P<currency>(?:US\s?)?\\\$|[€£¥₹¢]|(?:USD|EUR|GBP|JPY|INR|Rs)(?![A-Za-z])\.?)
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
   | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
@@ -134,7 +135,10 @@ class Lexer:
             self.add("text", text)
         elif self.in_text:  # a single letter that is no unit is a variable
             variable = len(text) == 1 and not (text in UNITS and self.after_value())
-            self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
+            if text == "to" and self.tokens and self.tokens[-1][0] == "num":  # 3 to 4
+                self.add("op", ":")
+            else:
+                self.add("id" if variable else "text", text)
         elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
         elif low in PLAIN and text in (low, low.capitalize()):
@@ -154,7 +158,7 @@ class Lexer:
         """Whether letters outside \\text{} that follow a value are its unit."""
         if len(text) == 1:
             return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
-        if text.lower() in ("am", "pm") or text in GLUED:
+        if text.lower() in ("am", "pm") or text in GLUED or text[:-1] in GLUED and text[-1] == "s":
             return True
         return not self.glued and next_char != "(" and text not in FUNCTIONS and known(text)
 

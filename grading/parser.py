@@ -65,6 +65,13 @@ def _continues(item: Node, previous: Node) -> bool:
     return factor is not None and factor < 1
 
 
+def _is_part(node: Node) -> bool:
+    """1 or a fraction below it, which a noun in the singular may follow."""
+    over, under = node[1:] if node[0] == "div" else (node, num(1))
+    over, under = constant(over), constant(under)
+    return over is not None and under is not None and 0 < over <= under
+
+
 def _spoken(words: list[str]) -> Fraction:
     """twenty five, three hundred, three quarters."""
     total = current = Fraction(0)
@@ -194,8 +201,13 @@ class Parser:
         node, op = None, self.accept(*_SIGNS) or "+"
         while op:
             term = self.signed(self.product)
-            term = ("neg", term) if op == "-" else term
-            node = (_SIGNS[op], node, term) if node or op in ("+-", "-+") else term
+            if op == "-" and term[0] == "set" and node:  # R - {0}
+                op = "minus"
+            elif op == "-":
+                term = ("neg", term)
+            if node or op in ("+-", "-+"):
+                term = (_SIGNS.get(op, op), node, term)
+            node = term
             op = self.accept(*_SIGNS)
         return node
 
@@ -274,7 +286,7 @@ class Parser:
                 node = ("mul", node, num(factor))
             elif known(name) and not aside:
                 units.append(f"{name}^{int(-power if over else power)}")
-            elif not (aside or over or remark) and (units or constant(node) != 1):
+            elif not (aside or over or remark) and (units or not _is_part(node)):
                 raise Unreadable("prose after a value")
             aside = aside or name.lower() == "of" or bool(over) and not known(name)
         return ("unit", node, " ".join(units)) if units else node
@@ -380,6 +392,8 @@ class Parser:
         node = self.sum()
         self.expect(closing)
         self.bars -= opening == "|"
+        if node[0] == "mat" and name == "abs":
+            return _determinant(node[1])
         return (name, node)
 
     def matrix(self, _) -> Node:

@@ -72,14 +72,14 @@ _COUNTED = set(
     ago away later old tall long wide high deep different full whole apart us st nd rd th""".split()
 )
 NEGATIONS = """
-no not never wrong incorrect incorrectly false except without impossible invalid rejected extraneous
-unlike neither nor isn untrue mistake mistaken error unless maybe perhaps""".split()
+no not but never wrong incorrect incorrectly false except without impossible invalid rejected extraneous
+unlike neither nor isn untrue mistake mistaken error unless maybe perhaps than""".split()
 CHANGING = {
     *NEGATIONS,
     *"""
     times plus minus is was has does always otherwise equals this others thus his its yes as fails
     exceeds differs means gives makes seems appears becomes lacks misses needs requires contradicts
-    negatives inverses reciprocals""".split(),
+    less fewer greater smaller least most between negatives inverses reciprocals""".split(),
 }
 _KNOWN = {*UNITS, *_SPEEDS, *_COUNTED}
 
@@ -141,7 +141,7 @@ def _dimensions(text: str) -> tuple[dict, Fraction]:
             if spelling in UNITS:
                 singular = spelling
                 break
-        if singular in _COUNTED:
+        if low in _COUNTED or singular in _COUNTED:
             continue
         dimension, scale = UNITS.get(singular, (singular, Fraction(1)))
         dimension, _, cube = dimension.partition("^")

@@ -53,7 +53,7 @@ _SYMBOLS = _table(r"""
     < lt
     > gt
     != ne neq
-    ~ approx simeq
+    ~ approx simeq sim
     +- pm
     -+ mp
     cup cup bigcup
@@ -128,7 +128,7 @@ PLAIN = {
 } | {"sqrt": ("fn", "sqrt")}
 PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
 PHRASES |= dict.fromkeys(
-    ["none", "no solution", "no solutions", "no real solutions", "empty set"], "empty"
+    ["none", "no solution", "no solutions", "no real solutions", "empty set", "the empty set"], "empty"
 )
 
 # Spellings that are others in disguise, in the order in which they are rewritten. Each rule is a
@@ -201,7 +201,7 @@ frac
 => (\1)
 
 ]
-^\](?=[^()[\]]+\]$)
+^(?:\\left\s?)?\](?=[^()[\]]+\]$)
 => (
 
 [
@@ -423,7 +423,7 @@ def _spell(char: str) -> str:
     over, slash, under = unicodedata.normalize("NFKC", char).partition("⁄")
     if slash:
         return f"\\frac{{{over}}}{{{under}}}"
-    return "" if unicodedata.category(char) == "Cf" else over
+    return "" if unicodedata.category(char) == "Cf" else _UNICODE.get(over, over)
 
 
 def plain(text: str) -> str:
