@@ -55,7 +55,7 @@ from grading.tree import NeedsSympy
 
 # \boxed{, or \boxed with TeX's other arguments (a number, a letter, a command); or a brace.
 _BOX = re.compile(
-    r"\\{1,2}boxed\s*(?P<open>\{|(?P<bare>\d+(?:\.\d+)?|[A-Z](?![A-Za-z])|\\[a-zA-Z]+(?!\s*[{a-zA-Z])))"
+    r"\\{1,2}boxed\s*(?P<open>\{|(?P<bare>\d+(?:\.\d+)?|[A-Z](?![A-Za-z])|\\[a-zA-Z]+(?!\s*[{a-zA-Z\d])))"
     r"|\\.|[{}]",
     re.DOTALL,
 )

@@ -109,16 +109,20 @@ class Evaluator:
 
     # -- arithmetic
     def apply(self, operation, a: Number, b: Number) -> Number:
-        """Exact where both sides are."""
+        """Exact where both sides are, unless that is too large to hold."""
         if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
             if operation == operator.truediv and not isinstance(b, Fraction) and size(b) <= NOISE:
                 raise Undefined("division by what rounds to zero")
             return operation(lift(a), lift(b))
         value = operation(a, b)
         self.steps -= _bits(value) // 40
-        if _bits(value) > MAX_BITS:
+        return value if _bits(value) <= MAX_BITS else self.rounded(value)
+
+    def rounded(self, value: Fraction) -> Number:
+        """A number too large to hold: at random points its digits will do, as an answer not."""
+        if not self.env:
             raise Undefined("too large a number")
-        return value
+        return lift(value)
 
     def binary(self, operation, a: Node, b: Node) -> Number:
         return self.apply(operation, self.eval(a), self.eval(b))
@@ -134,9 +138,9 @@ class Evaluator:
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
             if abs(a) in (0, 1):
                 return a ** (int(b) % 2 if a < 0 else 1)
-            if _bits(a) * abs(b) > MAX_BITS:
-                raise Undefined("too large a power")
-            return self.apply(operator.pow, a, b)
+            if _bits(a) * abs(b) <= MAX_BITS:
+                return self.apply(operator.pow, a, b)
+            a = self.rounded(a)
         self.steps -= 20
         a, b = lift(a), lift(b)
         self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
