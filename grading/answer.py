@@ -68,7 +68,8 @@ def _same_words(a: str, b: str) -> bool:
 
 
 def same(answer: str, gold: str) -> bool:
-    """Whether two answers are equal; not, if one is unreadable or has no value. Raises NeedsSympy."""
+    """Whether two answers are equal; not, if one is unreadable or has no value. Raises
+    NeedsSympy."""
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return int(answer) == int(gold)
     left, right = _squash(answer), _squash(gold)

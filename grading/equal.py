@@ -1,7 +1,6 @@
 """Two trees -> equal? The rules are told in words at the top of reward.py."""
 
 import random
-from collections import Counter
 from fractions import Fraction
 
 from grading.region import is_region, same_region
@@ -66,10 +65,11 @@ class Judge:
         _, modulus, residues, left = a
         if b[0] != "residues":  # 5 mod 7
             return left is None and len(residues) == 1 and self.same(residues[0], b)
-        if modulus != b[1] or left and b[3] and not self.same(left, b[3]):
+        _, modulus2, residues2, left2 = b
+        if modulus != modulus2 or left and left2 and not self.same(left, left2):
             return False
-        reduced, reduced2 = ({constant(residue) % modulus for residue in x[2]} for x in (a, b))
-        return reduced == reduced2
+        reduced = {constant(residue) % modulus for residue in residues}
+        return reduced == {constant(residue) % modulus for residue in residues2}
 
     def same_assign(self, a, b):
         if b[0] == "assign":
@@ -90,7 +90,8 @@ class Judge:
         letters = {str(name[1]).partition("_")[0] for name, _ in a[1]}
         if b[0] == "list" and len(letters) == 1:
             return self.same_list(("list", ",", values), b)  # x_1 = 2, x_2 = 3: in any order
-        return (b[0] == "list" or b[:2] == ("tuple", "(")) and self.each(values, b[2])
+        is_point = b[0] == "list" or b[:2] == ("tuple", "(")
+        return is_point and self.each(values, b[2])
 
     def same_eq(self, a, b):
         return b[0] == "eq" and self.proportional(*a[1:], *b[1:])
@@ -98,7 +99,9 @@ class Judge:
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
         quotient = None
-        for f, g in self.samples(("add", left, ("neg", right)), ("add", left2, ("neg", right2))):
+        first = ("add", left, ("neg", right))
+        second = ("add", left2, ("neg", right2))
+        for f, g in self.samples(first, second):
             f, g = lift(f), lift(g)
             if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
@@ -112,19 +115,19 @@ class Judge:
     def same_set(self, a, b):
         if b[0] not in ("list", "set"):
             return len(a[1]) == 1 and self.same(a[1][0], b)
-        left, right = a[1], b[-1]
-        if max(len(left), len(right)) > MAX_LIST:
-            return Counter(left) == Counter(right)
-        return self.covers(left, right) and self.covers(right, left)
+        _check_length(a[1], b[-1])
+        return self.covers(a[1], b[-1]) and self.covers(b[-1], a[1])
 
     def covers(self, left, right) -> bool:
-        return all(any(self.both(item, other) for other in right) for item in left)
+        for item in left:
+            if not any(self.both(item, other) for other in right):
+                return False
+        return True
 
     def same_list(self, a, b):
         if b[0] != "list" or len(a[2]) != len(b[2]):
             return False
-        if len(a[2]) > MAX_LIST:
-            return Counter(a[2]) == Counter(b[2])
+        _check_length(a[2])
         remaining = list(b[2])
         for item in a[2]:
             for other in remaining:
@@ -139,14 +142,13 @@ class Judge:
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
         left, right = a[2], b[2]
-        if (
-            a[3] == b[3] == ":"
-            and (a[1], b[1]) != ("clock", "clock")
-            and num(0) not in left + right
-        ):
+        are_times = a[1] == b[1] == "clock"
+        if a[3] == b[3] == ":" and not are_times and num(0) not in left + right:
             scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
-            return self.each(scaled, [("mul", item, left[0]) for item in right])
-        return (a[1], a[3]) == (b[1], b[3]) and self.each(left, right)
+            scaled2 = [("mul", item, left[0]) for item in right]
+            return self.each(scaled, scaled2)
+        same_brackets = a[1] == b[1] and a[3] == b[3]
+        return same_brackets and self.each(left, right)
 
     def same_mat(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
@@ -168,18 +170,22 @@ class Judge:
             factor = ratio(a[2], b[2])
             if factor is None:
                 return False
-            return self.same(a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1])
+            value = a[1] if factor == 1 else ("mul", num(factor), a[1])
+            return self.same(value, b[1])
         if self.same(settle(a[1]), b):
             return True
         spelt = a[1]
         for letter in a[2].partition("^")[0]:  # 5 m or 5 kT, where k and T could be letters
             spelt = ("mul", spelt, ("sym", letter))
-        return " " not in a[2] and bool(names(b)) and self.same_expression(spelt, b)
+        if " " in a[2] or not names(b):
+            return False
+        return self.same_expression(spelt, b)
 
     def same_percent(self, a, b):
         if b[0] == "percent":
             return self.same(a[1], b[1])
-        return self.same_expression(a[1], b) or self.same_expression(("div", a[1], num(100)), b)
+        hundredth = ("div", a[1], num(100))
+        return self.same_expression(a[1], b) or self.same_expression(hundredth, b)
 
     def same_expression(self, a, b):
         evaluator = self.evaluator
@@ -188,15 +194,17 @@ class Judge:
             readings.append((True, False))
         if has(a, "log") or has(b, "log"):
             readings.append((False, True))
+        same = self.same_function if names(a, b) else self.same_number
         for evaluator.degree, evaluator.decimal_log in readings:
-            if self.same_value(a, b):
+            if same(a, b):
                 return True
         return False
 
-    def same_value(self, a, b):
-        if not names(a, b):
-            return self.same_number(a, b)
-        return all(is_close(*sample) for sample in self.samples(a, b)) and self.sampled > 2
+    def same_function(self, a, b):
+        for x, y in self.samples(a, b):
+            if not is_close(x, y):
+                return False
+        return self.sampled > 2
 
     def same_number(self, a, b):
         try:
@@ -209,9 +217,14 @@ class Judge:
         """(value of a, of b) at random points where both have one; where nothing leaves the reals,
         if possible. self.sampled counts them."""
         letters, both, evaluator = names(a, b), ("list", a, b), self.evaluator
-        coarse = has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in letters)
-        wanted, self.sampled = 20 if coarse else 12, 0
-        for unreal_allowed in (True,) if has(both, "i") else (False, True):
+        are_integers = _INTEGERS.issuperset(name[0] for name in letters)
+        wanted = 12
+        if are_integers or has(both, "floor", "ceil", "mod"):
+            wanted = 20
+        self.sampled = 0
+        for unreal_allowed in (False, True):
+            if has(both, "i") and not unreal_allowed:
+                continue
             for attempt in range(4 * wanted):
                 env = _draw(letters, attempt)
                 try:
@@ -236,6 +249,12 @@ def _kind(node: Node) -> str:
     if is_region(node):
         return "region"
     return "mat" if _as_matrix(node) else node[0]
+
+
+def _check_length(*lists: tuple) -> None:
+    """Raises Undefined for lists that are too long to compare in any order."""
+    if max(map(len, lists)) > MAX_LIST:
+        raise Undefined("too long a list")
 
 
 def _is_constant(node: Node) -> bool:
@@ -263,25 +282,26 @@ def _draw(letters: list[str], attempt: int) -> dict[str, Fraction]:
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter
     decimal expansion."""
-    sign, exponent = 1, 0
-    if decimal[0] == "neg":
-        sign, decimal = -1, decimal[1]
+    exponent = num(0)
     if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)):
-        exponent = constant(decimal[2][2])
-        decimal = decimal[1]
-    if decimal[0] != "num" or not decimal[2] or exponent is None or abs(exponent) > 400:
+        exponent, decimal = decimal[2][2], decimal[1]
+    power = constant(exponent)
+    number = decimal[1] if decimal[0] == "neg" else decimal
+    if number[0] != "num" or not number[2] or power is None or abs(power) > 400:
         return False
     if other[0] == "num" and (other[2] or other[1].denominator == 1):
         return False
-    scaled = sign * lift(value) * mp.mpf(10) ** (decimal[2] - int(exponent))
-    written = decimal[1] * 10 ** decimal[2]
-    if written < 10**9 or not mp.isfinite(scaled) or scaled.imag:
+    scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
+    written = constant(decimal) * 10 ** number[2]
+    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag:
         return False
-    if abs(scaled - mp.nint(scaled)) <= 1e-30:
+    nearest = mp.nint(scaled)
+    if abs(scaled - nearest) <= 1e-30:
         return False
-    if written > 10**15:  # a double's digits
+    if abs(written) > 10**15:  # a double's digits
         return abs(scaled - lift(written)) <= 1
-    return lift(written) in (mp.nint(scaled), mp.floor(scaled))
+    cut = mp.floor(scaled) if scaled > 0 else mp.ceil(scaled)
+    return lift(written) in (nearest, cut)
 
 
 def _as_matrix(node: Node) -> tuple | None:
@@ -293,6 +313,10 @@ def _as_matrix(node: Node) -> tuple | None:
         return None
     for k, part in enumerate(parts[:1] if kind == "div" else parts):
         rows, others = _as_matrix(part), parts[:k] + parts[k + 1 :]
-        if rows and not has(("list", *others), "mat"):
-            return tuple(tuple((kind, cell, *others) for cell in row) for row in rows)
+        if not rows or has(("list", *others), "mat"):
+            continue
+        multiples = []
+        for row in rows:
+            multiples.append(tuple((kind, cell, *others) for cell in row))
+        return tuple(multiples)
     return None

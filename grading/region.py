@@ -10,10 +10,14 @@ _NEAR = Fraction(1, 10**50)  # such close ones are equal
 _PROBES = [Fraction(x) for x in "-1e99 -1234.5 -17 -2.7 0 1.9 23 4321.5 1e99".split()]
 
 
+_ENDS = {"(": "<", ")": "<", "[": "<=", "]": "<="}
+
+
 def is_region(node: Node) -> bool:
     """Inequalities, unions and the like, which only sets of reals equal."""
-    kinds = {item[0] for item in node[2]} if node[0] == "list" else {node[0]}
-    return bool(kinds & {"less"}) or node[0] in ("cup", "cap", "minus")
+    if node[0] == "list":
+        return any(item[0] == "less" for item in node[2])
+    return node[0] in ("less", "cup", "cap", "minus")
 
 
 def _bound(node: Node) -> set[str]:
@@ -23,7 +27,8 @@ def _bound(node: Node) -> set[str]:
         if part[0] == "less":
             for left, _, right in part[1]:
                 sides += [left, right]
-    return {side[1] for side in sides if side[0] == "sym"} or set(names(*sides))
+    letters = {side[1] for side in sides if side[0] == "sym"}
+    return letters or set(names(*sides))
 
 
 def _parts(node: Node) -> tuple:
@@ -75,9 +80,9 @@ class Region:
     def crossings(self, left: Node, right: Node) -> list:
         """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities
         too."""
-        constants = [self.number(side) for side in (left, right) if self.name not in names(side)]
-        if constants and ("sym", self.name) in (left, right):
-            return constants
+        for variable, other in ((left, right), (right, left)):
+            if variable == ("sym", self.name) and self.name not in names(other):
+                return [self.number(other)]
 
         def difference(x: int):
             return self.number(left, Fraction(x)) - self.number(right, Fraction(x))
@@ -94,8 +99,8 @@ class Region:
         kind = node[0]
         if kind == "tuple":
             low, high = map(self.number, node[2])
-            above = _holds(low, "<=" if node[1] == "[" else "<", x)
-            return above and _holds(x, "<=" if node[3] == "]" else "<", high)
+            above = _holds(low, _ENDS[node[1]], x)
+            return above and _holds(x, _ENDS[node[3]], high)
         if kind == "set":
             return any(not _holds(self.number(item), "!=", x) for item in node[1])
         if kind == "less":
@@ -106,11 +111,13 @@ class Region:
             except Undefined:
                 return False
             return True
-        inside = [self.contains(part, x) for part in _parts(node)]
+        parts = _parts(node)
+        inside = [self.contains(part, x) for part in parts]
         if kind == "minus":
             return inside[0] and not inside[1]
-        conditions = {"less"} == {part[0] for part in _parts(node)} and node[1] == ","
-        return all(inside) if conditions or kind == "cap" else any(inside)
+        if kind == "list" and node[1] == ",":  # conditions, of which all hold
+            kind = "cap" if all(part[0] == "less" for part in parts) else "cup"
+        return all(inside) if kind == "cap" else any(inside)
 
 
 def _holds(left, sign: str, right) -> bool:
@@ -133,10 +140,11 @@ def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bo
     for env in draws:
         left, right = Region(name, evaluator, env), Region(name, evaluator, env)
         try:
-            ends = sorted({x for x in left.ends(a) + right.ends(b) if abs(x) != mp.inf})
+            ends = {*left.ends(a), *right.ends(b)}
         except Undefined:
             continue
         compared = True
+        ends = sorted(ends - {mp.inf, -mp.inf})
         between = [(x + y) / 2 for x, y in zip(ends, ends[1:])]
         for x in ends + between + _PROBES:
             if left.contains(a, x) != right.contains(b, x):

@@ -19,8 +19,7 @@ def settle(node: Node) -> Node:
     if kind == "list":
         return _list(node[1], node[2])
     if kind == "set":
-        items = _list(",", node[1])
-        return ("set", items[2] if items[0] == "list" else (items,))
+        return ("set", _items(_list(",", node[1])))
     if kind == "cong":
         return _residues(settle(node[1]), constant(node[2]))
     if kind in ("cup", "cap", "minus"):
@@ -40,9 +39,13 @@ def settle(node: Node) -> Node:
     return node
 
 
+def _items(node: Node) -> tuple:
+    return node[2] if node[0] == "list" else (node,)
+
+
 def _residues(listed: Node, modulus) -> Node:
     left, residues = None, []
-    for item in listed[2] if listed[0] == "list" else (listed,):
+    for item in _items(listed):
         if item[0] == "equiv":
             left = left or item[1]
             item = item[2]
@@ -56,36 +59,39 @@ def _variants(node: Node) -> list[Node]:
     """The values of an expression with plus-minus signs: independent signs, unless a minus-plus
     ties them together."""
     signs = [part[0] for part in walk(node) if part[0] in ("pm", "mp")]
+    if not signs:
+        return [node]
     if len(signs) > 4:
         raise Unreadable("too many plus-minus signs")
     independent = 1 if "mp" in signs else len(signs)
-    variants = []
-    for choice in itertools.product((1, -1), repeat=independent):
-        variants.append(_signed(node, itertools.cycle(choice)) if signs else node)
-    return variants
+    choices = itertools.product((1, -1), repeat=independent)
+    return [_signed(node, itertools.cycle(choice)) for choice in choices]
 
 
 def _signed(node: Node, choice) -> Node:
+    if not isinstance(node, tuple):
+        return node
     if not node or node[0] not in ("pm", "mp"):
-        parts = (_signed(part, choice) if isinstance(part, tuple) else part for part in node)
-        return tuple(parts)
-    sign = next(choice)
-    left, right = node[1] and _signed(node[1], choice), _signed(node[2], choice)
-    if sign < 0 if node[0] == "pm" else sign > 0:
+        return tuple(_signed(part, choice) for part in node)
+    kind, left, right = node
+    is_plus = next(choice) > 0
+    left = _signed(left, choice)
+    right = _signed(right, choice)
+    if is_plus != (kind == "pm"):
         right = ("neg", right)
     return ("add", left, right) if left else right
 
 
 def _list(joiner: str, nodes) -> Node:
     items = []
-    for node in map(settle, nodes):
-        items += node[2] if node[0] == "list" else (node,)
+    for node in nodes:
+        items += _items(settle(node))
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
     if len(named) == len(items) == len(distinct) > 1:
         return ("record", tuple(item[1:] for item in items))
-    if len(distinct) == 1 and (len(named) == len(items) or named == items[:1]):  # x = 1, 2
-        items = [item[2] if item[0] == "assign" else item for item in items]
+    if len(distinct) == 1 and named in (items, items[:1]):  # x = 1, x = 2 or x = 1, 2
+        items[: len(named)] = [item[2] for item in named]
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
 
@@ -108,14 +114,16 @@ def _relation(parts: tuple) -> Node:
         if first > 1:
             return _relation(parts[:first])
         if is_name(parts[0]):
-            return _relation(tuple("=" if part == "~" else part for part in parts))
+            return _relation((parts[0], "=", *parts[2:]))
         return ("approx", settle(parts[0]), parts[2])
     if operators == {"="}:
         return _equation(operands)
     if operators <= _MIRRORED.keys():
         pairs = []
         for a, sign, b in zip(operands, parts[1::2], operands[1:]):
-            pairs.append((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b))
+            if ">" in sign:
+                a, b = b, a
+            pairs.append((a, _MIRRORED[sign], b))
         return ("less", tuple(pairs))
     if len(parts) == 3:
         left, operator, right = parts
@@ -134,19 +142,23 @@ def _equation(operands: tuple) -> Node:
         first, last = last, first
     if is_name(first):
         value = last if len(operands) == 2 else ("chain", operands[1:])
-        if first[:2] == ("tuple", "(") and value[0] == "tuple" and len(first[2]) == len(value[2]):
+        is_point = first[:2] == ("tuple", "(") and value[0] == "tuple"
+        if is_point and len(first[2]) == len(value[2]):
             return ("record", tuple(zip(first[2], value[2])))
         return ("eq" if first in walk(value) else "assign", first, value)
-    if all(operand[0] == "num" for operand in operands):
+    if {operand[0] for operand in operands} == {"num"}:
         raise Unreadable("a tautology or a contradiction")
-    return ("eq", first, last) if len(operands) == 2 and names(*operands) else ("chain", operands)
+    if len(operands) == 2 and names(*operands):
+        return ("eq", first, last)
+    return ("chain", operands)
 
 
 def named_value(node: Node) -> Node:
     """What an answer says that an expression is worth: m + n = 24, |z| = 5, Answer: 5; any other
     node as it is."""
-    if node[:2] == ("tuple", ":") and node[2][0][0] == "sym" and len(node[2]) == 2:
-        return settle(node[2][1])
+    if node[:2] == ("tuple", ":") and len(node[2]) == 2:
+        name, value = node[2]
+        return settle(value) if name[0] == "sym" else node
     if node[0] == "eq":
         _, left, right = node
         if not names(left) or not names(right):

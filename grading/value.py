@@ -1,8 +1,8 @@
 """The value of a tree: a Fraction where it is exact, else a number of 160 digits.
 
-mpmath computes in a context of our own, whose precision is never changed: its sec, cot and csc would
-change it for the time of the call, which other threads would see. Its exponents have no bound, so
-each size is bounded here.
+mpmath computes in a context of our own, whose precision is never changed: its sec, cot and csc
+would change it for the time of the call, which other threads would see. Its exponents have no
+bound, so each size is bounded here.
 """
 
 import operator
@@ -43,7 +43,9 @@ def lift(value: Number):
 
 def size(value):
     """The absolute value. (mpmath's own adds exactly, which huge exponents do not allow.)"""
-    return mp.sqrt(value.real**2 + value.imag**2) if value.imag else abs(value.real)
+    if value.imag:
+        return mp.sqrt(value.real**2 + value.imag**2)
+    return abs(value.real)
 
 
 def is_close(x: Number, y: Number) -> bool:
@@ -53,7 +55,8 @@ def is_close(x: Number, y: Number) -> bool:
     x, y = lift(x), lift(y)
     if not (mp.isfinite(x) and mp.isfinite(y)):
         return x == y
-    return size(x - y) <= max(NOISE, TOLERANCE * max(size(x), size(y)))
+    largest = max(size(x), size(y))
+    return size(x - y) <= max(NOISE, TOLERANCE * largest)
 
 
 def real(value: Number) -> Number:
@@ -90,13 +93,17 @@ class Evaluator:
         if self.steps < 0:
             raise Undefined("too many steps")
         operation = _OPERATIONS.get(kind)
-        value = operation(self, *args) if operation else self.function(kind, *args)
+        if operation:
+            value = operation(self, *args)
+        else:
+            value = self.function(kind, *args)
         if isinstance(value, Fraction):
             return value
         value = mp.convert(value)  # an infinite end of a region is a float
         most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
-        if max(abs(part._mpf_[2]) for part in (value.real, value.imag)) > most:
-            raise Undefined("exponent out of reach")
+        for part in (value.real, value.imag):
+            if abs(part._mpf_[2]) > most:
+                raise Undefined("exponent out of reach")
         return value
 
     def integer(self, node: Node, most: int = 10**6) -> int:
@@ -110,9 +117,9 @@ class Evaluator:
     # -- arithmetic
     def apply(self, operation, a: Number, b: Number) -> Number:
         """Exact where both sides are, unless that is too large to hold."""
+        if not isinstance(b, Fraction) and operation == operator.truediv and size(b) <= NOISE:
+            raise Undefined("division by what rounds to zero")
         if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-            if operation == operator.truediv and not isinstance(b, Fraction) and size(b) <= NOISE:
-                raise Undefined("division by what rounds to zero")
             return operation(lift(a), lift(b))
         value = operation(a, b)
         self.steps -= _bits(value) // 40
@@ -145,14 +152,17 @@ class Evaluator:
         a, b = lift(a), lift(b)
         self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
         most = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
-        if a and mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
-            raise Undefined("power out of reach")
+        if a and mp.isfinite(a) and mp.isfinite(b):
+            exponent = size(b) * (abs(mp.mag(a)) + 1)
+            if exponent > most:
+                raise Undefined("power out of reach")
         return a**b
 
     def root(self, a: Node, n: Node) -> Number:
         a, n = self.eval(a), self.eval(n)
         inverse = self.apply(operator.truediv, Fraction(1), n)
-        if isinstance(n, Fraction) and n % 2 == 1 and not lift(a).imag and lift(a).real < 0:
+        is_negative = not lift(a).imag and lift(a).real < 0
+        if is_negative and isinstance(n, Fraction) and n % 2 == 1:
             return -self.power(-a, inverse)  # the cube root of -8 is -2
         return self.power(a, inverse)
 
@@ -183,7 +193,9 @@ class Evaluator:
 
     def abs(self, a: Node) -> Number:
         value = self.eval(a)
-        return abs(value) if isinstance(value, Fraction) else size(value)
+        if isinstance(value, Fraction):
+            return abs(value)
+        return size(value)
 
     def floor(self, a: Node) -> Number:
         value = lift(real(self.eval(a)))

@@ -1,4 +1,4 @@
-r"""Tables of what LaTeX and plain text an answer may contain, and the rewriting of unusual spellings.
+r"""Tables of the LaTeX and plain text that an answer may contain, and rewriting of unusual spellings.
 
 A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word), ("num", digits) or
 ("money", currency). COMMANDS, PLAIN and WORDS map a command or a word to its token.
@@ -97,8 +97,8 @@ _LETTERS = """
     AA""".split()
 _DROPPED = """
     left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big bigl
-    bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed fbox bf it rm
-    tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel mathord mathstrut
+    bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed fbox bf it
+    rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel mathord mathstrut
     cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny small normalsize large
     Large LARGE huge Huge underline ensuremath nonumber notag centering""".split()
 TEXT = """
@@ -128,7 +128,8 @@ PLAIN = {
 } | {"sqrt": ("fn", "sqrt")}
 PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
 PHRASES |= dict.fromkeys(
-    ["none", "no solution", "no solutions", "no real solutions", "empty set", "the empty set"], "empty"
+    ["none", "no solution", "no solutions", "no real solutions", "empty set", "the empty set"],
+    "empty",
 )
 
 # Spellings that are others in disguise, in the order in which they are rewritten. Each rule is a
