@@ -2,19 +2,18 @@
 
 from decimal import Decimal
 from fractions import Fraction
-from functools import reduce
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, names, num
 from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
 from grading.words import PHRASES
 
-_RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
+_RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
 _SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "system")
+_MATRICES = "pmatrix bmatrix matrix vmatrix Bmatrix smallmatrix array".split()
 _INFINITY = ("const", "oo")
 _ATOMS = {
     "pi": ("const", "pi"),
@@ -23,17 +22,20 @@ _ATOMS = {
     "dots": ("dots",),
     "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")"),
 }
-_STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
+_READERS = dict.fromkeys(("(", "[", "{", "{{"), "bracket") | dict.fromkeys(_BARS, "bars_group")
+_READERS["begin"] = "matrix"
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
 def parse(text: str, as_list: bool = False) -> Node:
-    """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
+    """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
+    Unreadable."""
     return Parser(Lexer(text, as_list).run()).answer()
 
 
 def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises Unreadable."""
+    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises
+    Unreadable."""
     if ":" in text:
         return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
     if "_" in text:
@@ -44,17 +46,23 @@ def number(text: str) -> Node:
             raise Unreadable("base") from None
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
+        period = 10 ** len(tail) - 1
         places = len(head.partition(".")[2])
-        return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10**places))
+        return num(Fraction("0" + head) + Fraction(int(tail), period * 10**places))
     mantissa, _, exponent = text.lower().partition("e")
-    node = num(
-        Decimal(mantissa), len(mantissa.partition(".")[2]) or None
-    )  # int() refuses long numerals
-    return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
+    decimals = len(mantissa.partition(".")[2]) or None
+    node = num(Decimal(mantissa), decimals)  # int() refuses long numerals
+    if exponent:
+        node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
+    return node
 
 
 def _listed(joiner: str, items: list[Node]) -> Node:
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+
+
+def _items(node: Node) -> tuple:
+    return node[2] if node[0] == "list" else (node,)
 
 
 def _continues(item: Node, previous: Node) -> bool:
@@ -86,14 +94,17 @@ def _spoken(words: list[str]) -> Fraction:
     return total + current
 
 
-def _determinant(rows: list[tuple]) -> Node:
+def _determinant(rows: tuple) -> Node:
     if len(rows) != len(rows[0]) or len(rows) > 4:
         raise Unreadable("determinant")
     if len(rows) == 1:
         return rows[0][0]
-    minors = [_determinant([row[:k] + row[k + 1 :] for row in rows[1:]]) for k in range(len(rows))]
-    terms = [("mul", (cell, ("neg", cell))[k % 2], minors[k]) for k, cell in enumerate(rows[0])]
-    return reduce(lambda total, term: ("add", total, term), terms)
+    total = None
+    for k, cell in enumerate(rows[0]):
+        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
+        term = ("mul", ("neg", cell) if k % 2 else cell, _determinant(minor))
+        total = ("add", total, term) if total else term
+    return total
 
 
 class Parser:
@@ -252,22 +263,24 @@ class Parser:
         kind, value = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        if value == "|" and not self.bars:  # a bar that opens, not the one of divides
-            return self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
-        return value in _STARTS
+        if value == "|":  # a bar that opens, not one that closes, nor the one of divides
+            is_paired = self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
+            return not self.bars and is_paired
+        return value in _ATOMS or value in _READERS
 
     def juxtaposed(self, left: Node) -> Node:
         (kind, opening), (previous_kind, previous) = self.peek(), self.peek(-1)
         if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
-        bare = "(" != opening and previous != ")"
-        if kind == previous_kind == "num" and not self.is_op("^", ahead=-2):  # 2^6 3^5
-            raise Unreadable("two numbers side by side")
+        is_power = self.is_op("^", ahead=-2)  # 2^6 3^5
         right = self.power()
-        if left[0] == right[0] == "num" and bare:
+        side_by_side = kind == previous_kind == "num" and not is_power
+        if left[0] == right[0] == "num" and opening != "(" and previous != ")":  # {5}{6}
+            side_by_side = True
+        if side_by_side:
             raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
-            return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
+            return ("list", ",", (*_items(left), right))
         return ("mul", left, right)
 
     def unit(self, node: Node, remark: bool = False) -> Node:
@@ -327,27 +340,25 @@ class Parser:
 
     def atom(self) -> Node:
         kind, value = self.take()
+        if kind == "num":
+            return number(value)
+        if kind == "id":
+            return self.name(value)
+        if kind == "text":
+            return self.words(value)
+        if kind == "fn":
+            return self.nested(self.function, value)
         if kind == "op" and value in _ATOMS:
             return _ATOMS[value]
-        if kind in ("num", "id", "text"):
-            return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        read = {
-            "(": self.bracket,
-            "[": self.bracket,
-            "{": self.bracket,
-            "{{": self.bracket,
-            "begin": self.matrix,
-            **dict.fromkeys(_BARS, self.bars_group),
-        }.get(value)
-        if kind == "fn" or kind == "op" and read:
-            return self.nested(self.function if kind == "fn" else read, value)
+        if kind == "op" and value in _READERS:
+            return self.nested(getattr(self, _READERS[value]), value)
         raise Unreadable(f"unexpected {value!r}")
 
     def name(self, value: str) -> Node:
         if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
             return ("const", value)
-        if self.is_op("_"):
-            value += self.take()[1] + self.spelt()
+        if self.accept("_"):
+            value += "_" + self.spelt()
         while self.accept("'"):
             value += "'"
         if self.is_op("(") and value.rstrip("'") in _APPLIED:
@@ -375,7 +386,7 @@ class Parser:
             return ("set", ())
         node = self.sequence()
         closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
-        items = node[2] if node[0] == "list" else (node,)
+        items = _items(node)
         if opening == "{{":
             return ("set", items)
         brackets = opening + closing
@@ -409,12 +420,12 @@ class Parser:
             elif not self.accept("&") and not self.is_op("end"):
                 raise Unreadable("matrix")
         self.take()
-        rows = [tuple(row) for row in rows if row]
-        if kind not in _MATRICES or not rows or kind != "system" and len(set(map(len, rows))) > 1:
-            raise Unreadable("matrix")
+        rows = tuple(tuple(row) for row in rows if row)
         if kind == "system":  # of equations
-            return ("list", ",", tuple(cell for row in rows for cell in row))
-        return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
+            return ("list", ",", sum(rows, ()))
+        if kind not in _MATRICES or len(set(map(len, rows))) != 1:
+            raise Unreadable("matrix")
+        return _determinant(rows) if kind == "vmatrix" else ("mat", rows)
 
     # -- functions
     def function(self, name: str) -> Node:
@@ -433,13 +444,17 @@ class Parser:
             return ("sym", name)
         if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
-            return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
+            if self.accept("_"):
+                value += "_" + self.spelt()
+            return ("sym", value)
         low = self.atom() if self.accept("_") else None
-        if name == "log" and low and low[0] == "num" and not self.starts_atom():  # \\log_28
+        if name == "log" and self.peek(-1)[0] == "num" and not self.starts_atom():  # \\log_28
             self.at -= 1
             low = self.argument()
         high = self.signed(self.atom) if self.accept("^") else None
-        return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
+        if name in ("sum", "prod", "lim"):
+            return self.binding(name, low, high)
+        return self.applied(name, low, high)
 
     def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
         if power == ("neg", num(1)) and name in _INVERTED:
@@ -457,7 +472,7 @@ class Parser:
             node = self.nested(self.atom)
             if node[0] == "set":
                 return node[1]
-            return node[2] if node[0] in ("tuple", "list") else (node,)
+            return node[2] if node[0] == "tuple" else _items(node)
         negative = self.accept("-")
         node = self.power()
         while self.starts_atom() and not self.is_op("("):
