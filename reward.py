@@ -1,5 +1,5 @@
-r"""Grades one response against its gold answers: the accuracy and format rewards of the paper (arXiv
-2507.21848, Section 3).
+r"""Grades one response against its gold answers: the accuracy and format rewards of the paper
+(arXiv 2507.21848, Section 3).
 
 The answer is the content of the last closed `\boxed{}`. It is tokenized, parsed into a small tree
 of tuples and compared with the gold by type (grading/). Expressions are compared by value: exactly
@@ -173,8 +173,8 @@ def is_echo(answer: str, question: str) -> bool:
 def score_all(
     responses: list[str], golds: list, questions: list[str] | None = None
 ) -> list[tuple[float, float]]:
-    """Returns the score of each pair, in order. Raises ValueError if there are not as many golds (or
-    questions) as responses."""
+    """Returns the score of each pair, in order. Raises ValueError if there are not as many golds
+    (or questions) as responses."""
     if questions is None:
         questions = [""] * len(responses)
     if not len(responses) == len(golds) == len(questions):

@@ -74,7 +74,8 @@ class Judge:
     def same_assign(self, a, b):
         if b[0] == "assign":
             left, right = a[1][1], b[1][1]
-            if left == right or "y" in (left, right) and "(" in (*left, *right):
+            are_functions = "y" in (left, right) and "(" in (*left, *right)
+            if left == right or are_functions:
                 return self.both(a[2], b[2])
         if b[0] in ("assign", "eq"):
             return self.proportional(*a[1:], *b[1:])

@@ -64,8 +64,10 @@ def _variants(node: Node) -> list[Node]:
     if len(signs) > 4:
         raise Unreadable("too many plus-minus signs")
     independent = 1 if "mp" in signs else len(signs)
-    choices = itertools.product((1, -1), repeat=independent)
-    return [_signed(node, itertools.cycle(choice)) for choice in choices]
+    variants = []
+    for choice in itertools.product((1, -1), repeat=independent):
+        variants.append(_signed(node, itertools.cycle(choice)))
+    return variants
 
 
 def _signed(node: Node, choice) -> Node:

@@ -72,8 +72,8 @@ _COUNTED = set(
     ago away later old tall long wide high deep different full whole apart us st nd rd th""".split()
 )
 NEGATIONS = """
-no not but never wrong incorrect incorrectly false except without impossible invalid rejected extraneous
-unlike neither nor isn untrue mistake mistaken error unless maybe perhaps than""".split()
+no not but never wrong incorrect incorrectly false except without impossible invalid rejected
+extraneous unlike neither nor isn untrue mistake mistaken error unless maybe perhaps than""".split()
 CHANGING = {
     *NEGATIONS,
     *"""
@@ -84,13 +84,13 @@ CHANGING = {
 _KNOWN = {*UNITS, *_SPEEDS, *_COUNTED}
 
 _NUMBERS = """
-zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12
-thirteen 13 fourteen 14 fifteen 15 sixteen 16 seventeen 17 eighteen 18 nineteen 19 twenty 20
-thirty 30 forty 40 fifty 50 sixty 60 seventy 70 eighty 80 ninety 90 dozen 12 score 20 hundred 100
-thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12 quadrillion 1e15
+zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve
+12 thirteen 13 fourteen 14 fifteen 15 sixteen 16 seventeen 17 eighteen 18 nineteen 19 twenty 20
+thirty 30 forty 40 fifty 50 sixty 60 seventy 70 eighty 80 ninety 90 dozen 12 score 20 hundred
+100 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12 quadrillion 1e15
 quintillion 1e18 sextillion 1e21 septillion 1e24 octillion 1e27 nonillion 1e30 decillion 1e33
-half 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 eighth 1/8 ninth 1/9 twelfth 1/12 twentieth 1/20
-thirtieth 1/30 fortieth 1/40 fiftieth 1/50 sixtieth 1/60 seventieth 1/70 eightieth 1/80
+half 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 eighth 1/8 ninth 1/9 twelfth 1/12 twentieth
+1/20 thirtieth 1/30 fortieth 1/40 fiftieth 1/50 sixtieth 1/60 seventieth 1/70 eightieth 1/80
 ninetieth 1/90""".split()
 NUMBERS = dict(zip(_NUMBERS[::2], map(Fraction, _NUMBERS[1::2])))
 for _name, _value in list(NUMBERS.items()):

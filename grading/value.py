@@ -134,6 +134,13 @@ class Evaluator:
     def binary(self, operation, a: Node, b: Node) -> Number:
         return self.apply(operation, self.eval(a), self.eval(b))
 
+    def mod(self, a: Node, b: Node) -> Number:
+        return Fraction(self.eval(a) % self.eval(b))
+
+    def deg(self, a: Node) -> Number:
+        degree = mp.pi / 180 if self.degree else 1
+        return lift(self.eval(a)) * degree
+
     def pow(self, a: Node, b: Node) -> Number:
         if a == ("const", "e"):
             return self.function("exp", b)
@@ -144,13 +151,14 @@ class Evaluator:
             raise Undefined("0^0")
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
             if abs(a) in (0, 1):
-                return a ** (int(b) % 2 if a < 0 else 1)
+                return a if a >= 0 or b % 2 else -a
             if _bits(a) * abs(b) <= MAX_BITS:
                 return self.apply(operator.pow, a, b)
             a = self.rounded(a)
         self.steps -= 20
         a, b = lift(a), lift(b)
-        self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
+        if not a.imag and a.real < 0 and not mp.isint(b):
+            self.unreal = True
         most = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
         if a and mp.isfinite(a) and mp.isfinite(b):
             exponent = size(b) * (abs(mp.mag(a)) + 1)
@@ -172,7 +180,8 @@ class Evaluator:
         x = lift(self.eval(node))
         self.degree = degrees
         self.steps -= 20
-        if size(x) > MAX_ANGLE or name in ("arcsin", "arccos") and size(x) > 1:
+        largest = 1 if name in ("arcsin", "arccos") else MAX_ANGLE
+        if size(x) > largest:
             raise Undefined("out of reach")
         if name in _FUNCTIONS:
             return _FUNCTIONS[name](x)
@@ -185,11 +194,15 @@ class Evaluator:
         if not value:
             raise Undefined("logarithm of zero")
         self.steps -= 20
-        self.unreal = self.unreal or not value.imag and value.real < 0
+        if not value.imag and value.real < 0:
+            self.unreal = True
         return mp.ln(value)
 
     def lg(self, a: Node) -> Number:
         return self.ln(a) / mp.ln(10)
+
+    def log(self, a: Node) -> Number:
+        return self.lg(a) if self.decimal_log else self.ln(a)
 
     def abs(self, a: Node) -> Number:
         value = self.eval(a)
@@ -205,6 +218,9 @@ class Evaluator:
         if abs(value - nearest) > 1e-30:  # floor(log2 8) is 3
             nearest = mp.floor(value)
         return Fraction(int(nearest))
+
+    def ceil(self, a: Node) -> Number:
+        return -self.floor(("neg", a))
 
     def fact(self, a: Node) -> Number:
         n = self.integer(a)
@@ -240,8 +256,9 @@ class Evaluator:
             if self.env:
                 raise Undefined("too long a sum")
             return self.symbolic(("big", kind, name, num(start), high, body))
-        total, outer = Fraction(kind == "prod"), self.env
-        operation = operator.mul if kind == "prod" else operator.add
+        total, operation, outer = Fraction(0), operator.add, self.env
+        if kind == "prod":
+            total, operation = Fraction(1), operator.mul
         for k in range(start, end + 1):
             self.env = outer | {name: Fraction(k)}
             total = self.apply(operation, total, self.eval(body))
@@ -261,11 +278,7 @@ _OPERATIONS = {
     "add": lambda self, a, b: self.binary(operator.add, a, b),
     "mul": lambda self, a, b: self.binary(operator.mul, a, b),
     "div": lambda self, a, b: self.binary(operator.truediv, a, b),
-    "mod": lambda self, a, b: Fraction(self.eval(a) % self.eval(b)),
     "percent": lambda self, a: self.binary(operator.truediv, a, num(100)),
-    "deg": lambda self, a: lift(self.eval(a)) * (mp.pi / 180 if self.degree else 1),
-    "log": lambda self, a: self.lg(a) if self.decimal_log else self.ln(a),
-    "ceil": lambda self, a: -self.floor(("neg", a)),
     "gcd": lambda self, *args: self.of_integers(gcd, args),
     "lcm": lambda self, *args: self.of_integers(lcm, args),
     "min": lambda self, *args: self.of_reals(min, args),
@@ -273,5 +286,5 @@ _OPERATIONS = {
     "int": lambda self, *node: self.symbolic(("int", *node)),
     "lim": lambda self, *node: self.symbolic(("lim", *node)),
 }
-for _name in "pow root ln lg abs floor fact fact2 binom big".split():
+for _name in "mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split():
     _OPERATIONS[_name] = getattr(Evaluator, _name)

@@ -1,4 +1,4 @@
-r"""Tables of the LaTeX and plain text that an answer may contain, and rewriting of unusual spellings.
+r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
 A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word), ("num", digits) or
 ("money", currency). COMMANDS, PLAIN and WORDS map a command or a word to its token.
@@ -96,11 +96,11 @@ _LETTERS = """
     Omega hbar ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel
     AA""".split()
 _DROPPED = """
-    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big bigl
-    bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed fbox bf it
-    rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel mathord mathstrut
-    cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny small normalsize large
-    Large LARGE huge Huge underline ensuremath nonumber notag centering""".split()
+    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big
+    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed
+    fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
+    mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
+    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag centering""".split()
 TEXT = """
     text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup
     unit""".split()
