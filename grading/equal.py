@@ -148,8 +148,9 @@ class Judge:
             scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
             scaled2 = [("mul", item, left[0]) for item in right]
             return self.each(scaled, scaled2)
-        same_brackets = a[1] == b[1] and a[3] == b[3]
-        return same_brackets and self.each(left, right)
+        if a[1] != b[1] or a[3] != b[3]:
+            return False
+        return self.each(left, right)
 
     def same_mat(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
@@ -290,8 +291,10 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
     number = decimal[1] if decimal[0] == "neg" else decimal
     if number[0] != "num" or not number[2] or power is None or abs(power) > 400:
         return False
-    if other[0] == "num" and (other[2] or other[1].denominator == 1):
-        return False
+    if other[0] == "num":
+        _, exact, decimals = other
+        if decimals or exact.denominator == 1:
+            return False
     scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
     written = constant(decimal) * 10 ** number[2]
     if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag:

@@ -4,7 +4,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from grading.lexer import Lexer
-from grading.tree import MAX_DEPTH, Node, Unreadable, constant, names, num
+from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
 from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
 from grading.words import PHRASES
 
@@ -59,10 +59,6 @@ def number(text: str) -> Node:
 
 def _listed(joiner: str, items: list[Node]) -> Node:
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
-
-
-def _items(node: Node) -> tuple:
-    return node[2] if node[0] == "list" else (node,)
 
 
 def _continues(item: Node, previous: Node) -> bool:
@@ -280,7 +276,7 @@ class Parser:
         if side_by_side:
             raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
-            return ("list", ",", (*_items(left), right))
+            return ("list", ",", (*elements(left), right))
         return ("mul", left, right)
 
     def unit(self, node: Node, remark: bool = False) -> Node:
@@ -386,7 +382,7 @@ class Parser:
             return ("set", ())
         node = self.sequence()
         closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
-        items = _items(node)
+        items = elements(node)
         if opening == "{{":
             return ("set", items)
         brackets = opening + closing
@@ -472,7 +468,7 @@ class Parser:
             node = self.nested(self.atom)
             if node[0] == "set":
                 return node[1]
-            return node[2] if node[0] == "tuple" else _items(node)
+            return node[2] if node[0] == "tuple" else elements(node)
         negative = self.accept("-")
         node = self.power()
         while self.starts_atom() and not self.is_op("("):

@@ -7,7 +7,7 @@
 
 import itertools
 
-from grading.tree import Node, Unreadable, constant, has, names, num, walk
+from grading.tree import Node, Unreadable, constant, elements, has, names, num, walk
 from grading.units import hoisted
 
 _MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
@@ -19,7 +19,7 @@ def settle(node: Node) -> Node:
     if kind == "list":
         return _list(node[1], node[2])
     if kind == "set":
-        return ("set", _items(_list(",", node[1])))
+        return ("set", elements(_list(",", node[1])))
     if kind == "cong":
         return _residues(settle(node[1]), constant(node[2]))
     if kind in ("cup", "cap", "minus"):
@@ -39,13 +39,9 @@ def settle(node: Node) -> Node:
     return node
 
 
-def _items(node: Node) -> tuple:
-    return node[2] if node[0] == "list" else (node,)
-
-
 def _residues(listed: Node, modulus) -> Node:
     left, residues = None, []
-    for item in _items(listed):
+    for item in elements(listed):
         if item[0] == "equiv":
             left = left or item[1]
             item = item[2]
@@ -87,13 +83,14 @@ def _signed(node: Node, choice) -> Node:
 def _list(joiner: str, nodes) -> Node:
     items = []
     for node in nodes:
-        items += _items(settle(node))
+        items += elements(settle(node))
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
     if len(named) == len(items) == len(distinct) > 1:
         return ("record", tuple(item[1:] for item in items))
     if len(distinct) == 1 and named in (items, items[:1]):  # x = 1, x = 2 or x = 1, 2
-        items[: len(named)] = [item[2] for item in named]
+        values = [item[2] for item in named]
+        items = values + items[len(named) :]
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
 

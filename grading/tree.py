@@ -43,6 +43,11 @@ def constant(node: Node) -> Fraction | None:
     return node[1] if node[0] == "num" else None
 
 
+def elements(node: Node) -> tuple:
+    """The items of a list; of anything else only itself."""
+    return node[2] if node[0] == "list" else (node,)
+
+
 def walk(node: Node):
     """Every tuple of a tree that is a node, without recursion."""
     stack = [node]

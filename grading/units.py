@@ -32,26 +32,11 @@ rad radian mol C V A K T F coulomb volt ampere kelvin tesla farad month gbp yen 
 celsius fahrenheit am pm dB""".split()
 _PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12".split()
 _PREFIXED = "m g s A K mol N J W V Pa Hz eV L l F T C ohm Omega Wh cal bar".split()
-_SPEEDS = {
-    "mph": "mile^1 hour^-1",
-    "kph": "km^1 hour^-1",
-    "kmph": "km^1 hour^-1",
-    "fps": "foot^1 s^-1",
-}
-CURRENCIES = {
-    "$": "dollar",
-    "USD": "dollar",
-    "€": "euro",
-    "EUR": "euro",
-    "£": "gbp",
-    "GBP": "gbp",
-    "¥": "yen",
-    "JPY": "yen",
-    "₹": "rupee",
-    "INR": "rupee",
-    "Rs": "rupee",
-    "¢": "cent",
-}
+_SPEEDS = {"mph": "mile^1 hour^-1", "kph": "km^1 hour^-1", "kmph": "km^1 hour^-1"}
+_SPEEDS["fps"] = "foot^1 s^-1"
+_CURRENCIES = """$ dollar USD dollar € euro EUR euro £ gbp GBP gbp ¥ yen JPY yen ₹ rupee INR rupee
+    Rs rupee ¢ cent""".split()
+CURRENCIES = dict(zip(_CURRENCIES[::2], _CURRENCIES[1::2]))
 UNITS = {name: (name, Fraction(1)) for name in _OTHER_UNITS}
 for _row in _UNITS.strip().splitlines():
     _dimension, _, _entries = _row.partition(": ")

@@ -100,7 +100,8 @@ _DROPPED = """
     bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed
     fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
     mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
-    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag centering""".split()
+    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag
+    centering""".split()
 TEXT = """
     text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup
     unit""".split()

@@ -1,5 +1,5 @@
-"""Tests of grading/: answers that a policy may try and that only look equal, answers that only look different, and
-that nothing inside raises, hangs or takes data for code."""
+"""Tests of grading/: nothing inside raises, hangs or takes data for code; its pieces; and values
+next to the real golds. The answers that are equal and that are not: answers.txt, test_reward.py."""
 
 import random
 import re
@@ -83,7 +83,8 @@ GOLDS = [
 
 
 def fuzz(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """(answer, gold, error) of what raised inside: random tokens against golds and each other, both ways."""
+    """(answer, gold, error) of what raised inside: random tokens against golds and each other,
+    both ways."""
     rng, tokens, raised, previous = random.Random(seed), pieces(), [], "1"
     for _ in range(count):
         text, gold = (

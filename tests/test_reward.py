@@ -294,7 +294,7 @@ def test_no_text_is_executed(tmp_path):
 
 
 def test_a_fresh_process_grades_a_batch_as_a_warm_one_does():
-    """The first answers must not be lost to the start of sympy, or a resumed run would have other rewards."""
+    """The first answers must not be lost to the start of sympy: rewards would differ on resume."""
     code = r"import reward; print(reward.score_all([r'\boxed{\int_0^1 x^2 dx}'] * 4, ['1/3'] * 4))"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert fresh.stdout.strip() == str([(1.0, 1.0)] * 4), fresh.stderr
@@ -343,11 +343,9 @@ def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs
             "extradps",
             "extraprec",
         }, path
-        timers = lambda part: [
-            node.attr for node in ast.walk(part) if getattr(node, "attr", "") == "setitimer"
-        ]
         forked = [node for node in nodes if getattr(node, "name", "") == "_answer"]
-        assert timers(tree) == sum(map(timers, forked), [])  # nothing rings in our process
+        in_fork = sum("setitimer" in calls_and_names(part)[1] for part in forked)
+        assert path.read_text().count("setitimer") == in_fork  # nothing rings in our process
 
 
 def test_the_precision_of_the_numbers_is_never_changed():
@@ -435,7 +433,8 @@ def test_awkward_text_is_answered_at_once(text):
 def test_random_text_never_raises():
     rng = random.Random(0)
     pieces = [*"0123456789+-*/^_=<>()[]{}|,;:!'%&. xyzabnie\n$"]
-    pieces += r"\frac \sqrt \text{ \left \right \pm \cup \in \{ \} \begin{pmatrix} \end{pmatrix} \\ \sin \log".split()
+    pieces += r"\frac \sqrt \text{ \left \right \pm \cup \in \{ \} \\ \sin \log".split()
+    pieces += r"\begin{pmatrix} \end{pmatrix}".split()
     pieces += r"\infty \pi \circ \pmod \ldots \binom \sum_{k=1}^ \%".split()
     golds = [gold for kind in pairs().values() for gold, _, _ in kind]
     for _ in range(3000):
