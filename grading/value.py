@@ -33,6 +33,7 @@ _FUNCTIONS = {
 }
 for _name in "exp sin cos sinh cosh tanh".split():
     _FUNCTIONS[_name] = getattr(mp, _name)
+_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
 _QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin")}
 
 
@@ -92,11 +93,7 @@ class Evaluator:
         self.steps -= 1
         if self.steps < 0:
             raise Undefined("too many steps")
-        operation = _OPERATIONS.get(kind)
-        if operation:
-            value = operation(self, *args)
-        else:
-            value = self.function(kind, *args)
+        value = self.compute(kind, args)
         if isinstance(value, Fraction):
             return value
         value = mp.convert(value)  # an infinite end of a region is a float
@@ -105,6 +102,29 @@ class Evaluator:
             if abs(part._mpf_[2]) > most:
                 raise Undefined("exponent out of reach")
         return value
+
+    def compute(self, kind: str, args: list) -> Number:
+        if kind == "num":
+            return args[0]
+        if kind == "sym":
+            return self.env[args[0]]
+        if kind == "const":
+            return _CONSTANTS[args[0]]
+        if kind == "neg":
+            return -self.eval(args[0])
+        if kind in _ARITHMETIC:
+            return self.apply(_ARITHMETIC[kind], *map(self.eval, args))
+        if kind in ("gcd", "lcm"):
+            function = gcd if kind == "gcd" else lcm
+            return Fraction(function(*[self.integer(arg, 10**30) for arg in args]))
+        if kind in ("min", "max"):
+            values = sorted((real(self.eval(arg)) for arg in args), key=lift)
+            return values[0 if kind == "min" else -1]
+        if kind in ("int", "lim"):
+            return self.symbolic((kind, *args))
+        if kind in _METHODS:
+            return getattr(self, kind)(*args)
+        return self.function(kind, *args)
 
     def integer(self, node: Node, most: int = 10**6) -> int:
         value = real(self.eval(node))
@@ -131,8 +151,8 @@ class Evaluator:
             raise Undefined("too large a number")
         return lift(value)
 
-    def binary(self, operation, a: Node, b: Node) -> Number:
-        return self.apply(operation, self.eval(a), self.eval(b))
+    def percent(self, a: Node) -> Number:
+        return self.apply(operator.truediv, self.eval(a), Fraction(100))
 
     def mod(self, a: Node, b: Node) -> Number:
         return Fraction(self.eval(a) % self.eval(b))
@@ -240,12 +260,6 @@ class Evaluator:
             raise Undefined("binomial")
         return Fraction(comb(n, k))
 
-    def of_integers(self, function, nodes) -> Number:
-        return Fraction(function(*[self.integer(node, 10**30) for node in nodes]))
-
-    def of_reals(self, function, nodes) -> Number:
-        return function((real(self.eval(node)) for node in nodes), key=lift)
-
     def big(self, kind: str, name: str, low: Node, high: Node, body: Node) -> Number:
         """A sum or a product, term by term if that is not too long."""
         start, end = self.integer(low, 10**12), None
@@ -270,21 +284,4 @@ class Evaluator:
         raise NeedsSympy
 
 
-_OPERATIONS = {
-    "num": lambda self, value, decimals: value,
-    "sym": lambda self, name: self.env[name],
-    "const": lambda self, name: _CONSTANTS[name],
-    "neg": lambda self, a: -self.eval(a),
-    "add": lambda self, a, b: self.binary(operator.add, a, b),
-    "mul": lambda self, a, b: self.binary(operator.mul, a, b),
-    "div": lambda self, a, b: self.binary(operator.truediv, a, b),
-    "percent": lambda self, a: self.binary(operator.truediv, a, num(100)),
-    "gcd": lambda self, *args: self.of_integers(gcd, args),
-    "lcm": lambda self, *args: self.of_integers(lcm, args),
-    "min": lambda self, *args: self.of_reals(min, args),
-    "max": lambda self, *args: self.of_reals(max, args),
-    "int": lambda self, *node: self.symbolic(("int", *node)),
-    "lim": lambda self, *node: self.symbolic(("lim", *node)),
-}
-for _name in "mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split():
-    _OPERATIONS[_name] = getattr(Evaluator, _name)
+_METHODS = set("percent mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split())
