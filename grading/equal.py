@@ -57,7 +57,7 @@ class Judge:
         return self.same(settle(result), b)
 
     def rounds(self, value, decimal) -> bool:
-        """Whether a decimal is a value, to its places."""
+        """Whether a decimal is a value, to within one unit of its last place."""
         difference = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
         return abs(difference) <= mp.mpf(10) ** -(decimal[2] or 0)
 

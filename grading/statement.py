@@ -30,6 +30,7 @@ def settle(node: Node) -> Node:
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
+    node = variants[0]
     if kind == "rel":
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
@@ -63,7 +64,7 @@ def _variants(node: Node) -> list[Node]:
     variants = []
     for choice in itertools.product((1, -1), repeat=independent):
         variants.append(_signed(node, itertools.cycle(choice)))
-    return variants
+    return list(dict.fromkeys(variants))
 
 
 def _signed(node: Node, choice) -> Node:
@@ -75,7 +76,7 @@ def _signed(node: Node, choice) -> Node:
     is_plus = next(choice) > 0
     left = _signed(left, choice)
     right = _signed(right, choice)
-    if is_plus != (kind == "pm"):
+    if is_plus != (kind == "pm") and right != num(0):
         right = ("neg", right)
     return ("add", left, right) if left else right
 
@@ -91,7 +92,9 @@ def _list(joiner: str, nodes) -> Node:
     if len(distinct) == 1 and named in (items, items[:1]):  # x = 1, x = 2 or x = 1, 2
         values = [item[2] for item in named]
         items = values + items[len(named) :]
-    return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+    if len(items) == 1:
+        return items[0]
+    return ("list", joiner, tuple(items))
 
 
 def is_name(node: Node) -> bool:
@@ -144,7 +147,8 @@ def _equation(operands: tuple) -> Node:
         is_point = first[:2] == ("tuple", "(") and value[0] == "tuple"
         if is_point and len(first[2]) == len(value[2]):
             return ("record", tuple(zip(first[2], value[2])))
-        return ("eq" if first in walk(value) else "assign", first, value)
+        kind = "eq" if first in walk(value) else "assign"
+        return (kind, first, value)
     if {operand[0] for operand in operands} == {"num"}:
         raise Unreadable("a tautology or a contradiction")
     if len(operands) == 2 and names(*operands):
