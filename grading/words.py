@@ -97,7 +97,8 @@ _LETTERS = """
     AA""".split()
 _DROPPED = """
     left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big
-    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm mathit mathsf mathtt mathnormal boxed
+    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
+    mathnormal boxed
     fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
     mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
     small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag
@@ -129,7 +130,7 @@ PLAIN = {
 } | {"sqrt": ("fn", "sqrt")}
 PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
 PHRASES |= dict.fromkeys(
-    ["none", "no solution", "no solutions", "no real solutions", "empty set", "the empty set"],
+    ["none", "no solution", "no real solution", "no solutions", "no real solutions", "empty set"],
     "empty",
 )
 
@@ -166,7 +167,7 @@ ANY
 =>
 
 ANY
-^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]*\b(?:is|are|equals)\b\s?:?
+^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]*\b(?:is|are|equals|so|thus|hence|[Tt]herefore|So|Thus|Hence)\b\s?[:,]?
 => \1
 
 ANY
