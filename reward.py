@@ -22,7 +22,7 @@ What counts as equal, decided once:
 - Degrees, units and money: a unit that only one side gives is ignored, also behind a minus or a
   sum; two different units or currencies are not equal unless one converts into the other (`1.5
   km`, `1500 m`; `\$5.50`, `5 dollars and 50 cents`). A degree sign may also stand for pi/180.
-  After a value stand known units, counted things (any plural; after 1 any noun), remarks in
+  After a value stand known units, counted things (any plural; after 1 or 1/2 any noun), remarks in
   brackets, anything after "of" and "per", and number words, which change it (`3 dozen`, `2
   thirds`); any other word makes the answer unreadable, and so does a word that negates or doubts,
   wherever it stands before a value.
