@@ -1,36 +1,53 @@
-"""Grades one response against its gold answers: the accuracy and format rewards of the paper (PAPER.md, "Equations").
+r"""Grades one response against its gold answers: the accuracy and format rewards of the paper
+(arXiv 2507.21848, Section 3).
 
-The answer is the content of the last closed `\\boxed{}`. It is tokenized, parsed into a small tree of tuples and
-compared with the gold by type (grading/). Expressions are compared by value: exactly where rational arithmetic
-carries, otherwise to 120 digits, at random points where they have variables. No text ever reaches `eval`, `sympify`
-or any other parser than grading/parser.py. Every size (text, tokens, nesting, bits of a number, evaluation steps) is
-capped before work is done, so that grading in this process is bounded; what cannot be bounded (limits, integrals,
-infinite sums) goes to a process that runs sympy under a memory limit and a clock. Whatever goes wrong inside counts
-as wrong.
+The answer is the content of the last closed `\boxed{}`. It is tokenized, parsed into a small tree
+of tuples and compared with the gold by type (grading/). Expressions are compared by value: exactly
+where rational arithmetic carries, otherwise to 120 digits, at random points where they have
+variables. No text ever reaches `eval`, `sympify` or any other parser than grading/parser.py. Every
+size (text, tokens, nesting, bits of a number, evaluation steps) is capped before work is done, so
+that grading in this process is bounded; what cannot be bounded (limits, integrals, infinite sums)
+goes to a process that runs sympy under a memory limit and a clock of processor time, for which all
+callers wait, so that rewards do not depend on what else the machine does. Whatever goes wrong
+inside counts as wrong.
 
 What counts as equal, decided once:
-- Value, not form: expanded or factored, reduced or not, `2^3` or `8`, `2\\pi/4` or `\\pi/2`, `52_8` or `42`. So an
-  expression that the problem quotes, boxed as it stands, is right if the answer is its value (echo): on 50 of the 500
-  problems of MATH, 10 of the 675 of OlympiadBench (tests/bench_reward.py measures it). Callers that give `score` the
-  question refuse it: an answer that stands there and is longer than a number or a name must have the gold's form.
-- Percent: `p%` equals `p` and `p/100` (golds are written both ways); two percentages must agree as they stand.
-- Degrees, units and money: a unit that only one side gives is ignored, also behind a minus or a sum; two different
-  units are not equal unless one converts into the other (`1.5 km`, `1500 m`). A degree sign may also stand for pi/180.
-  After a value stand known units, counted things (plurals), and number words, which change it (`3 dozen`, `2 thirds`);
-  any other word makes the answer unreadable.
-- Decimals are exact: `0.33` is not `1/3`, `5` is not `5.001`. Only a decimal of at least ten significant digits that
-  rounds (or cuts) a value with no shorter decimal expansion equals it; `0.3636\\ldots` recurs.
-- Letters: i, e and pi are the constants; j..n and N are positive integers; x, y and z are real; any other letter is a
-  positive quantity. They are drawn near and far out. A bare `log` is natural or decimal, whichever fits.
-- `k=5` or `f(x)=5` equals `5`; two named answers must agree in the name, except that `y` and `f(x)` are one name. An
-  answer may also name its value by words or an expression (`\\text{Area} = 5`, `m+n = 5`); a gold may not.
-- A comma list equals its permutations and the set of its elements; `x=1, y=2` is the point (1,2) in the order of the
-  names. Tuples and intervals keep their order and brackets; a column is a tuple; `(a,b)` is a point or, with a < b, an
-  interval, as the other side asks. Several candidates (`5 or 6`, `(A) or (B)`) are a list, not the first of them.
+- Value, not form: expanded or factored, reduced or not, `2^3` or `8`, `2\pi/4` or `\pi/2`, `52_8`
+  or `42`. So an expression that the problem quotes, boxed as it stands, is right if the answer is
+  its value (echo): on 50 of the 500 problems of MATH, 10 of the 675 of OlympiadBench
+  (tests/bench_reward.py measures it). Callers that give `score` the question refuse it: an answer
+  that stands there and is longer than a number or a name must have the gold's form.
+- Percent: `p%` equals `p` and `p/100` (golds are written both ways); two percentages must agree as
+  they stand.
+- Degrees, units and money: a unit that only one side gives is ignored, also behind a minus or a
+  sum; two different units or currencies are not equal unless one converts into the other (`1.5
+  km`, `1500 m`; `\$5.50`, `5 dollars and 50 cents`). A degree sign may also stand for pi/180.
+  After a value stand known units, counted things (any plural; after 1 or 1/2 any noun), remarks in
+  brackets, anything after "of" and "per", and number words, which change it (`3 dozen`, `2
+  thirds`); any other word makes the answer unreadable, and so does a word that negates or doubts,
+  wherever it stands before a value.
+- Decimals are exact: `0.33` is not `1/3`, `5` is not `5.001`. Only a decimal of at least ten
+  significant digits that rounds (or cuts) a value with no shorter decimal expansion equals it, the
+  last of sixteen digits aside; `0.3636\ldots` recurs. In `7/3 = 2.33` and `7/3 \approx 2.33` the
+  last and the first side are the answer, and every side must agree with it.
+- Letters: i, e and pi are the constants; j..n and N are positive integers; x, y and z are real;
+  any other letter is a positive quantity. They are drawn near and far out. A bare `log` is natural
+  or decimal, whichever fits.
+- `k=5` or `f(x)=5` equals `5`; two named answers must agree in the name, except that `y` and
+  `f(x)` are one name. An answer may also name its value by words or an expression (`\text{Area} =
+  5`, `m+n = 5`); a gold may not.
+- A comma list equals its permutations and the set of its elements; `x=1, y=2` is the point (1,2)
+  in the order of the names. Tuples and intervals keep their order and brackets (`]1,2[` is
+  `(1,2)`); a column is a tuple; `(a,b)` is a point or, with a < b, an interval, as the other side
+  asks. Several candidates (`5 or 6`, `(A) or (B)`, `A. 5 B. 7`) are a list, not the first of them.
 - Inequalities are sets of reals; they keep the name of their variable where both sides give one.
 - Equations are equal up to a constant factor, never by both being true (`0=0`).
-- `2:3` is `4:6` and 2/3; what reads as a time of day (`4:20`) equals only itself.
+- `2:3` is `4:6` and 2/3; what reads as a time of day (`4:20`) or a date (`7/4/2021`) equals only
+  itself.
 - `1,234` is a number unless the other side is plainly a list.
+
+What it leaves, because nobody writes it but to find it: differences below 1e-120
+(`\pi+10^{-130}`), and letters that differ only beyond 5,000 (`n \bmod 10000` for n).
 """
 
 import re
@@ -39,24 +56,37 @@ from grading import sympy_process
 from grading.answer import readable, same
 from grading.tree import NeedsSympy
 
-_BOX = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)
+# \boxed{, or \boxed with TeX's other arguments (a number, a letter, a command); or a brace.
+_BOX = re.compile(
+    r"\\{1,2}boxed\s*"
+    r"(?P<open>\{|(?P<bare>\d+(?:\.\d+)?|[A-Z](?![A-Za-z])|\\[a-zA-Z]+(?!\s*[{a-zA-Z\d])))"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """(start, start of the content, end of the content) of every closed \\boxed{...}, by their ends. Linear time."""
+    """(start, start of the content, end of the content) of every closed \\boxed{...}, by their
+    ends, in linear time."""
     opened, closed = [], []
     for match in _BOX.finditer(text):
         token = match.group()
-        if token == "}" and opened:
-            start, content = opened.pop()
-            closed += [(start, content, match.start())] if content is not None else []
-        elif token[-1] == "{" and token != "\\{":
-            opened.append((match.start(), match.end() if len(token) > 1 else None))
+        if match["bare"]:
+            closed.append((match.start(), *match.span("bare")))
+        elif match["open"]:
+            opened.append((match.start(), match.end()))
+        elif token == "{":
+            opened.append(None)
+        elif token == "}" and opened:
+            box = opened.pop()
+            if box:
+                closed.append((*box, match.start()))
     return closed
 
 
 def final_answer(response: str) -> str | None:
-    """The content of the last closed \\boxed{...}, None if there is none; of boxes around boxes the innermost."""
+    """The content of the last closed \\boxed{...}, None if there is none; of boxes around boxes the
+    innermost."""
     if not isinstance(response, str):
         return None
     if response.count("{") + response.count("}") > 60_000:
@@ -65,65 +95,68 @@ def final_answer(response: str) -> str | None:
     if not closed:
         return None
     _, content, end = closed.pop()
-    while (
-        closed
-        and not response[content : closed[-1][0]].strip()
-        and not response[closed[-1][2] + 1 : end].strip()
-    ):
-        _, content, end = closed.pop()
+    while closed:
+        start, inner, inner_end = closed.pop()
+        around = response[content:start] + response[inner_end + 1 : end]
+        if start < content or around.strip():
+            break
+        content, end = inner, inner_end
     return response[content:end]
 
 
 def _texts(gold) -> list[str]:
-    """The golds as texts, without their boxes; one of several boxes side by side is also their list."""
+    """The golds as texts, without their boxes; one of several boxes side by side is also their
+    list."""
     if isinstance(gold, (list, tuple)):
-        return [text for one in gold for text in _texts(one)]
+        return sum(map(_texts, gold), [])
     if gold is None or gold != gold:  # None, NaN
         return []
     text = str(gold)
-    boxes, last = _boxes(text), final_answer(text)
-    together = (
-        [", ".join(text[content:end] for _, content, end in boxes)]
-        if len(boxes) > 1 and all(first[2] < second[0] for first, second in zip(boxes, boxes[1:]))
-        else []
-    )
-    return [*together, text if last is None else last]
+    boxes = _boxes(text)
+    if not boxes:
+        return [text]
+    texts = [final_answer(text)]
+    if all(first[2] < second[0] for first, second in zip(boxes, boxes[1:])):
+        texts.append(", ".join(text[content:end] for _, content, end in boxes))
+    return texts
 
 
 def grade(response: str, gold) -> bool:
-    """True if the last closed \\boxed{} of the response equals the gold (str, int, float), or any of a list of them."""
+    """Whether the last closed \\boxed{} of the response equals the gold (str, int, float), or one
+    of a list of golds."""
     return score(response, gold)[1] == 1.0
 
 
-def score(response: str, gold, question: str = "", patience: float = 0.0) -> tuple[float, float]:
-    """(format, accuracy), each 0.0 or 1.0. Format: a closed, non-empty box whose content parses."""
+def score(response: str, gold, question: str = "") -> tuple[float, float]:
+    """Returns (format, accuracy), each 0.0 or 1.0. Format asks for a closed, non-empty box whose
+    content parses. If the question is given, an answer that only quotes it is wrong."""
     answer = (_safely(final_answer, response) or "").strip()
     if not answer:
         return 0.0, 0.0
-    return float(_safely(readable, answer)), float(
-        _safely(_is_right, answer, gold, question, patience)
-    )
+    return float(_safely(readable, answer)), float(_safely(_is_right, answer, gold, question))
 
 
 def _safely(judge, *args):
-    """What judge says; no, if anything goes wrong: a text that a policy has found must not end its training."""
+    """What judge says; no, if anything goes wrong: a text that a policy has found must not end its
+    training."""
     try:
         return judge(*args)
     except Exception:
         return False
 
 
-def _is_right(answer: str, gold, question: str, patience: float) -> bool:
-    undecided, golds = [], [text.strip() for text in _texts(gold)]
+def _is_right(answer: str, gold, question: str) -> bool:
+    golds = [text.strip() for text in _texts(gold)]
     if is_echo(answer, question) and form(answer) not in map(form, golds):
         return False
+    undecided = []
     for one in golds:
         try:
             if same(answer, one):
                 return True
         except NeedsSympy:
             undecided.append(one)
-    return bool(undecided) and sympy_process.ask(answer, undecided, patience)
+    return bool(undecided) and sympy_process.ask(answer, undecided)
 
 
 def form(text: str) -> str:
@@ -133,22 +166,19 @@ def form(text: str) -> str:
 
 def is_echo(answer: str, question: str) -> bool:
     """Whether an answer stands in the question and is longer than a number or a name."""
-    return form(answer) in form(question) and not re.fullmatch(
-        r"-?[\d,]*|\\?[a-zA-Z]+(_.)?", form(answer)
-    )
+    is_short = re.fullmatch(r"-?[\d,]*|\\?[a-zA-Z]+(_.)?", form(answer))
+    return form(answer) in form(question) and not is_short
 
 
 def score_all(
     responses: list[str], golds: list, questions: list[str] | None = None
 ) -> list[tuple[float, float]]:
-    """score of each pair, in order. Raises ValueError if there are not as many golds (or questions) as responses.
-
-    Unlike `score` it waits for a sympy process that gets little processor time, so that a run's rewards do not depend
-    on what else the machine is doing; the process's own limit, CLOCK seconds of processor time, holds all the same.
-    """
-    questions = [""] * len(responses) if questions is None else questions
+    """Returns the score of each pair, in order. Raises ValueError if there are not as many golds
+    (or questions) as responses."""
+    if questions is None:
+        questions = [""] * len(responses)
     if not len(responses) == len(golds) == len(questions):
         raise ValueError(
             f"{len(responses)} responses for {len(golds)} golds and {len(questions)} questions"
         )
-    return [score(*row, sympy_process.PATIENCE) for row in zip(responses, golds, questions)]
+    return list(map(score, responses, golds, questions))

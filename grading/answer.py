@@ -1,4 +1,5 @@
-"""Two texts -> equal? What needs no tree (integers, the same text, words, letters of a choice), then what does."""
+"""Two texts -> equal? What needs no tree (integers, the same text, words, letters of a choice),
+then what does."""
 
 import re
 from functools import lru_cache
@@ -11,11 +12,12 @@ from grading.words import TEXT
 
 _INTEGER = re.compile(r"-?\d{1,18}")
 _MARKUP = rf"\\(?:{'|'.join(TEXT)}|mathbf)(?![a-z])"
-_CHOICE = re.compile(
+_CHOICE = re.compile(  # (B), Option B, (B) 12; not (A) or (B), not A. 5 B. 7
     rf"(?:{_MARKUP}\s*\{{)?\s*(?:option|choice)?\s*\(?(?-i:([A-J]))"
-    r"(?:[).:]\s*\}?(?:\\?[ ~]+(?!.*(?:\b(?:or|and|not)\b|[A-J]\)))[^,;]*)?|\}?)",
+    r"(?:[).:]\s*\}?(?:\\?[ ~]+(?!.*(?:\b(?:or|and|not)\b|(?-i:\b[A-J]\b)))[^,;]*)?|\}?)",
     re.IGNORECASE | re.DOTALL,
 )
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[a-z]{4})(?!\w*(?:sin|cos|tan|cot|log|exp|sqrt))", re.I)
 _MONTH = re.compile(r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*")
 _cached_parse = lru_cache(maxsize=2048)(parse)
 
@@ -31,52 +33,58 @@ def _squash(text: str) -> str:
 
 def _prose(text: str) -> str | None:
     """The letters of an answer that consists of words, None if it does not."""
-    text = re.sub(_MARKUP + r"|[\s{}()$~]", "", text).rstrip(".")
+    text = re.sub(_MARKUP + r"|[{}()$~\"]", "", text).strip()
+    text = re.sub(r"\s", "", _ARTICLE.sub("", text)).rstrip(".")
     return text if text.isalpha() else None
 
 
+def _same_prose(left: str, right: str) -> bool:
+    """East and east, No and no; but not AB and ab."""
+    low = left.lower()
+    if left == right or low != right.lower():
+        return left == right
+    return low in ("yes", "no", "true", "false") or (
+        len(low) > 2 and not left.isupper() and not right.isupper()
+    )
+
+
+def _dated(text: str) -> list[str] | None:
+    """The words of July 4 and 4 July 2020, sorted."""
+    words = sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower()))
+    return words if len(words) in (2, 3) and _MONTH.fullmatch(words[-1]) else None
+
+
 def _same_words(a: str, b: str) -> bool:
-    """East and east; C and \\textbf{(C)}\\ 12, if one is nothing but the letter; July 4 and 4 July."""
+    """East and east; C and \\textbf{(C)}\\ 12, if one is nothing but the letter; July 4 and 4
+    July."""
     left, right = _prose(a), _prose(b)
-    if (
-        left
-        and right
-        and (
-            left == right
-            or len(left) > 2
-            and left.lower() == right.lower()
-            and not (left.isupper() or right.isupper())
-        )
-    ):
+    if left and right and _same_prose(left, right):
         return True
     choice, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
     if choice and other and choice[1] == other[1] and choice[1] in (left, right):
         return True
-    words, words2 = (
-        sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower())) for text in (a, b)
-    )
-    return words == words2 and len(words) == 2 and bool(_MONTH.fullmatch(words[1]))
+    dated = _dated(a)
+    return dated is not None and dated == _dated(b)
 
 
 def same(answer: str, gold: str) -> bool:
-    """Whether two answers are equal; not, if one is unreadable or has no value. Raises NeedsSympy."""
+    """Whether two answers are equal; not, if one is unreadable or has no value. Raises
+    NeedsSympy."""
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return int(answer) == int(gold)
-    if not _squash(answer) or not _squash(gold):
+    left, right = _squash(answer), _squash(gold)
+    if not left or not right:
         return False
-    if (
-        _squash(answer) == _squash(gold)
-        or max(len(answer), len(gold)) < 500
-        and _same_words(answer, gold)
-    ):
+    if left == right or len(answer) < 500 > len(gold) and _same_words(answer, gold):
         return True
     try:
         left, right = _tree(answer), _tree(gold)
         if (left[0] == "list") != (right[0] == "list"):
             left, right = _tree(answer, left[0] != "list"), _tree(gold, right[0] != "list")
         left, right = settle(left), settle(right)
-        stated = right[0] in ("eq", "assign", "chain", "record", "less")
-        return Judge().same(right, left if stated else named_value(left))
+        if right[0] not in ("eq", "assign", "chain", "record", "less"):
+            left = named_value(left)
+        return Judge().same(right, left)
     except (Unreadable, Undefined):
         return False
 

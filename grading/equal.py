@@ -1,20 +1,23 @@
 """Two trees -> equal? The rules are told in words at the top of reward.py."""
 
 import random
-from collections import Counter
 from fractions import Fraction
 
 from grading.region import is_region, same_region
 from grading.statement import settle
 from grading.tree import MAX_LIST, Node, Undefined, constant, has, names, num
 from grading.units import ratio
-from grading.value import Evaluator, is_close, lift, mp, size
+from grading.value import Evaluator, is_close, lift, mp, real, size
 
 _INTEGERS = set("jklmnN")
+# The first of these kinds that either tree has says how they are compared.
+_KINDS = """approx chain assign residues record eq region unit set list mat tuple dots
+    percent""".split()
 
 
 class Judge:
-    """Compares two settled trees. One judge per answer: its evaluator's step budget bounds the whole comparison."""
+    """Compares two settled trees. One judge per answer: its evaluator's step budget bounds the
+    whole comparison."""
 
     def __init__(self):
         self.evaluator = Evaluator()
@@ -23,249 +26,301 @@ class Judge:
         """Raises Undefined, Unreadable and NeedsSympy."""
         if a == b:
             return True
-        compare = {
-            "chain": lambda a, b: self.same(
-                settle(a[1][-1]), b
-            ),  # sqrt(4) = 2: the last value counts
-            "assign": self.assigned,
-            "residues": self.congruence,
-            "record": self.record,
-            "eq": lambda a, b: b[0] in ("eq", "assign") and self.proportional(*a[1:], *b[1:]),
-            "region": self.region,
-            "unit": self.unit,
-            "set": self.listed,
-            "list": self.listed,
-            "mat": self.matrix,
-            "tuple": self.tuple,
-            "dots": lambda a, b: False,
-            "percent": self.percent,
-        }
-        kinds = [
-            "region" if is_region(node) else "mat" if _as_matrix(node) else node[0]
-            for node in (a, b)
-        ]
-        for (
-            kind,
-            method,
-        ) in compare.items():  # in this order: the first kind that either has decides
+        kinds = [_kind(a), _kind(b)]
+        for kind in _KINDS:
             if kind in kinds:
-                return method(a, b) if kinds[0] == kind else method(b, a)
+                compare = getattr(self, "same_" + kind)
+                return compare(a, b) if kinds[0] == kind else compare(b, a)
         return self.same_expression(a, b)
 
     def both(self, a: Node, b: Node) -> bool:
         return self.same(settle(a), settle(b))
 
+    def each(self, left, right) -> bool:
+        return len(left) == len(right) and all(map(self.both, left, right))
+
     # -- names and statements
-    def congruence(self, a, b):
+    def same_approx(self, a, b):
+        _, value, decimal = a
+        if decimal[0] == "num" and _is_constant(value) and not self.rounds(value, decimal):
+            return False
+        return self.same(value, b)
+
+    def same_chain(self, a, b):
+        """sqrt(4) = 2: the last value counts, if those before agree with it."""
+        *steps, result = a[1]
+        for step in steps:
+            if _is_constant(step) and _is_constant(result) and not self.both(step, result):
+                is_decimal = result[0] == "num" and result[2]
+                if not is_decimal or not self.rounds(settle(step), result):
+                    return False
+        return self.same(settle(result), b)
+
+    def rounds(self, value, decimal) -> bool:
+        """Whether a decimal is a value, to within one unit of its last place."""
+        difference = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
+        return abs(difference) <= mp.mpf(10) ** -(decimal[2] or 0)
+
+    def same_residues(self, a, b):
         _, modulus, residues, left = a
         if b[0] != "residues":  # 5 mod 7
             return left is None and len(residues) == 1 and self.same(residues[0], b)
-        reduced = [{constant(residue) % modulus for residue in node[2]} for node in (a, b)]
-        return (
-            modulus == b[1]
-            and reduced[0] == reduced[1]
-            and (None in (left, b[3]) or self.same(left, b[3]))
-        )
+        _, modulus2, residues2, left2 = b
+        if modulus != modulus2 or left and left2 and not self.same(left, left2):
+            return False
+        reduced = {constant(residue) % modulus for residue in residues}
+        return reduced == {constant(residue) % modulus for residue in residues2}
 
-    def assigned(self, a, b):
+    def same_assign(self, a, b):
         if b[0] == "assign":
             left, right = a[1][1], b[1][1]
-            if left == right or "y" in (left, right) and "(" in (*left, *right):
+            are_functions = "y" in (left, right) and "(" in (*left, *right)
+            if left == right or are_functions:
                 return self.both(a[2], b[2])
         if b[0] in ("assign", "eq"):
             return self.proportional(*a[1:], *b[1:])
         return b[0] not in ("record", "less") and self.same(settle(a[2]), b)
 
-    def record(self, a, b):
+    def same_record(self, a, b):
         if b[0] == "record":
             left, right = dict(a[1]), dict(b[1])
-            return left.keys() == right.keys() and all(
-                self.both(left[name], right[name]) for name in left
-            )
+            if left.keys() != right.keys():
+                return False
+            return all(self.both(left[name], right[name]) for name in left)
         values = tuple(settle(value) for _, value in sorted(a[1], key=str))
-        if b[0] == "list" and len({str(name[1]).partition("_")[0] for name, _ in a[1]}) == 1:
-            return self.listed(("list", ",", values), b)  # x_1 = 2, x_2 = 3: roots, in any order
-        return (b[0] == "list" or b[:2] == ("tuple", "(")) and self.each(values, b[2])
+        letters = {str(name[1]).partition("_")[0] for name, _ in a[1]}
+        if b[0] == "list" and len(letters) == 1:
+            return self.same_list(("list", ",", values), b)  # x_1 = 2, x_2 = 3: in any order
+        is_point = b[0] == "list" or b[:2] == ("tuple", "(")
+        return is_point and self.each(values, b[2])
 
-    def each(self, left, right) -> bool:
-        return len(left) == len(right) and all(map(self.both, left, right))
+    def same_eq(self, a, b):
+        return b[0] == "eq" and self.proportional(*a[1:], *b[1:])
 
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
-        first, second, ratio = ("add", left, ("neg", right)), ("add", left2, ("neg", right2)), None
-        for f, g, _ in self.samples(first, second):
+        quotient = None
+        first = ("add", left, ("neg", right))
+        second = ("add", left2, ("neg", right2))
+        for f, g in self.samples(first, second):
             f, g = lift(f), lift(g)
             if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
-            ratio = f / g if ratio is None else ratio
-            if not is_close(ratio, f / g):
+            if quotient is None:
+                quotient = f / g
+            if not is_close(quotient, f / g):
                 return False
         return self.sampled > 2
 
     # -- collections
-    def listed(self, a, b):
+    def same_set(self, a, b):
         if b[0] not in ("list", "set"):
-            return a[0] == "set" and len(a[1]) == 1 and self.same(a[1][0], b)
-        left, right = (node[1] if node[0] == "set" else node[2] for node in (a, b))
-        once = a[0] == b[0] == "list"
-        if max(len(left), len(right)) > MAX_LIST:
-            return Counter(left) == Counter(right)
-        remaining = list(right)
-        for item in left:
-            partner = next((other for other in remaining if self.both(item, other)), None)
-            if partner is None:
-                return False
-            if once:
-                remaining.remove(partner)
-        return (
-            not remaining
-            if once
-            else all(any(self.both(item, other) for item in left) for other in right)
-        )
+            return len(a[1]) == 1 and self.same(a[1][0], b)
+        _check_length(a[1], b[-1])
+        return self.covers(a[1], b[-1]) and self.covers(b[-1], a[1])
 
-    def tuple(self, a, b):
+    def covers(self, left, right) -> bool:
+        for item in left:
+            if not any(self.both(item, other) for other in right):
+                return False
+        return True
+
+    def same_list(self, a, b):
+        if b[0] != "list" or len(a[2]) != len(b[2]):
+            return False
+        _check_length(a[2])
+        remaining = list(b[2])
+        for item in a[2]:
+            for other in remaining:
+                if self.both(item, other):
+                    remaining.remove(other)
+                    break
+            else:
+                return False
+        return True
+
+    def same_tuple(self, a, b):
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
-        if a[3] == b[3] == ":" and (a[1], b[1]) != ("clock", "clock") and num(0) not in a[2] + b[2]:
-            return self.each(
-                [("mul", x, b[2][0]) for x in a[2]], [("mul", y, a[2][0]) for y in b[2]]
-            )  # 2:3 = 4:6
-        return (a[1], a[3]) == (b[1], b[3]) and self.each(a[2], b[2])
+        left, right = a[2], b[2]
+        are_times = a[1] == b[1] == "clock"
+        if a[3] == b[3] == ":" and not are_times and num(0) not in left + right:
+            scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
+            scaled2 = [("mul", item, left[0]) for item in right]
+            return self.each(scaled, scaled2)
+        if a[1] != b[1] or a[3] != b[3]:
+            return False
+        return self.each(left, right)
 
-    def matrix(self, a, b):
+    def same_mat(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
         if b[:2] == ("tuple", "(") and len(left[0]) == 1:
             right = [(item,) for item in b[2]]
         return bool(right) and len(left) == len(right) and all(map(self.each, left, right))
 
-    def region(self, a, b):
+    def same_region(self, a, b):
         letters = names(a, b)
-        draws = [
-            {name: _sample(name, attempt, k) for k, name in enumerate(letters)}
-            for attempt in range(6)
-        ]
-        return same_region(a, b, self.evaluator, draws if letters else [{}])
+        draws = [_draw(letters, attempt) for attempt in range(6 if letters else 1)]
+        return same_region(a, b, self.evaluator, draws)
+
+    def same_dots(self, a, b):
+        return False
 
     # -- values
-    def unit(self, a, b):
-        if b[0] != "unit":
-            spelt = ("mul", a[1], ("sym", a[2].partition("^")[0]))  # 5 m, where m could be a letter
-            return (
-                self.same(settle(a[1]), b)
-                or " " not in a[2]
-                and bool(names(b))
-                and self.same_expression(spelt, b)
-            )
-        factor = ratio(a[2], b[2])
-        return factor is not None and self.same(
-            a[1] if factor == 1 else ("mul", num(factor), a[1]), b[1]
-        )
+    def same_unit(self, a, b):
+        if b[0] == "unit":
+            factor = ratio(a[2], b[2])
+            if factor is None:
+                return False
+            value = a[1] if factor == 1 else ("mul", num(factor), a[1])
+            return self.same(value, b[1])
+        if self.same(settle(a[1]), b):
+            return True
+        spelt = a[1]
+        for letter in a[2].partition("^")[0]:  # 5 m or 5 kT, where k and T could be letters
+            spelt = ("mul", spelt, ("sym", letter))
+        if " " in a[2] or not names(b):
+            return False
+        return self.same_expression(spelt, b)
 
-    def percent(self, a, b):
+    def same_percent(self, a, b):
         if b[0] == "percent":
             return self.same(a[1], b[1])
-        return self.same_expression(a[1], b) or self.same_expression(("div", a[1], num(100)), b)
+        hundredth = ("div", a[1], num(100))
+        return self.same_expression(a[1], b) or self.same_expression(hundredth, b)
 
     def same_expression(self, a, b):
-        degree, log = has(a, "deg") != has(b, "deg"), has(a, "log") or has(b, "log")
-        readings = [(False, False)] + [(True, False)] * degree + [(False, True)] * log
-        return any(self.same_value(a, b, *reading) for reading in readings)
+        evaluator = self.evaluator
+        readings = [(False, False)]
+        if has(a, "deg") != has(b, "deg"):
+            readings.append((True, False))
+        if has(a, "log") or has(b, "log"):
+            readings.append((False, True))
+        same = self.same_function if names(a, b) else self.same_number
+        for evaluator.degree, evaluator.decimal_log in readings:
+            if same(a, b):
+                return True
+        return False
 
-    def same_value(self, a, b, degree=False, decimal_log=False):
-        self.evaluator.degree, self.evaluator.decimal_log = degree, decimal_log
-        if not names(a, b):
-            return self.same_number(a, b)
-        return all(is_close(*sample) for sample in self.samples(a, b)) and self.sampled > 2
+    def same_function(self, a, b):
+        for x, y in self.samples(a, b):
+            if not is_close(x, y):
+                return False
+        return self.sampled > 2
 
     def same_number(self, a, b):
         try:
-            x, big, scale = (
-                self.evaluator.value(a, {}),
-                self.evaluator.rounded,
-                self.evaluator.scale,
-            )
-            y, big2 = self.evaluator.value(b, {}), self.evaluator.rounded
+            x, y = self.evaluator.value(a, {}), self.evaluator.value(b, {})
         except Undefined:
             return False
-        if is_close(x, y, max(scale, self.evaluator.scale)):
-            return not (big or big2)
-        return _rounds_to(a, b, y) or _rounds_to(b, a, x)
+        return is_close(x, y) or _rounds_to(a, b, y) or _rounds_to(b, a, x)
 
     def samples(self, a, b):
-        """(value of a, of b, scale of both) at random points where both have one; where nothing leaves the reals, if
-        possible. self.sampled counts them."""
-        letters, both = names(a, b), ("list", a, b)
-        coarse = has(both, "floor", "ceil", "mod") or all(name[0] in _INTEGERS for name in letters)
-        wanted, self.sampled = (20 if coarse else 12), 0
-        for unreal_allowed in [True] if has(both, "i") else [False, True]:
+        """(value of a, of b) at random points where both have one; where nothing leaves the reals,
+        if possible. self.sampled counts them."""
+        letters, both, evaluator = names(a, b), ("list", a, b), self.evaluator
+        are_integers = _INTEGERS.issuperset(name[0] for name in letters)
+        wanted = 12
+        if are_integers or has(both, "floor", "ceil", "mod"):
+            wanted = 20
+        self.sampled = 0
+        for unreal_allowed in (False, True):
+            if has(both, "i") and not unreal_allowed:
+                continue
             for attempt in range(4 * wanted):
-                env = {
-                    name: _sample(name, attempt, k)
-                    for k, name in enumerate(letters)
-                    if name[:5] != "text "
-                }
+                env = _draw(letters, attempt)
                 try:
-                    x, unreal, scale = (
-                        self.evaluator.value(a, env),
-                        self.evaluator.unreal,
-                        self.evaluator.scale,
-                    )
-                    y = self.evaluator.value(b, env)
+                    x = evaluator.value(a, env)
+                    unreal = evaluator.unreal
+                    y = evaluator.value(b, env)
                 except Undefined:
                     if attempt > 11 and not self.sampled:
                         break
                     continue
-                if (unreal or self.evaluator.unreal) and not unreal_allowed:
+                if (unreal or evaluator.unreal) and not unreal_allowed:
                     continue
                 self.sampled += 1
-                yield x, y, max(scale, self.evaluator.scale)
+                yield x, y
                 if self.sampled == wanted:
                     return
             if self.sampled:
                 return
 
 
-def _sample(name: str, attempt: int, position: int) -> Fraction:
-    """A value for a letter: near, farther and far out by turns, of both signs for x, y and z."""
-    rng = random.Random(97 * attempt + position)
-    if name[0] in _INTEGERS:
-        return Fraction(
-            attempt + 1
-            if attempt < 3
-            else rng.randint(*((1, 20), (20, 200), (200, 5000))[attempt % 3])
-        )
-    value = Fraction(rng.randint(300, 3000), 1009) * (1, 12, 12**3)[attempt % 3]
-    return -value if attempt >> min(position, 2) & 1 and name[0] in "xyz" else value
+def _kind(node: Node) -> str:
+    if is_region(node):
+        return "region"
+    return "mat" if _as_matrix(node) else node[0]
+
+
+def _check_length(*lists: tuple) -> None:
+    """Raises Undefined for lists that are too long to compare in any order."""
+    if max(map(len, lists)) > MAX_LIST:
+        raise Undefined("too long a list")
+
+
+def _is_constant(node: Node) -> bool:
+    """A value without letters that is computed at once."""
+    return not names(node) and not has(node, "unit", "dots", "big", "int", "lim", "list", "rel")
+
+
+def _draw(letters: list[str], attempt: int) -> dict[str, Fraction]:
+    """A value for each letter: near, farther and far out by turns, of both signs for x, y and z."""
+    env, distance = {}, attempt % 3
+    for k, name in enumerate(letters):
+        rng = random.Random(97 * attempt + k)
+        if name.startswith("text "):
+            continue
+        if name[0] in _INTEGERS:
+            low, high = ((1, 20), (20, 200), (200, 5000))[distance]
+            env[name] = Fraction(attempt + 1 if attempt < 3 else rng.randint(low, high))
+            continue
+        env[name] = Fraction(rng.randint(300, 3000), 1009) * 12 ** (0, 1, 3)[distance]
+        if attempt >> min(k, 2) & 1 and name[0] in "xyz":
+            env[name] = -env[name]
+    return env
 
 
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
-    """A decimal of at least ten significant digits that rounds or cuts a value with no shorter decimal expansion."""
-    shift, sign, other_digits = 0, 1, other[0] == "num" and (other[2] or other[1].denominator == 1)
-    if decimal[0] == "neg":
-        sign, decimal = -1, decimal[1]
-    if (
-        decimal[0] == "mul"
-        and decimal[2][:2] == ("pow", num(10))
-        and abs(constant(decimal[2][2]) or 999) < 400
-    ):
-        shift, decimal = int(constant(decimal[2][2])), decimal[1]
-    if decimal[0] != "num" or not decimal[2] or other_digits:
+    """A decimal of at least ten significant digits that rounds or cuts a value with no shorter
+    decimal expansion."""
+    exponent = num(0)
+    if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)):
+        exponent, decimal = decimal[2][2], decimal[1]
+    power = constant(exponent)
+    number = decimal[1] if decimal[0] == "neg" else decimal
+    if number[0] != "num" or not number[2] or power is None or abs(power) > 400:
         return False
-    scaled, written = (
-        sign * lift(value) * mp.mpf(10) ** (decimal[2] - shift),
-        decimal[1] * 10 ** decimal[2],
-    )
-    if written < 10**9 or not mp.isfinite(scaled) or scaled.imag:
+    if other[0] == "num":
+        _, exact, decimals = other
+        if decimals or exact.denominator == 1:
+            return False
+    scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
+    written = constant(decimal) * 10 ** number[2]
+    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag:
         return False
-    return abs(scaled - lift(written)) <= 1 and abs(scaled - mp.nint(scaled)) > 1e-30
+    nearest = mp.nint(scaled)
+    if abs(scaled - nearest) <= 1e-30:
+        return False
+    if abs(written) > 10**15:  # a double's digits
+        return abs(scaled - lift(written)) <= 1
+    cut = mp.floor(scaled) if scaled > 0 else mp.ceil(scaled)
+    return lift(written) in (nearest, cut)
 
 
 def _as_matrix(node: Node) -> tuple | None:
     """The rows of a matrix, also of a multiple of one."""
-    if node[0] == "mat":
-        return node[1]
-    for k in range(1, len(node) if node[0] in ("neg", "mul") else 2 if node[0] == "div" else 0):
-        rows, scalars = _as_matrix(node[k]), node[1:k] + node[k + 1 :]
-        if rows and not has(("list", *scalars), "mat"):
-            return tuple(tuple((node[0], cell, *scalars) for cell in row) for row in rows)
+    kind, *parts = node
+    if kind == "mat":
+        return parts[0]
+    if kind not in ("neg", "mul", "div"):
+        return None
+    for k, part in enumerate(parts[:1] if kind == "div" else parts):
+        rows, others = _as_matrix(part), parts[:k] + parts[k + 1 :]
+        if not rows or has(("list", *others), "mat"):
+            continue
+        multiples = []
+        for row in rows:
+            multiples.append(tuple((kind, cell, *others) for cell in row))
+        return tuple(multiples)
     return None

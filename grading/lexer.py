@@ -1,53 +1,55 @@
-"""Text -> tokens (kind, value, glued): kinds are num, id, text, fn, op and env; glued: no space stands before it."""
+"""Text -> tokens (kind, value): kinds are num, id, text, fn, op, money and env."""
 
 import re
 
 from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
-from grading.units import UNITS
+from grading.units import CURRENCIES, GLUED, UNITS, known, number_word
 from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
 
 _LEX = re.compile(
     rf"""
     (?P<space>(?:\s|~|\\[ ,;:!>]|\$|\\[()\[\]]|&nbsp;|\\(?:left|right)(?![A-Za-z])\.?)+)
-  | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*\{{\d{{1,50}}\}})
+  | (?P<repeating>\d{{0,50}}\.\d{{0,50}}\\(?:overline|bar|dot)\s*(?:\{{\d{{1,50}}\}}|\d))
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
-  | (?P<thousands>\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?)
+  | (?P<date>\d{{1,2}}/\d{{1,2}}/(?:19|20)\d\d(?!\d)|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))
+  | (?P<thousands>
+        (?<![_^])\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
+        |\d*\.(?:\d{{3}}\\,)+\d{{1,3}})
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
   | (?P<based>(?=[A-F]{{0,60}}\d)[\dA-F]{{1,60}}_(?:\d{{1,2}}(?!\d)|\{{\(?\w{{1,7}}\)?\}}))
   | (?P<number>\d+(?:\.\d+)?|\.\d+)
-  | (?P<deg>\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z])))
+  | (?P<deg>\^\s*(?:\{{\s*\\(?:circ|degree)\s*\}}|\\(?:circ|degree)(?![a-zA-Z]))
+        |(?<=[\d}})])\^(?:\{{o\}}|o(?![a-zA-Z])))
+  | (?P<currency>(?:US\s?)?\\\$|[€£¥₹¢]|(?:USD|EUR|GBP|JPY|INR|Rs)(?![A-Za-z])\.?)
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
   | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
   | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
   | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
-  | (?P<escape>\\[{{}}$%&_\#|])
+  | (?P<escape>\\[{{}}%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
   | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
 """,
     re.VERBOSE | re.ASCII,
 )
-_SIMPLE = {  # group -> its one token
-    **{name: lambda text, name=name: ("op", name) for name in ("deg", "row", "dots")},
-    "clock": lambda text: ("num", re.sub(r"\s", "", text)),
-    "based": lambda text: ("num", re.sub(r"[{}()]", "", text)),
-    "scientific": lambda text: ("num", text),
-    "repeating": lambda text: ("num", re.sub(r"\\[a-z]+\s*\{(\d+)\}", r"(\1)", text)),
-    "blackboard": lambda text: (
-        ("op", "reals") if "R" in text else ("id", "set " + text.rstrip("} \t\n")[-1])
-    ),
+_NUMBERS = {  # group -> what is replaced in it by what
+    "clock": (r"\s", ""),
+    "based": (r"[{}()]", ""),
+    "scientific": (r"^", ""),
+    "repeating": (r"\\[a-z]+\s*\{?(\d+)\}?", r"(\1)"),
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
-_SYSTEMS = ("cases", "aligned", "align", "gathered", "split")
+_SYSTEMS = "cases aligned align gathered gather split equation multline displaymath".split()
+_ENDS = ("}", ")", "pi", "deg", "%")  # of a value
 _BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
 
 class Lexer:
-    """A method for each group of the expression above that is not simple: it adds tokens, and tells where to go on if
-    that is not the end of what it was given."""
+    """Has a method for each group of the expression above that takes more than a line: it adds
+    tokens, and returns where to go on if that is not the end of what it was given."""
 
     def __init__(self, text: str, as_list: bool):
         """as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
@@ -55,29 +57,41 @@ class Lexer:
             raise Unreadable("too long")
         self.text, self.as_list = plain(text), as_list
         self.tokens, self.parens, self.environments = [], 0, []
+        self.glued = False  # whether no space stands before what comes next
 
     def run(self, at: int = 0, end: int | None = None, in_text: bool = False) -> list[tuple]:
         """The tokens. Raises Unreadable."""
-        end, self.glued = len(self.text) if end is None else end, False
+        if end is None:
+            end = len(self.text)
+        self.glued = False
         while at < end:
             match = _LEX.match(self.text, at, end)
             if not match or len(self.tokens) > MAX_TOKENS:
                 raise Unreadable(f"unknown character at {at}, or too many tokens")
-            group, text, to, self.in_text = match.lastgroup, match.group(), None, in_text
-            if group in _SIMPLE:
-                self.add(*_SIMPLE[group](text))
+            group, text = match.lastgroup, match.group()
+            at, self.in_text = match.end(), in_text
+            if group in _NUMBERS:
+                self.add("num", re.sub(*_NUMBERS[group], text))
+            elif group in ("deg", "row", "dots"):
+                self.add("op", group)
             elif group != "space":
-                to = getattr(self, group)(text, match)
-            at, self.glued = match.end() if to is None else to, group != "space"
+                at = getattr(self, group)(text, match) or at
+            self.glued = group != "space"
         return self.tokens
 
     def add(self, kind: str, value) -> None:
-        self.tokens.append((kind, value, self.glued))
+        self.tokens.append((kind, value))
         self.glued = True
 
+    def previous(self) -> list[tuple]:
+        """The last two tokens."""
+        return [("", ""), ("", ""), *self.tokens[-2:]][-2:]
+
     def after_value(self) -> bool:
-        kind, value = self.tokens[-1][:2] if self.tokens else ("", "")
-        return kind in ("num", "text") or kind == "op" and value in ("}", ")", "pi", "deg", "%")
+        (before, _), (kind, value) = self.previous()
+        if value == "/":  # km/hr
+            return before == "text"
+        return kind in ("num", "text") or kind == "op" and value in _ENDS
 
     def number(self, text, match):
         if len(text) > MAX_DIGITS:
@@ -86,78 +100,101 @@ class Lexer:
         return match.start() + len(text)
 
     def thousands(self, text, match):
-        if text[0] == "0":
+        if text[0] == "0" and text[1] != ".":
             return self.number(re.match(r"\d+", text).group(), match)
         self.number(re.sub(r"[^\d.]", "", text), match)
 
     def comma(self, text, match):
-        listed = len(self.tokens) > 1 and self.tokens[-1][1] == "," and self.tokens[-2][0] == "num"
-        if ",0" not in text and (self.as_list or self.parens or listed):
+        (before, _), (_, last) = self.previous()
+        is_listed = self.as_list or self.parens or last == "," and before == "num"
+        if is_listed and ",0" not in text:
             return self.number(text[: text.index(",")], match)
         self.thousands(text, match)
 
     def operator(self, text, match):
         if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
             return  # what aligns, what abbreviates
-        if text == "!=" and self.glued:  # 5!=120
+        if text == "!=" and self.glued and self.after_value():  # 5!=120, but x!=5
             self.add("op", "!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
         self.add("op", _OPERATORS.get(text, text))
 
     def escape(self, text, match):
-        if text != "\\$":
-            self.operator(text, match)
+        self.operator(text, match)
+
+    def currency(self, text, match):
+        name = next(name for sign, name in CURRENCIES.items() if sign in text)
+        self.add("text" if self.after_value() else "money", name)
 
     def environment(self, text, match):
-        name = "system" if match["name"] in _SYSTEMS else match["name"]
-        self.environments = (
-            self.environments + [name] if match["edge"] == "begin" else self.environments[:-1]
-        )
-        self.add("op", match["edge"])
+        edge, name = match["edge"], match["name"]
+        if name in _SYSTEMS:
+            name = "system"
+        if edge == "begin":
+            self.environments.append(name)
+        else:
+            del self.environments[-1:]
+        self.add("op", edge)
         self.add("env", name)
+
+    def date(self, text, match):
+        self.add("text", text)
+
+    def blackboard(self, text, match):
+        letter = text.rstrip("} \t\n")[-1]
+        if letter == "R":
+            self.add("op", "reals")
+        else:
+            self.add("id", "set " + letter)
 
     def letters(self, text, match):
         low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
-        bare = text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if low in WORDS:
             self.add("op", WORDS[low])
+        elif number_word(text) is not None:
+            self.add("text", text)
+        elif self.in_text and text == "to" and self.previous()[-1][0] == "num":  # 3 to 4
+            self.add("op", ":")
         elif self.in_text:  # a single letter that is no unit is a variable
-            variable = len(text) == 1 and not (text in UNITS and self.after_value())
-            self.add(*("op", ":") if text == "to" else ("id" if variable else "text", text))
-        elif self.after_value() and (
-            bare or len(text) > 1 and (text in UNITS or low in ("am", "pm"))
-        ):
+            is_word = len(text) > 1 or text in UNITS and self.after_value()
+            self.add("text" if is_word else "id", text)
+        elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
         elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
         elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
             self.add("fn", found[1])
             self.add("id", found[2])
-        elif (
-            text in FUNCTIONS
-            or len(text) > 3
-            and not text.isupper()
-            and list(text) != sorted(set(text))
-        ):
-            self.add(*("fn", FUNCTIONS[text]) if text in FUNCTIONS else ("text", text))
+        elif text in FUNCTIONS:
+            self.add("fn", FUNCTIONS[text])
+        elif len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
+            self.add("text", text)
         else:  # short, capitals, or letters in their order: a product
             for letter in text:
                 self.add("id", letter)
+
+    def is_unit(self, text: str, next_char: str) -> bool:
+        """Whether letters outside \\text{} that follow a value are its unit."""
+        if len(text) == 1:
+            return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
+        if text in GLUED or text.removesuffix("s") in GLUED or text.lower() in ("am", "pm"):
+            return True
+        is_function = text in FUNCTIONS or next_char == "("
+        return not self.glued and not is_function and known(text)
 
     def command(self, text, match):
         name = text[1:]
         if name not in COMMANDS:
             raise Unreadable("unknown command")
-        if COMMANDS[name]:
-            self.add(
-                *("text", name)
-                if name in ("Omega", "AA") and self.after_value()
-                else COMMANDS[name]
-            )
+        if name in ("Omega", "AA") and self.after_value():
+            self.add("text", name)
+        elif COMMANDS[name]:
+            self.add(*COMMANDS[name])
 
     def group(self, text, match):
-        r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they spell."""
+        r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they
+        spell."""
         content = match["inner"].strip().strip("~")
         if content not in FUNCTIONS or content in UNITS and self.after_value():
             self.run(match.start("inner"), match.end("inner"), True)

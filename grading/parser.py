@@ -2,19 +2,18 @@
 
 from decimal import Decimal
 from fractions import Fraction
-from functools import reduce
 
 from grading.lexer import Lexer
-from grading.tree import MAX_DEPTH, Node, Unreadable, constant, num
-from grading.units import UNITS, known, multiplier
-from grading.words import NUMBERS, PHRASES
+from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
+from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
+from grading.words import PHRASES
 
-_RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "mid", "equiv", "to")
+_RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
 _SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array", "system")
+_MATRICES = "pmatrix bmatrix matrix vmatrix Bmatrix smallmatrix array".split()
 _INFINITY = ("const", "oo")
 _ATOMS = {
     "pi": ("const", "pi"),
@@ -23,51 +22,92 @@ _ATOMS = {
     "dots": ("dots",),
     "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")"),
 }
-_STARTS = {*_ATOMS, "(", "[", "{", "{{", "lfloor", "lceil", "begin"}
+_READERS = dict.fromkeys(("(", "[", "{", "{{"), "bracket") | dict.fromkeys(_BARS, "bars_group")
+_READERS["begin"] = "matrix"
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
 def parse(text: str, as_list: bool = False) -> Node:
-    """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises Unreadable."""
+    """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
+    Unreadable."""
     return Parser(Lexer(text, as_list).run()).answer()
 
 
 def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises Unreadable."""
+    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises
+    Unreadable."""
     if ":" in text:
         return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
     if "_" in text:
         digits, _, base = text.partition("_")
         try:
-            return num(int(digits, NUMBERS.get(base.lower()) or int(base)))
+            return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
         except ValueError:
             raise Unreadable("base") from None
     if "(" in text:
         head, _, tail = text.rstrip(")").partition("(")
+        period = 10 ** len(tail) - 1
         places = len(head.partition(".")[2])
-        return num(Fraction("0" + head) + Fraction(int(tail), (10 ** len(tail) - 1) * 10**places))
+        return num(Fraction("0" + head) + Fraction(int(tail), period * 10**places))
     mantissa, _, exponent = text.lower().partition("e")
-    node = num(
-        Decimal(mantissa), len(mantissa.partition(".")[2]) or None
-    )  # int() refuses long numerals
-    return ("mul", node, ("pow", num(10), num(Decimal(exponent)))) if exponent else node
+    decimals = len(mantissa.partition(".")[2]) or None
+    node = num(Decimal(mantissa), decimals)  # int() refuses long numerals
+    if exponent:
+        node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
+    return node
 
 
-def _determinant(rows: list[tuple]) -> Node:
+def _listed(joiner: str, items: list[Node]) -> Node:
+    return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+
+
+def _continues(item: Node, previous: Node) -> bool:
+    """Whether a value with a unit goes on with a smaller one: 2 hours and 30 minutes."""
+    if item[0] != "unit" or previous[0] != "unit":
+        return False
+    factor = ratio(item[2], previous[2])
+    return factor is not None and factor < 1
+
+
+def _is_part(node: Node) -> bool:
+    """1 or a fraction below it, which a noun in the singular may follow."""
+    over, under = node[1:] if node[0] == "div" else (node, num(1))
+    over, under = constant(over), constant(under)
+    return over is not None and under is not None and 0 < over <= under
+
+
+def _spoken(words: list[str]) -> Fraction:
+    """twenty five, three hundred, three quarters."""
+    total = current = Fraction(0)
+    for word in words:
+        value = number_word(word)
+        if value < 1 or multiplier(word):
+            current = (current or 1) * value
+        else:
+            current += value
+        if value >= 1000:
+            total, current = total + current, Fraction(0)
+    return total + current
+
+
+def _determinant(rows: tuple) -> Node:
     if len(rows) != len(rows[0]) or len(rows) > 4:
         raise Unreadable("determinant")
     if len(rows) == 1:
         return rows[0][0]
-    minors = [_determinant([row[:k] + row[k + 1 :] for row in rows[1:]]) for k in range(len(rows))]
-    terms = [("mul", (cell, ("neg", cell))[k % 2], minors[k]) for k, cell in enumerate(rows[0])]
-    return reduce(lambda total, term: ("add", total, term), terms)
+    total = None
+    for k, cell in enumerate(rows[0]):
+        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
+        term = ("mul", ("neg", cell) if k % 2 else cell, _determinant(minor))
+        total = ("add", total, term) if total else term
+    return total
 
 
 class Parser:
     """Raises Unreadable."""
 
     def __init__(self, tokens: list[tuple]):
-        self.tokens = [*tokens, *[("end", "", False)] * 9]
+        self.tokens = [*tokens, *[("end", "")] * 9]
         self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
 
     # -- the stream
@@ -79,7 +119,7 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value, _ = self.tokens[self.at + ahead]
+        kind, value = self.tokens[self.at + ahead]
         return kind == "op" and value in values
 
     def accept(self, *values) -> str | None:
@@ -105,7 +145,7 @@ class Parser:
         """One token or one group, as text."""
         words, depth = [], 0
         while True:
-            kind, value, _ = self.take()
+            kind, value = self.take()
             if kind == "end":
                 raise Unreadable("unbalanced")
             words.append(value)
@@ -117,7 +157,7 @@ class Parser:
     def answer(self) -> Node:
         node = self.sequence()
         if self.accept("pmod"):
-            node = ("cong", node, self.argument())
+            node = ("cong", node, self.signed(self.atom))
         while self.accept("."):
             pass
         if self.peek()[0] != "end":
@@ -125,17 +165,22 @@ class Parser:
         return node
 
     def sequence(self) -> Node:
-        items, joiners = [self.relation()], set()
+        """A list; x=1,y=2; x=3,y=4 and x=1,y=2 or x=3,y=4 are lists of lists."""
+        groups, joiners = [[self.relation()]], set()
         while joiner := self.accept(",", ";", "or", "and"):
             while second := self.accept("or", "and"):
                 joiner = second
             joiners.add(joiner)
-            items.append(self.relation())
-        return (
-            items[0]
-            if len(items) == 1
-            else ("list", "or" if "or" in joiners else ",", tuple(items))
-        )
+            item, items = self.relation(), groups[-1]
+            if joiner == "and" and _continues(item, items[-1]):
+                items[-1] = ("add", items[-1], item)
+            elif joiner in (";", "or"):
+                groups.append([item])
+            else:
+                items.append(item)
+        kind = "or" if "or" in joiners else ","
+        lists = [_listed(",", items) for items in groups]
+        return _listed(kind, lists)
 
     def relation(self) -> Node:
         self.accept("~")
@@ -163,8 +208,13 @@ class Parser:
         node, op = None, self.accept(*_SIGNS) or "+"
         while op:
             term = self.signed(self.product)
-            term = ("neg", term) if op == "-" else term
-            node = (_SIGNS[op], node, term) if node or op in ("+-", "-+") else term
+            if op == "-" and term[0] == "set" and node:  # R - {0}
+                op = "minus"
+            elif op == "-":
+                term = ("neg", term)
+            if node or op in ("+-", "-+"):
+                term = (_SIGNS.get(op, op), node, term)
+            node = term
             op = self.accept(*_SIGNS)
         return node
 
@@ -176,67 +226,83 @@ class Parser:
         return read()
 
     def product(self) -> Node:
+        if self.peek()[0] == "money":
+            return self.price(self.take()[1])
         node = self.power()
         while True:
-            if self.accept("*"):
+            if self.peek()[0] == "text" or self.is_op("/") and self.peek(1)[0] == "text":
+                node = self.unit(node)
+            elif self.accept("*"):
                 node = ("mul", node, self.signed(self.power))
             elif self.accept("/"):
                 node = ("div", node, self.signed(self.power))
             elif self.accept("mod"):
                 node = ("mod", node, self.power())
-            elif self.peek()[0] == "text":
-                node = self.unit(node)
+            elif self.is_op("(", "[") and self.peek(1)[0] == "text" and not names(node):
+                self.take()  # 24 [cm], 2 (double root)
+                node = self.unit(node, remark=True)
+                self.expect(")", "]")
             elif self.starts_atom():
                 node = self.juxtaposed(node)
             else:
                 return node
 
+    def price(self, currency: str) -> Node:
+        node = self.signed(self.product)
+        if node[0] != "unit":
+            return ("unit", node, currency + "^1")
+        if ratio(currency + "^1", node[2]) is not None:  # $5 dollars
+            return node
+        return ("unit", node[1], f"{currency}^1 {node[2]}")
+
     def starts_atom(self) -> bool:
-        kind, value, _ = self.peek()
+        kind, value = self.peek()
         if kind != "op":
             return kind in ("num", "id", "fn")
-        return (
-            value in _STARTS
-            or value == "|"
-            and not self.bars
-            and (
-                self.depth > 0
-                or any(token[:2] == ("op", "|") for token in self.tokens[self.at + 1 :])
-            )
-        )
+        if value == "|":  # a bar that opens, not one that closes, nor the one of divides
+            is_paired = self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
+            return not self.bars and is_paired
+        return value in _ATOMS or value in _READERS
 
     def juxtaposed(self, left: Node) -> Node:
-        if self.peek()[0] == "num" and left[0] == "unit":  # 5 feet 6 inches
+        (kind, opening), (previous_kind, previous) = self.peek(), self.peek(-1)
+        if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
-        powers = self.is_op("^", ahead=-2) and self.is_op("^", ahead=1)  # 2^6 3^5
-        if self.peek()[0] == self.peek(-1)[0] == "num" and not powers:
-            raise Unreadable("two numbers side by side")
+        is_power = self.is_op("^", ahead=-2)  # 2^6 3^5
         right = self.power()
+        side_by_side = kind == previous_kind == "num" and not is_power
+        if left[0] == right[0] == "num" and opening != "(" and previous != ")":  # {5}{6}
+            side_by_side = True
+        if side_by_side:
+            raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
-            return ("list", ",", (*(left[2] if left[0] == "list" else (left,)), right))
+            return ("list", ",", (*elements(left), right))
         return ("mul", left, right)
 
-    def unit(self, node: Node) -> Node:
-        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 12 base 5."""
-        names = []
-        while (
-            self.peek()[0] == "text"
-            or names
-            and self.is_op("*", "/")
-            and (self.peek(1)[0] == "text" or self.peek(1)[1] in UNITS)
-        ):
-            sign = -1 if self.accept("/") else 1
+    def unit(self, node: Node, remark: bool = False) -> Node:
+        """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 5 cups of flour, 5 per apple, 1 way.
+        What stands in a remark, or after "of" or "per", may be any words."""
+        units, aside = [], False
+        while self.peek()[0] == "text" or self.is_op("*", "/") and self.goes_on(units):
+            over = self.accept("/")
             self.accept("*")
             name = self.take()[1]
-            factor = multiplier(name)
             power = constant(self.signed(self.atom)) if self.accept("^") else 1
+            factor, is_number = multiplier(name), number_word(name) is not None
+            if power is None or name.lower() in CHANGING or is_number and (aside or not factor):
+                raise Unreadable("prose after a value")
             if factor:
                 node = ("mul", node, num(factor))
-            elif power is None or not known(name):
+            elif known(name) and not aside:
+                units.append(f"{name}^{int(-power if over else power)}")
+            elif not (aside or over or remark) and (units or not _is_part(node)):
                 raise Unreadable("prose after a value")
-            else:
-                names.append(f"{name}^{int(sign * power)}")
-        return ("unit", node, " ".join(names)) if names else node
+            aside = aside or name.lower() == "of" or bool(over) and not known(name)
+        return ("unit", node, " ".join(units)) if units else node
+
+    def goes_on(self, units: list[str]) -> bool:
+        kind, value = self.peek(1)
+        return kind == "text" or bool(units) and value in UNITS
 
     # -- powers
     def power(self) -> Node:
@@ -245,7 +311,12 @@ class Parser:
             levels += 1
             if levels > MAX_DEPTH:
                 raise Unreadable("nested too deeply")
-            node = ("pow", node, self.signed(self.atom)) if op == "^" else self.marked(node, op)
+            if op == "^":
+                node = ("pow", node, self.signed(self.atom))
+            elif op == "!" and self.accept("!"):
+                node = ("fact2", node)
+            else:
+                node = self.marked(node, op)
         return node
 
     @staticmethod
@@ -258,36 +329,32 @@ class Parser:
 
     # -- atoms
     def argument(self) -> Node:
-        kind, value, glued = self.peek()
-        if (
-            kind == "num" and value.isdigit() and len(value) > 1
-        ):  # \\frac12: the arguments are single digits
-            self.tokens[self.at : self.at + 1] = [(kind, value[0], glued), (kind, value[1:], True)]
+        kind, value = self.peek()
+        if kind == "num" and value.isdigit() and len(value) > 1:  # \\frac12: single digits
+            self.tokens[self.at : self.at + 1] = [(kind, value[0]), (kind, value[1:])]
         return self.signed(self.atom)
 
     def atom(self) -> Node:
-        kind, value, _ = self.take()
+        kind, value = self.take()
+        if kind == "num":
+            return number(value)
+        if kind == "id":
+            return self.name(value)
+        if kind == "text":
+            return self.words(value)
+        if kind == "fn":
+            return self.nested(self.function, value)
         if kind == "op" and value in _ATOMS:
             return _ATOMS[value]
-        if kind in ("num", "id", "text"):
-            return {"num": number, "id": self.name, "text": self.words}[kind](value)
-        read = {
-            "(": self.bracket,
-            "[": self.bracket,
-            "{": self.bracket,
-            "{{": self.bracket,
-            "begin": self.matrix,
-            **dict.fromkeys(_BARS, self.bars_group),
-        }.get(value)
-        if kind == "fn" or kind == "op" and read:
-            return self.nested(self.function if kind == "fn" else read, value)
+        if kind == "op" and value in _READERS:
+            return self.nested(getattr(self, _READERS[value]), value)
         raise Unreadable(f"unexpected {value!r}")
 
     def name(self, value: str) -> Node:
         if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
             return ("const", value)
-        if self.is_op("_"):
-            value += self.take()[1] + self.spelt()
+        if self.accept("_"):
+            value += "_" + self.spelt()
         while self.accept("'"):
             value += "'"
         if self.is_op("(") and value.rstrip("'") in _APPLIED:
@@ -295,30 +362,34 @@ class Parser:
         return ("sym", value)
 
     def words(self, first: str) -> Node:
-        names = [first]
+        words, is_number = [first], number_word(first) is not None
         while self.peek()[0] == "text":
-            names.append(self.take()[1])
-        phrase = " ".join(names).lower()
-        if phrase in PHRASES or phrase in NUMBERS:
-            return _ATOMS[PHRASES[phrase]] if phrase in PHRASES else num(NUMBERS[phrase])
-        return ("sym", first if len(names) == 1 and len(first) == 1 else "text " + phrase)
+            if is_number and number_word(self.peek()[1]) is None:
+                break
+            words.append(self.take()[1])
+        if is_number:
+            return num(_spoken(words))
+        phrase = " ".join(words).lower()
+        if phrase in PHRASES:
+            return _ATOMS[PHRASES[phrase]]
+        ends = self.peek()[1] in ("", ",", ";", "or", "and")
+        if not ends and not set(NEGATIONS).isdisjoint(phrase.split()):
+            raise Unreadable("a negation")
+        return ("sym", first if len(phrase) == 1 else "text " + phrase)
 
     def bracket(self, opening: str) -> Node:
         if opening == "{{" and self.accept("}}"):
             return ("set", ())
         node = self.sequence()
         closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
-        items = node[2] if node[0] == "list" else (node,)
+        items = elements(node)
         if opening == "{{":
             return ("set", items)
-        if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
+        brackets = opening + closing
+        if opening == "{" or len(items) == 1 and brackets in ("()", "[]"):
             return node
-        if (
-            node[0] != "list"
-            or node[1] == "or"
-            or opening + closing in ("(]", "[)")
-            and len(items) != 2
-        ):
+        half_open = brackets in ("(]", "[)")
+        if node[0] != "list" or node[1] == "or" or half_open and len(items) != 2:
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
 
@@ -328,6 +399,8 @@ class Parser:
         node = self.sum()
         self.expect(closing)
         self.bars -= opening == "|"
+        if node[0] == "mat" and name == "abs":
+            return _determinant(node[1])
         return (name, node)
 
     def matrix(self, _) -> Node:
@@ -343,12 +416,12 @@ class Parser:
             elif not self.accept("&") and not self.is_op("end"):
                 raise Unreadable("matrix")
         self.take()
-        rows = [tuple(row) for row in rows if row]
-        if kind not in _MATRICES or not rows or kind != "system" and len(set(map(len, rows))) > 1:
-            raise Unreadable("matrix")
+        rows = tuple(tuple(row) for row in rows if row)
         if kind == "system":  # of equations
-            return ("list", ",", tuple(cell for row in rows for cell in row))
-        return _determinant(rows) if kind == "vmatrix" else ("mat", tuple(rows))
+            return ("list", ",", sum(rows, ()))
+        if kind not in _MATRICES or len(set(map(len, rows))) != 1:
+            raise Unreadable("matrix")
+        return _determinant(rows) if kind == "vmatrix" else ("mat", rows)
 
     # -- functions
     def function(self, name: str) -> Node:
@@ -363,12 +436,21 @@ class Parser:
                 index = self.sum()
                 self.expect("]")
             return ("root", self.signed(self.atom), index)
+        if self.is_op("="):  # \\max = 5
+            return ("sym", name)
         if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
             value = name[7:] + " " + self.spelt()
-            return ("sym", value + (self.take()[1] + self.spelt() if self.is_op("_") else ""))
+            if self.accept("_"):
+                value += "_" + self.spelt()
+            return ("sym", value)
         low = self.atom() if self.accept("_") else None
+        if name == "log" and self.peek(-1)[0] == "num" and not self.starts_atom():  # \\log_28
+            self.at -= 1
+            low = self.argument()
         high = self.signed(self.atom) if self.accept("^") else None
-        return (self.binding if name in ("sum", "prod", "lim") else self.applied)(name, low, high)
+        if name in ("sum", "prod", "lim"):
+            return self.binding(name, low, high)
+        return self.applied(name, low, high)
 
     def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
         if power == ("neg", num(1)) and name in _INVERTED:
@@ -376,26 +458,23 @@ class Parser:
         args = self.function_arguments()
         if base is not None and name != "log":
             raise Unreadable("subscript of a function")
+        if name == "det" and args[0][0] == "mat":
+            return _determinant(args[0][1])
         node = (name, *args) if base is None else ("div", ("ln", *args), ("ln", base))
         return node if power is None else ("pow", node, power)
 
     def function_arguments(self) -> tuple:
         if self.is_op("{{", "(", "{", "["):  # max{a, b}
             node = self.nested(self.atom)
-            return (
-                node[1]
-                if node[0] == "set"
-                else node[2]
-                if node[0] in ("tuple", "list")
-                else (node,)
-            )
+            if node[0] == "set":
+                return node[1]
+            return node[2] if node[0] == "tuple" else elements(node)
         negative = self.accept("-")
         node = self.power()
-        while (
-            self.starts_atom()
-            and not self.is_op("(")
-            and (self.peek()[0] != "fn" or self.peek()[1] == "frac" and node[0] == "num")
-        ):
+        while self.starts_atom() and not self.is_op("("):
+            kind, value = self.peek()
+            if kind == "fn" and (value != "frac" or node[0] != "num"):
+                break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
@@ -404,19 +483,14 @@ class Parser:
         if low is None:
             return ("mul", ("sym", name), self.product())
         sign = "to" if name == "lim" else "="
-        if (
-            low[0] != "rel"
-            or low[1][1::2] != (sign,)
-            or low[1][0][0] not in ("sym", "const")
-            or (high is None) != (name == "lim")
-        ):
+        if low[0] != "rel" or low[1][1::2] != (sign,) or (high is None) != (name == "lim"):
             raise Unreadable("bounds")
-        (_, variable), _, start = low[1]
+        (kind, variable, *_), _, start = low[1]
+        if kind not in ("sym", "const"):
+            raise Unreadable("bounds")
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
-        return (
-            ("lim", variable, start, body)
-            if name == "lim"
-            else ("big", name, variable, start, high, body)
-        )
+        if name == "lim":
+            return ("lim", variable, start, body)
+        return ("big", name, variable, start, high, body)

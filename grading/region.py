@@ -5,30 +5,34 @@ from fractions import Fraction
 from grading.tree import Node, Undefined, names, walk
 from grading.value import Evaluator, lift, mp, real
 
-_GRID, _NEAR = (
-    10**60,
-    Fraction(1, 10**50),
-)  # numbers have 60 decimals here; such close ones are equal
-_PROBES = [
-    Fraction(x) for x in ("-1e99", "-1234.5", "-17", "-2.7", "0", "1.9", "23", "4321.5", "1e99")
-]
+_GRID = 10**60  # numbers have 60 decimals here
+_NEAR = Fraction(1, 10**50)  # such close ones are equal
+_PROBES = [Fraction(x) for x in "-1e99 -1234.5 -17 -2.7 0 1.9 23 4321.5 1e99".split()]
+
+
+_ENDS = {"(": "<", ")": "<", "[": "<=", "]": "<="}
 
 
 def is_region(node: Node) -> bool:
     """Inequalities, unions and the like, which only sets of reals equal."""
-    return (
-        node[0] in ("less", "cup", "cap", "minus")
-        or node[0] == "list"
-        and any(item[0] == "less" for item in node[2])
-    )
+    if node[0] == "list":
+        return any(item[0] == "less" for item in node[2])
+    return node[0] in ("less", "cup", "cap", "minus")
 
 
 def _bound(node: Node) -> set[str]:
     """The names that the inequalities of a region may bound."""
-    sides = [
-        side for part in walk(node) if part[0] == "less" for pair in part[1] for side in pair[::2]
-    ]
-    return {side[1] for side in sides if side[0] == "sym"} or set(names(*sides))
+    sides = []
+    for part in walk(node):
+        if part[0] == "less":
+            for left, _, right in part[1]:
+                sides += [left, right]
+    letters = {side[1] for side in sides if side[0] == "sym"}
+    return letters or set(names(*sides))
+
+
+def _parts(node: Node) -> tuple:
+    return node[2] if node[0] == "list" else node[1:]
 
 
 class Region:
@@ -38,90 +42,111 @@ class Region:
 
     def number(self, node: Node, x: Fraction | None = None) -> Fraction | float:
         """A real value, where the variable is x; an infinity is a float. Raises Undefined."""
-        if node == ("sym", self.name) and x is not None:
+        if x is None and node in self.known:
+            return self.known[node]
+        if x is not None and node == ("sym", self.name):
             return x
-        if node not in self.known or x is not None:
-            value = real(
-                self.evaluator.value(node, self.env if x is None else self.env | {self.name: x})
-            )
-            if mp.isfinite(value) and abs(value) > 10**300:
-                raise Undefined("out of reach")
-            rounded = mp.nint(lift(value) * _GRID)
-            self.known[node] = Fraction(int(rounded), _GRID) if mp.isfinite(value) else float(value)
-        return self.known[node]
+        env = self.env if x is None else self.env | {self.name: x}
+        value = real(self.evaluator.value(node, env))
+        if not mp.isfinite(value):
+            number = float(value)
+        elif abs(value) > 10**300:
+            raise Undefined("out of reach")
+        else:
+            number = Fraction(int(mp.nint(lift(value) * _GRID)), _GRID)
+        if x is None:
+            self.known[node] = number
+        return number
 
     def ends(self, node: Node) -> list:
         """The end points, infinities too. Raises Undefined if this is no set of reals."""
+        ends = []
         if node[0] == "less":
-            return [x for left, _, right in node[1] for x in self.crossings(left, right)]
-        if node[0] == "set":
-            return [self.number(item) for item in node[1]]
-        if node[0] == "tuple" and len(node[2]) == 2 and node[1] in "([":
-            low, high = map(self.number, node[2])
-            if low < high or low == high and node[1] + node[3] == "[]":
-                return [low, high]
+            for left, _, right in node[1]:
+                ends += self.crossings(left, right)
+        elif node[0] == "set":
+            ends += map(self.number, node[1])
         elif is_region(node) or node[:2] == ("list", "or"):
-            return [
-                x for part in (node[2] if node[0] == "list" else node[1:]) for x in self.ends(part)
-            ]
-        raise Undefined("no set of reals")
+            for part in _parts(node):
+                ends += self.ends(part)
+        elif node[0] == "tuple" and len(node[2]) == 2 and node[1] in "([":
+            ends += map(self.number, node[2])
+            if ends[0] > ends[1] or ends[0] == ends[1] and node[1] + node[3] != "[]":
+                raise Undefined("an empty interval")
+        else:
+            raise Undefined("no set of reals")
+        return ends
 
     def crossings(self, left: Node, right: Node) -> list:
-        """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities too."""
-        constants = [self.number(side) for side in (left, right) if self.name not in names(side)]
-        if any(side == ("sym", self.name) for side in (left, right)) and constants:
-            return constants
-        value = lambda x: self.number(left, Fraction(x)) - self.number(right, Fraction(x))
-        return [x - value(x) / slope for x in (-999, 0, 998) if (slope := value(x + 1) - value(x))]
+        """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities
+        too."""
+        for variable, other in ((left, right), (right, left)):
+            if variable == ("sym", self.name) and self.name not in names(other):
+                return [self.number(other)]
+
+        def difference(x: int):
+            return self.number(left, Fraction(x)) - self.number(right, Fraction(x))
+
+        ends = []
+        for x in (-999, 0, 998):
+            value = difference(x)
+            slope = difference(x + 1) - value
+            if slope:
+                ends.append(x - value / slope)
+        return ends
 
     def contains(self, node: Node, x: Fraction) -> bool:
         kind = node[0]
         if kind == "tuple":
             low, high = map(self.number, node[2])
-            return _holds(low, "<=" if node[1] == "[" else "<", x) and _holds(
-                x, "<=" if node[3] == "]" else "<", high
-            )
+            above = _holds(low, _ENDS[node[1]], x)
+            return above and _holds(x, _ENDS[node[3]], high)
         if kind == "set":
             return any(not _holds(self.number(item), "!=", x) for item in node[1])
         if kind == "less":
             try:
-                return all(
-                    _holds(self.number(left, x), sign, self.number(right, x))
-                    for left, sign, right in node[1]
-                )
+                for left, sign, right in node[1]:
+                    if not _holds(self.number(left, x), sign, self.number(right, x)):
+                        return False
             except Undefined:
                 return False
-        inside = [self.contains(part, x) for part in (node[2] if kind == "list" else node[1:])]
-        conditions = (
-            kind == "list" and node[1] != "or" and all(item[0] == "less" for item in node[2])
-        )
+            return True
+        parts = _parts(node)
+        inside = [self.contains(part, x) for part in parts]
         if kind == "minus":
             return inside[0] and not inside[1]
-        return all(inside) if conditions or kind == "cap" else any(inside)
+        if kind == "list" and node[1] == ",":  # conditions, of which all hold
+            kind = "cap" if all(part[0] == "less" for part in parts) else "cup"
+        return all(inside) if kind == "cap" else any(inside)
 
 
 def _holds(left, sign: str, right) -> bool:
     near = left == right or abs(left - right) < _NEAR
-    return not near if sign == "!=" else sign == "<=" if near else left < right
+    if sign == "!=":
+        return not near
+    return sign == "<=" if near else left < right
 
 
 def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bool:
     """draws: values for all letters. Where one is no set of reals, they are not equal."""
     bound, bound2 = _bound(a), _bound(b)
-    candidates = (
-        bound & bound2 if bound and bound2 else (bound | bound2) - set(names(b if bound else a))
-    )
+    if bound and bound2:
+        candidates = bound & bound2
+    else:
+        candidates = (bound | bound2) - set(names(b if bound else a))
     if (bound or bound2) and not candidates:
         return False
-    compared = 0
+    name, compared = min(candidates, default=None), False
     for env in draws:
-        left, right = (Region(min(candidates, default=None), evaluator, env) for _ in (a, b))
+        left, right = Region(name, evaluator, env), Region(name, evaluator, env)
         try:
-            ends = sorted({x for x in left.ends(a) + right.ends(b) if abs(x) != mp.inf})
+            ends = {*left.ends(a), *right.ends(b)}
         except Undefined:
             continue
-        compared += 1
-        probes = ends + [(x + y) / 2 for x, y in zip(ends, ends[1:])] + _PROBES
-        if any(left.contains(a, x) != right.contains(b, x) for x in probes):
-            return False
-    return compared > 0
+        compared = True
+        ends = sorted(ends - {mp.inf, -mp.inf})
+        between = [(x + y) / 2 for x, y in zip(ends, ends[1:])]
+        for x in ends + between + _PROBES:
+            if left.contains(a, x) != right.contains(b, x):
+                return False
+    return compared

@@ -1,13 +1,13 @@
 """What relations and plus-minus signs state.
 
-`settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts), ("record", ((name, value)
-...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b), ("residues", modulus, items, left), or leaves what it
-was before.
+`settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts),
+("record", ((name, value)...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b),
+("approx", a, b), ("residues", modulus, items, left), or leaves what it was before.
 """
 
 import itertools
 
-from grading.tree import Node, Unreadable, constant, has, names, num, walk
+from grading.tree import Node, Unreadable, constant, elements, has, names, num, walk
 from grading.units import hoisted
 
 _MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
@@ -19,107 +19,123 @@ def settle(node: Node) -> Node:
     if kind == "list":
         return _list(node[1], node[2])
     if kind == "set":
-        items = _list(",", node[1]) if node[1] else ("list", ",", ())
-        return ("set", items[2] if items[0] == "list" else (items,))
+        return ("set", elements(_list(",", node[1])))
     if kind == "cong":
         return _residues(settle(node[1]), constant(node[2]))
     if kind in ("cup", "cap", "minus"):
         left, right = settle(node[1]), settle(node[2])
-        points = kind == "cup" and left[0] == right[0] == "set"
-        return ("set", left[1] + right[1]) if points else (kind, left, right)
+        if kind == "cup" and left[0] == right[0] == "set":
+            return ("set", left[1] + right[1])
+        return (kind, left, right)
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
+    node = variants[0]
     if kind == "rel":
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
-    return hoisted(node) if kind in ("add", "neg") and has(node, "unit", "percent") else node
+    if kind in ("add", "neg") and has(node, "unit", "percent"):
+        return hoisted(node)
+    return node
 
 
 def _residues(listed: Node, modulus) -> Node:
-    items = listed[2] if listed[0] == "list" else (listed,)
-    left = next((item[1] for item in items if item[0] == "equiv"), None)
-    residues = tuple(item[2] if item[0] == "equiv" else item for item in items)
+    left, residues = None, []
+    for item in elements(listed):
+        if item[0] == "equiv":
+            left = left or item[1]
+            item = item[2]
+        residues.append(item)
     if not modulus or None in map(constant, residues):
         raise Unreadable("residues")
-    return ("residues", modulus, residues, left)
+    return ("residues", modulus, tuple(residues), left)
 
 
 def _variants(node: Node) -> list[Node]:
-    """The values of an expression with plus-minus signs: independent signs, unless a minus-plus ties them together."""
+    """The values of an expression with plus-minus signs: independent signs, unless a minus-plus
+    ties them together."""
     signs = [part[0] for part in walk(node) if part[0] in ("pm", "mp")]
     if not signs:
         return [node]
     if len(signs) > 4:
         raise Unreadable("too many plus-minus signs")
-    choices = itertools.product((1, -1), repeat=1 if "mp" in signs else len(signs))
-    return [_signed(node, itertools.cycle(choice)) for choice in choices]
+    independent = 1 if "mp" in signs else len(signs)
+    variants = []
+    for choice in itertools.product((1, -1), repeat=independent):
+        variants.append(_signed(node, itertools.cycle(choice)))
+    return list(dict.fromkeys(variants))
 
 
 def _signed(node: Node, choice) -> Node:
-    if node and node[0] in ("pm", "mp"):
-        sign = next(choice) * (1 if node[0] == "pm" else -1)
-        left = node[1] and _signed(node[1], choice)
-        right = _signed(node[2], choice)
-        right = right if sign > 0 else ("neg", right)
-        return ("add", left, right) if left else right
-    return tuple(_signed(part, choice) if isinstance(part, tuple) else part for part in node)
+    if not isinstance(node, tuple):
+        return node
+    if not node or node[0] not in ("pm", "mp"):
+        return tuple(_signed(part, choice) for part in node)
+    kind, left, right = node
+    is_plus = next(choice) > 0
+    left = _signed(left, choice)
+    right = _signed(right, choice)
+    if is_plus != (kind == "pm") and right != num(0):
+        right = ("neg", right)
+    return ("add", left, right) if left else right
 
 
 def _list(joiner: str, nodes) -> Node:
     items = []
-    for node in map(settle, nodes):
-        items += node[2] if node[0] == "list" else (node,)
+    for node in nodes:
+        items += elements(settle(node))
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
-    if len(named) == len(items) > 1 and len(distinct) == len(items):
+    if len(named) == len(items) == len(distinct) > 1:
         return ("record", tuple(item[1:] for item in items))
-    if len(distinct) == 1 and (
-        len(named) == len(items) or items[0] == named[0] and len(named) == 1
-    ):
-        items = [item[2] if item[0] == "assign" else item for item in items]
-    return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
+    if len(distinct) == 1 and named in (items, items[:1]):  # x = 1, x = 2 or x = 1, 2
+        values = [item[2] for item in named]
+        items = values + items[len(named) :]
+    if len(items) == 1:
+        return items[0]
+    return ("list", joiner, tuple(items))
 
 
 def is_name(node: Node) -> bool:
     """x, x_1, f(x), a tuple or a ratio of names, dy/dx, a polygon ABC."""
-    if node[0] == "div":
-        return all(part[:2] == ("mul", ("sym", "d")) for part in node[1:])
-    if node[0] == "mul":
-        return all(
-            part[0] in ("sym", "mul") and part[1][0].isupper() or is_name(part) and part[0] == "mul"
-            for part in node[1:]
-        )
-    return (
-        node[0] == "sym"
-        and not node[1].startswith("text")
-        or node[0] == "tuple"
-        and all(map(is_name, node[2]))
-    )
+    kind, *parts = node
+    if kind == "div":
+        return all(part[:2] == ("mul", ("sym", "d")) for part in parts)
+    if kind == "tuple":
+        return all(map(is_name, node[2]))
+    if kind == "mul":
+        return all(is_name(part) and (part[0] == "mul" or part[1][0].isupper()) for part in parts)
+    return kind == "sym" and not node[1].startswith("text")
 
 
 def _relation(parts: tuple) -> Node:
     operands, operators = parts[::2], set(parts[1::2])
     if "~" in operators:
         first = parts.index("~")
-        if first == 1 and is_name(parts[0]):
-            return _relation(tuple("=" if part == "~" else part for part in parts))
-        return settle(parts[0]) if first == 1 else _relation(parts[:first])
+        if first > 1:
+            return _relation(parts[:first])
+        if is_name(parts[0]):
+            return _relation((parts[0], "=", *parts[2:]))
+        return ("approx", settle(parts[0]), parts[2])
     if operators == {"="}:
         return _equation(operands)
     if operators <= _MIRRORED.keys():
-        pairs = [parts[k : k + 3] for k in range(0, len(parts) - 2, 2)]
-        return (
-            "less",
-            tuple((b, _MIRRORED[sign], a) if ">" in sign else (a, sign, b) for a, sign, b in pairs),
-        )
-    (operator, *others), (left, right, *more) = operators, operands
-    if others or more or operator == "to" or operator == "in" and not is_name(left):
-        raise Unreadable("mixed relations")
-    if operator == "mid":
-        return _residues(("equiv", right, num(0)), constant(left))
-    return {"in": settle(right), "equiv": ("equiv", left, right)}[operator]
+        pairs = []
+        for a, sign, b in zip(operands, parts[1::2], operands[1:]):
+            if ">" in sign:
+                a, b = b, a
+            pairs.append((a, _MIRRORED[sign], b))
+        return ("less", tuple(pairs))
+    if len(parts) == 3:
+        left, operator, right = parts
+        if operator == "mid":
+            return _residues(("equiv", right, num(0)), constant(left))
+        if operator == "equiv":
+            return ("equiv", left, right)
+        if operator == "in" and is_name(left):
+            return settle(right)
+    raise Unreadable("mixed relations")
 
 
 def _equation(operands: tuple) -> Node:
@@ -128,18 +144,26 @@ def _equation(operands: tuple) -> Node:
         first, last = last, first
     if is_name(first):
         value = last if len(operands) == 2 else ("chain", operands[1:])
-        if first[:2] == ("tuple", "(") and value[0] == "tuple" and len(first[2]) == len(value[2]):
+        is_point = first[:2] == ("tuple", "(") and value[0] == "tuple"
+        if is_point and len(first[2]) == len(value[2]):
             return ("record", tuple(zip(first[2], value[2])))
-        return ("eq" if first in walk(value) else "assign", first, value)
-    if all(operand[0] == "num" for operand in operands):
+        kind = "eq" if first in walk(value) else "assign"
+        return (kind, first, value)
+    if {operand[0] for operand in operands} == {"num"}:
         raise Unreadable("a tautology or a contradiction")
-    return ("eq", first, last) if len(operands) == 2 and names(*operands) else ("chain", operands)
+    if len(operands) == 2 and names(*operands):
+        return ("eq", first, last)
+    return ("chain", operands)
 
 
 def named_value(node: Node) -> Node:
-    """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it is."""
-    if node[:2] == ("tuple", ":") and node[2][0][0] == "sym" and len(node[2]) == 2:
-        return settle(node[2][1])  # Answer: 5
-    if node[0] == "eq" and bool(names(node[1])) != bool(names(node[2])):
-        return settle(node[2] if names(node[1]) else node[1])
+    """What an answer says that an expression is worth: m + n = 24, |z| = 5, Answer: 5; any other
+    node as it is."""
+    if node[:2] == ("tuple", ":") and len(node[2]) == 2:
+        name, value = node[2]
+        return settle(value) if name[0] == "sym" else node
+    if node[0] == "eq":
+        _, left, right = node
+        if not names(left) or not names(right):
+            return settle(right if names(left) else left)
     return node

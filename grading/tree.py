@@ -1,20 +1,21 @@
-"""The tree of an answer: nested tuples (kind, ...), the caps on its size, and the errors of those who read it.
+"""The tree of an answer: nested tuples (kind, ...), the caps on its size, and the errors of those
+who read it.
 
-("num", value, decimals as written or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"), ("dots",),
-(operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor ceil binom mod, and functions,
-("big", "sum" | "prod", name, low, high, body), ("int", name, low, high, body), ("lim", name, point, body),
-("unit", a, "m^1 s^-2"), ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
-("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus); statement.py adds to them.
+("num", value, decimals as written or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"),
+("dots",), (operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor
+ceil binom mod, and functions, ("big", "sum" | "prod", name, low, high, body),
+("int", name, low, high, body), ("lim", name, point, body), ("unit", a, "m^1 s^-2"),
+("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
+("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus);
+statement.py adds to them.
 """
 
 from fractions import Fraction
 
-MAX_TEXT, MAX_TOKENS, MAX_DEPTH, MAX_LIST = 20_000, 2_000, 40, 40  # of one answer
-MAX_DIGITS, MAX_BITS, MAX_STEPS = (
-    10_000,
-    200_000,
-    20_000,
-)  # of a literal, of an exact number, of one comparison
+MAX_TEXT, MAX_TOKENS, MAX_DEPTH = 20_000, 2_000, 40  # of one answer
+MAX_LIST = 40  # items that are compared in any order
+MAX_DIGITS, MAX_BITS = 10_000, 200_000  # of a literal, of an exact number
+MAX_STEPS = 20_000  # of one comparison
 
 Node = tuple
 
@@ -42,6 +43,11 @@ def constant(node: Node) -> Fraction | None:
     return node[1] if node[0] == "num" else None
 
 
+def elements(node: Node) -> tuple:
+    """The items of a list; of anything else only itself."""
+    return node[2] if node[0] == "list" else (node,)
+
+
 def walk(node: Node):
     """Every tuple of a tree that is a node, without recursion."""
     stack = [node]
@@ -53,13 +59,19 @@ def walk(node: Node):
 
 
 def has(node: Node, *kinds: str) -> bool:
-    return any(part[0] in kinds or part[0] == "const" and part[1] in kinds for part in walk(node))
+    """Whether nodes or constants of these kinds are in a tree."""
+    for kind, *parts in walk(node):
+        if kind in kinds or kind == "const" and parts[0] in kinds:
+            return True
+    return False
 
 
 def names(*nodes: Node) -> list[str]:
     """The free letters, sorted."""
-    parts = [part for node in nodes for part in walk(node)]
-    bound = {part[2] for part in parts if part[0] == "big"} | {
-        part[1] for part in parts if part[0] in ("int", "lim")
-    }
-    return sorted({part[1] for part in parts if part[0] == "sym"} - bound)
+    letters, bound = set(), set()
+    for part in walk(("list", *nodes)):
+        if part[0] == "sym":
+            letters.add(part[1])
+        elif part[0] in ("big", "int", "lim"):
+            bound.add(part[2] if part[0] == "big" else part[1])
+    return sorted(letters - bound)

@@ -1,12 +1,13 @@
 """The value of a tree: a Fraction where it is exact, else a number of 160 digits.
 
-mpmath computes in a context of our own, whose precision is never changed: its sec, cot and csc would change it for
-the time of the call, which other threads would see. Its exponents have no bound, so each size is bounded here.
+mpmath computes in a context of our own, whose precision is never changed: its sec, cot and csc
+would change it for the time of the call, which other threads would see. Its exponents have no
+bound, so each size is bounded here.
 """
 
 import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, lcm, log2
+from math import comb, factorial, gcd, lcm, log2, prod
 
 from mpmath import MPContext
 
@@ -14,19 +15,13 @@ from grading.tree import MAX_BITS, MAX_STEPS, NeedsSympy, Node, Undefined, num
 
 mp = MPContext()
 mp.dps = 160
-TOLERANCE = mp.mpf("1e-120")  # relative: numbers closer than that are equal
-CANCELLED = mp.mpf("1e-20")  # a sum that much smaller than its terms is partly noise
+TOLERANCE = mp.mpf("1e-120")  # numbers closer than that are equal, relative to their size,
+NOISE = mp.mpf("1e-130")  # and so are those that differ by less: cancellation leaves that
 MAX_EXPONENT, MAX_COMPLEX_EXPONENT, MAX_ANGLE = 4 * 10**12, 100_000, 10**12
 Number = Fraction | mp.mpf | mp.mpc
 
 _CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}
 _FUNCTIONS = {
-    "exp": mp.exp,
-    "sin": mp.sin,
-    "cos": mp.cos,
-    "sinh": mp.sinh,
-    "cosh": mp.cosh,
-    "tanh": mp.tanh,
     "arcsin": mp.asin,
     "arccos": mp.acos,
     "arctan": mp.atan,
@@ -36,12 +31,10 @@ _FUNCTIONS = {
     "arccot": lambda x: mp.pi / 2 - mp.atan(x),
     "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x)),
 }
-_QUOTIENTS = {
-    "tan": (mp.sin, mp.cos),
-    "cot": (mp.cos, mp.sin),
-    "sec": (lambda x: mp.one, mp.cos),
-    "csc": (lambda x: mp.one, mp.sin),
-}
+for _name in "exp sin cos sinh cosh tanh".split():
+    _FUNCTIONS[_name] = getattr(mp, _name)
+_ARITHMETIC = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin")}
 
 
 def lift(value: Number):
@@ -51,25 +44,29 @@ def lift(value: Number):
 
 def size(value):
     """The absolute value. (mpmath's own adds exactly, which huge exponents do not allow.)"""
-    return mp.sqrt(value.real**2 + value.imag**2) if value.imag else abs(value.real)
+    if value.imag:
+        return mp.sqrt(value.real**2 + value.imag**2)
+    return abs(value.real)
 
 
-def is_close(x: Number, y: Number, scale=mp.zero) -> bool:
-    """Equal to all digits; scale: what cancellation started from, see Evaluator."""
+def is_close(x: Number, y: Number) -> bool:
+    """Equal to all digits."""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = lift(x), lift(y)
     if not (mp.isfinite(x) and mp.isfinite(y)):
         return x == y
-    difference, noise = size(x - y), scale * TOLERANCE
-    return difference <= TOLERANCE * max(size(x), size(y)) or difference <= noise < 1e-50
+    largest = max(size(x), size(y))
+    return size(x - y) <= max(NOISE, TOLERANCE * largest)
 
 
 def real(value: Number) -> Number:
     """Raises Undefined for a number that has an imaginary part."""
-    if isinstance(value, Fraction) or not abs(value.imag) > 1e-50 * (1 + abs(value.real)):
-        return value if isinstance(value, Fraction) else value.real
-    raise Undefined("not real")
+    if isinstance(value, Fraction):
+        return value
+    if abs(value.imag) > 1e-50 * (1 + abs(value.real)):
+        raise Undefined("not real")
+    return value.real
 
 
 def _bits(value: Fraction) -> int:
@@ -77,17 +74,15 @@ def _bits(value: Fraction) -> int:
 
 
 class Evaluator:
-    """Evaluates trees. All its evaluations share one budget of steps.
-
-    After `value`, unreal tells that a root or logarithm left the reals, rounded that an integer was too large to hold,
-    and scale is the largest number whose digits cancelled to almost nothing: the result is exact to scale * 1e-160."""
+    """Evaluates trees. All its evaluations share one budget of steps. After `value`, unreal tells
+    that a root or logarithm left the reals."""
 
     def __init__(self):
         self.degree, self.decimal_log, self.steps = False, False, MAX_STEPS
 
     def value(self, node: Node, env: dict) -> Number:
         """env maps names to values. Raises Undefined (no value, or out of reach) and NeedsSympy."""
-        self.env, self.unreal, self.rounded, self.scale = env, False, False, mp.zero
+        self.env, self.unreal = env, False
         try:
             return self.eval(node)
         except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -98,151 +93,189 @@ class Evaluator:
         self.steps -= 1
         if self.steps < 0:
             raise Undefined("too many steps")
-        value = (
-            _OPERATIONS[kind](self, *args) if kind in _OPERATIONS else self.function(kind, *args)
-        )
-        value = mp.mpf(value) if isinstance(value, float) else value  # an infinite end of a region
-        if not isinstance(value, Fraction):
-            most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
-            if max(abs(part._mpf_[2]) for part in (value.real, value.imag)) > most:
+        value = self.compute(kind, args)
+        if isinstance(value, Fraction):
+            return value
+        value = mp.convert(value)  # an infinite end of a region is a float
+        most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
+        for part in (value.real, value.imag):
+            if abs(part._mpf_[2]) > most:
                 raise Undefined("exponent out of reach")
         return value
 
+    def compute(self, kind: str, args: list) -> Number:
+        if kind == "num":
+            return args[0]
+        if kind == "sym":
+            return self.env[args[0]]
+        if kind == "const":
+            return _CONSTANTS[args[0]]
+        if kind == "neg":
+            return -self.eval(args[0])
+        if kind in _ARITHMETIC:
+            return self.apply(_ARITHMETIC[kind], *map(self.eval, args))
+        if kind in ("gcd", "lcm"):
+            function = gcd if kind == "gcd" else lcm
+            return Fraction(function(*[self.integer(arg, 10**30) for arg in args]))
+        if kind in ("min", "max"):
+            values = sorted((real(self.eval(arg)) for arg in args), key=lift)
+            return values[0 if kind == "min" else -1]
+        if kind in ("int", "lim"):
+            return self.symbolic((kind, *args))
+        if kind in _METHODS:
+            return getattr(self, kind)(*args)
+        return self.function(kind, *args)
+
     def integer(self, node: Node, most: int = 10**6) -> int:
         value = real(self.eval(node))
-        if abs(value) <= most and is_close(value, nearest := Fraction(int(mp.nint(lift(value))))):
-            return int(nearest)
+        if abs(value) <= most:
+            nearest = Fraction(int(mp.nint(lift(value))))
+            if is_close(value, nearest):
+                return int(nearest)
         raise Undefined("not a small integer")
 
     # -- arithmetic
-    def exact(self, operation, a: Number, b: Number) -> Number:
-        """Exact where both sides are; numbers beyond the cap are rounded."""
+    def apply(self, operation, a: Number, b: Number) -> Number:
+        """Exact where both sides are, unless that is too large to hold."""
+        if not isinstance(b, Fraction) and operation == operator.truediv and size(b) <= NOISE:
+            raise Undefined("division by what rounds to zero")
         if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
             return operation(lift(a), lift(b))
         value = operation(a, b)
-        self.steps -= min(_bits(value), MAX_BITS) // 40
-        self.rounded = self.rounded or _bits(value) > MAX_BITS
-        return value if _bits(value) <= MAX_BITS else lift(value)
+        self.steps -= _bits(value) // 40
+        return value if _bits(value) <= MAX_BITS else self.rounded(value)
 
-    def add(self, a, b):
-        terms = [b]  # a long sum leans left: walk down instead of recursing
-        while a[0] == "add":
-            a, b = a[1:]
-            terms.append(b)
-        total = self.eval(a)
-        for term in reversed(terms):
-            total = self.plus(total, self.eval(term))
-        return total
+    def rounded(self, value: Fraction) -> Number:
+        """A number too large to hold: at random points its digits will do, as an answer not."""
+        if not self.env:
+            raise Undefined("too large a number")
+        return lift(value)
 
-    def plus(self, a: Number, b: Number) -> Number:
-        total = self.exact(operator.add, a, b)
-        return (
-            total
-            if isinstance(total, Fraction)
-            else self.noisy(total, max(size(lift(a)), size(lift(b))))
-        )
+    def percent(self, a: Node) -> Number:
+        return self.apply(operator.truediv, self.eval(a), Fraction(100))
 
-    def noisy(self, value, before):
-        """Remembers what cancelled if the value is much smaller than what it was made from."""
-        if mp.isfinite(before) and size(value) < before * CANCELLED:
-            self.scale = max(self.scale, before)
-        return value
+    def mod(self, a: Node, b: Node) -> Number:
+        return Fraction(self.eval(a) % self.eval(b))
 
-    def times(self, a: Number, b: Number) -> Number:
-        return self.exact(operator.mul, a, b)
+    def deg(self, a: Node) -> Number:
+        degree = mp.pi / 180 if self.degree else 1
+        return lift(self.eval(a)) * degree
 
-    def over(self, a: Number, b: Number) -> Number:
-        if not isinstance(b, Fraction) and size(b) <= self.scale * TOLERANCE:
-            raise Undefined("division by what rounds to zero")
-        return self.exact(operator.truediv, a, b)
-
-    def pow(self, a, b):
-        return (
-            self.function("exp", b)
-            if a == ("const", "e")
-            else self.power(self.eval(a), self.eval(b))
-        )
+    def pow(self, a: Node, b: Node) -> Number:
+        if a == ("const", "e"):
+            return self.function("exp", b)
+        return self.power(self.eval(a), self.eval(b))
 
     def power(self, a: Number, b: Number) -> Number:
-        integer = isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1
         if not a and not lift(b).real > 0:
             raise Undefined("0^0")
-        if integer and abs(a) in (0, 1):
-            return a ** (int(b) % 2 if a < 0 else 1)
-        if integer and _bits(a) * abs(b) <= MAX_BITS:
-            return self.exact(operator.pow, a, b)
-        self.rounded = self.rounded or integer
+        if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
+            if abs(a) in (0, 1):
+                return a if a >= 0 or b % 2 else -a
+            if _bits(a) * abs(b) <= MAX_BITS:
+                return self.apply(operator.pow, a, b)
+            a = self.rounded(a)
         self.steps -= 20
         a, b = lift(a), lift(b)
-        self.unreal = self.unreal or not a.imag and a.real < 0 and not mp.isint(b)
-        most = MAX_EXPONENT if not a.imag and not b.imag else MAX_COMPLEX_EXPONENT
-        if a and mp.isfinite(a) and mp.isfinite(b) and size(b) * (abs(mp.mag(a)) + 1) > most:
-            raise Undefined("power out of reach")
+        if not a.imag and a.real < 0 and not mp.isint(b):
+            self.unreal = True
+        most = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
+        if a and mp.isfinite(a) and mp.isfinite(b):
+            exponent = size(b) * (abs(mp.mag(a)) + 1)
+            if exponent > most:
+                raise Undefined("power out of reach")
         return a**b
 
-    def root(self, a, n):
+    def root(self, a: Node, n: Node) -> Number:
         a, n = self.eval(a), self.eval(n)
-        if isinstance(n, Fraction) and n % 2 == 1 and not lift(a).imag and lift(a).real < 0:
-            return -self.power(-a, 1 / n)  # the cube root of -8 is -2
-        return self.power(a, self.over(Fraction(1), n))
+        inverse = self.apply(operator.truediv, Fraction(1), n)
+        is_negative = not lift(a).imag and lift(a).real < 0
+        if is_negative and isinstance(n, Fraction) and n % 2 == 1:
+            return -self.power(-a, inverse)  # the cube root of -8 is -2
+        return self.power(a, inverse)
 
     # -- functions
-    def function(self, name, node):
+    def function(self, name: str, node: Node) -> Number:
         degrees, self.degree = self.degree, True  # sin 30^\circ is a half in any reading
         x = lift(self.eval(node))
         self.degree = degrees
         self.steps -= 20
-        if size(x) > MAX_ANGLE or name in ("arcsin", "arccos") and size(x) > 1:
+        largest = 1 if name in ("arcsin", "arccos") else MAX_ANGLE
+        if size(x) > largest:
             raise Undefined("out of reach")
         if name in _FUNCTIONS:
-            value = _FUNCTIONS[name](x)
-            return self.noisy(value, size(x)) if name in ("sin", "cos") else value
+            return _FUNCTIONS[name](x)
         over, under = _QUOTIENTS[name]
-        return self.over(over(x), self.noisy(under(x), size(x)))
+        above = _FUNCTIONS[over](x) if over else mp.one
+        return self.apply(operator.truediv, above, _FUNCTIONS[under](x))
 
-    def ln(self, a):
+    def ln(self, a: Node) -> Number:
         value = lift(self.eval(a))
         if not value:
             raise Undefined("logarithm of zero")
         self.steps -= 20
-        self.unreal = self.unreal or not value.imag and value.real < 0
-        return self.noisy(mp.ln(value), mp.one)
+        if not value.imag and value.real < 0:
+            self.unreal = True
+        return mp.ln(value)
 
-    def floor(self, a):
+    def lg(self, a: Node) -> Number:
+        return self.ln(a) / mp.ln(10)
+
+    def log(self, a: Node) -> Number:
+        return self.lg(a) if self.decimal_log else self.ln(a)
+
+    def abs(self, a: Node) -> Number:
+        value = self.eval(a)
+        if isinstance(value, Fraction):
+            return abs(value)
+        return size(value)
+
+    def floor(self, a: Node) -> Number:
         value = lift(real(self.eval(a)))
         if not abs(value) < 10**40:
             raise Undefined("floor")
         nearest = mp.nint(value)
-        return Fraction(
-            int(nearest if abs(value - nearest) < 1e-30 else mp.floor(value))
-        )  # floor(log2 8) is 3
+        if abs(value - nearest) > 1e-30:  # floor(log2 8) is 3
+            nearest = mp.floor(value)
+        return Fraction(int(nearest))
 
-    def fact(self, a):
+    def ceil(self, a: Node) -> Number:
+        return -self.floor(("neg", a))
+
+    def fact(self, a: Node) -> Number:
         n = self.integer(a)
         if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS:
             raise Undefined("factorial")
-        return self.times(Fraction(factorial(n)), Fraction(1))
+        return Fraction(factorial(n))
 
-    def binom(self, n, k):
+    def fact2(self, a: Node) -> Number:
+        n = self.integer(a, 10**4)
+        if n < 0:
+            raise Undefined("factorial")
+        return Fraction(prod(range(n, 0, -2)))
+
+    def binom(self, n: Node, k: Node) -> Number:
         n, k = self.integer(n), self.integer(k)
         if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
             raise Undefined("binomial")
-        return self.times(Fraction(comb(n, k)), Fraction(1))
+        return Fraction(comb(n, k))
 
-    def big(self, kind, name, low, high, body):
+    def big(self, kind: str, name: str, low: Node, high: Node, body: Node) -> Number:
         """A sum or a product, term by term if that is not too long."""
-        start, end = (
-            self.integer(low, 10**12),
-            high != ("const", "oo") and self.integer(high, 10**12),
-        )
-        if end is False or (end - start) * 3 > (self.steps // 8 if self.env else self.steps):
+        start, end = self.integer(low, 10**12), None
+        if high != ("const", "oo"):
+            end = self.integer(high, 10**12)
+        budget = self.steps // 8 if self.env else self.steps
+        if end is None or (end - start) * 3 > budget:
             if self.env:
                 raise Undefined("too long a sum")
             return self.symbolic(("big", kind, name, num(start), high, body))
-        total, outer = Fraction(kind == "prod"), self.env
+        total, operation, outer = Fraction(0), operator.add, self.env
+        if kind == "prod":
+            total, operation = Fraction(1), operator.mul
         for k in range(start, end + 1):
             self.env = outer | {name: Fraction(k)}
-            total = (self.times if kind == "prod" else self.plus)(total, self.eval(body))
+            total = self.apply(operation, total, self.eval(body))
         self.env = outer
         return total
 
@@ -251,27 +284,4 @@ class Evaluator:
         raise NeedsSympy
 
 
-_OPERATIONS = {
-    "num": lambda self, value, decimals: value,
-    "sym": lambda self, name: self.env[name],
-    "const": lambda self, name: _CONSTANTS[name],
-    "neg": lambda self, a: -self.eval(a),
-    "mul": lambda self, a, b: self.times(self.eval(a), self.eval(b)),
-    "div": lambda self, a, b: self.over(self.eval(a), self.eval(b)),
-    "mod": lambda self, a, b: Fraction(self.eval(a) % self.eval(b)),
-    "percent": lambda self, a: self.times(self.eval(a), Fraction(1, 100)),
-    "deg": lambda self, a: self.times(self.eval(a), mp.pi / 180) if self.degree else self.eval(a),
-    "lg": lambda self, a: self.over(self.ln(a), mp.ln(10)),
-    "log": lambda self, a: self.over(self.ln(a), mp.ln(10)) if self.decimal_log else self.ln(a),
-    "abs": lambda self, a: (
-        abs(value) if isinstance(value := self.eval(a), Fraction) else size(value)
-    ),
-    "ceil": lambda self, a: -self.floor(("neg", a)),
-    "gcd": lambda self, *args: Fraction(gcd(*[self.integer(arg, 10**30) for arg in args])),
-    "lcm": lambda self, *args: Fraction(lcm(*[self.integer(arg, 10**30) for arg in args])),
-    "min": lambda self, *args: min((real(self.eval(arg)) for arg in args), key=lift),
-    "max": lambda self, *args: max((real(self.eval(arg)) for arg in args), key=lift),
-    "int": lambda self, *node: self.symbolic(("int", *node)),
-    "lim": lambda self, *node: self.symbolic(("lim", *node)),
-    **{name: getattr(Evaluator, name) for name in "add pow root ln floor fact binom big".split()},
-}
+_METHODS = set("percent mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split())

@@ -1,297 +1,442 @@
-r"""The words of LaTeX and of plain text that an answer is made of: what each is to the parser.
+r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
-A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word) or ("num", digits)."""
+A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word), ("num", digits) or
+("money", currency). COMMANDS, PLAIN and WORDS map a command or a word to its token.
+"""
 
 import re
+import unicodedata
 
-FUNCTIONS = {
+from grading.units import NEGATIONS, NUMBERS
+
+
+def _table(rows: str) -> dict[str, str]:
+    """Maps every word of a row to the row's first word."""
+    table = {}
+    for row in rows.strip().splitlines():
+        first, *words = row.split()
+        table |= dict.fromkeys(words, first)
+    return table
+
+
+FUNCTIONS = _table("""
+    arcsin arcsin asin
+    arccos arccos acos
+    arctan arctan atan arctg
+    arcsinh arcsinh arsinh
+    arccosh arccosh arcosh
+    arctanh arctanh artanh
+    cot cot ctg
+    tan tan tg
+    csc csc cosec
+""")
+FUNCTIONS |= {
     name: name
     for name in """
-    sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh arcsinh arccosh arctanh exp ln log gcd lcm max
-    min lg abs floor ceil sqrt cis""".split()
+    sin cos sec arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil sqrt cis
+    det""".split()
 }
-FUNCTIONS |= {
-    "asin": "arcsin",
-    "acos": "arccos",
-    "atan": "arctan",
-    "ctg": "cot",
-    "tg": "tan",
-    "cosec": "csc",
-    "arctg": "arctan",
-    "arsinh": "arcsinh",
-    "arcosh": "arccosh",
-    "artanh": "arctanh",
-}
-_STRUCTURE = {name: name for name in "frac sqrt binom sum prod int lim".split()}
-_STRUCTURE |= {
-    "dfrac": "frac",
-    "tfrac": "frac",
-    "cfrac": "frac",
-    "dbinom": "binom",
-    "tbinom": "binom",
-}
-_ACCENTS = "dot ddot hat bar vec tilde overline overrightarrow widehat widetilde underline".split()
+_STRUCTURE = _table("""
+    frac frac dfrac tfrac cfrac
+    binom binom dbinom tbinom
+    sqrt sqrt
+    sum sum
+    prod prod
+    int int
+    lim lim
+""")
+_SYMBOLS = _table(r"""
+    * cdot times ast
+    / div
+    <= le leq leqslant
+    >= ge geq geqslant
+    < lt
+    > gt
+    != ne neq
+    ~ approx simeq sim
+    +- pm
+    -+ mp
+    cup cup bigcup
+    cap cap
+    minus setminus backslash
+    in in
+    mid mid
+    | vert lvert rvert
+    lfloor lfloor
+    rfloor rfloor
+    lceil lceil
+    rceil rceil
+    ( langle lparen
+    ) rangle rparen
+    {{ lbrace
+    }} rbrace
+    [ lbrack
+    ] rbrack
+    equiv equiv
+    to to rightarrow
+    dots ldots dots cdots
+    mod bmod mod
+    pmod pmod
+    or lor vee
+    and land wedge
+    deg degree textdegree
+    choose choose
+    over over
+    : colon
+    empty emptyset varnothing
+    oo infty
+    pi pi
+    row cr
+    % percent
+""")
+_ACCENTS = "dot ddot hat bar vec tilde overline overrightarrow widehat widetilde".split()
 _LETTERS = """
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
-    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell odot oplus partial
-    nabla mho Re Im star bullet dagger square aleph perp parallel AA""".split()
-_SYMBOLS = {
-    "*": "cdot times ast",
-    "/": "div",
-    "<=": "le leq leqslant",
-    ">=": "ge geq geqslant",
-    "<": "lt",
-    ">": "gt",
-    "!=": "ne neq",
-    "~": "approx simeq",
-    "+-": "pm",
-    "-+": "mp",
-    "cup": "cup bigcup",
-    "cap": "cap",
-    "minus": "setminus backslash",
-    "in": "in",
-    "mid": "mid",
-    "|": "vert lvert rvert",
-    "lfloor": "lfloor",
-    "rfloor": "rfloor",
-    "lceil": "lceil",
-    "rceil": "rceil",
-    "(": "langle lparen",
-    ")": "rangle rparen",
-    "{{": "lbrace",
-    "}}": "rbrace",
-    "[": "lbrack",
-    "]": "rbrack",
-    "equiv": "equiv",
-    "to": "to rightarrow",
-    "dots": "ldots dots cdots",
-    "mod": "bmod mod",
-    "pmod": "pmod",
-    "or": "lor vee",
-    "and": "land wedge",
-    "deg": "degree",
-    "choose": "choose",
-    "over": "over",
-    ":": "colon",
-    "empty": "emptyset varnothing",
-    "oo": "infty",
-    "pi": "pi",
-    "row": "cr",
-    "%": "percent",
-}
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
+    sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi
+    Omega hbar ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel
+    AA""".split()
 _DROPPED = """
-    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big bigl bigr Bigl Bigr bigg
-    Bigg mathbf boldsymbol bm mathit mathsf boxed fbox bf it rm tt hline phantom thinspace mathopen mathclose mathstrut
-    cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny small normalsize large Large LARGE huge
-    Huge""".split()
-TEXT = "text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup unit".split()
+    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big
+    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
+    mathnormal boxed
+    fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
+    mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
+    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag
+    centering""".split()
+TEXT = """
+    text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup
+    unit""".split()
 
-COMMANDS = {
-    command: ("op", symbol) for symbol, row in _SYMBOLS.items() for command in row.split()
-}  # None: dropped
+COMMANDS = {name: ("op", symbol) for name, symbol in _SYMBOLS.items()}  # None: dropped
 COMMANDS |= {name: ("id", name.removeprefix("var")) for name in _LETTERS}
 COMMANDS |= {name: ("fn", value) for name, value in (FUNCTIONS | _STRUCTURE).items()}
-COMMANDS |= {name: ("fn", "accent " + name) for name in _ACCENTS} | dict.fromkeys(_DROPPED + TEXT)
-WORDS = {
-    "or": "or",
-    "and": "and",
-    "percent": "%",
-    "pct": "%",
-    "percentage": "%",
-    "degree": "deg",
-    "degrees": "deg",
-    "deg": "deg",
-    "mod": "mod",
-    "per": "/",
-}
+COMMANDS |= {name: ("fn", "accent " + name) for name in _ACCENTS}
+COMMANDS |= dict.fromkeys(_DROPPED + TEXT)
+WORDS = _table("""
+    or or
+    and and
+    % percent pct percentage
+    deg degree degrees deg
+    mod mod
+    / per
+""")
 PLAIN = {
-    "pi": ("op", "pi"),
-    "infinity": ("op", "oo"),
-    "inf": ("op", "oo"),
-    "oo": ("op", "oo"),
-    "infty": ("op", "oo"),
-    "union": ("op", "cup"),
-    "sqrt": ("fn", "sqrt"),
+    name: ("op", symbol)
+    for name, symbol in _table("""
+    pi pi
+    oo infinity inf oo infty
+    cup union
+    """).items()
+} | {"sqrt": ("fn", "sqrt")}
+PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
+PHRASES |= dict.fromkeys(
+    ["none", "no solution", "no real solution", "no solutions", "no real solutions", "empty set"],
+    "empty",
+)
+
+# Spellings that are others in disguise, in the order in which they are rewritten. Each rule is a
+# needle, without which a text does not match (ANY: there is none), a pattern, which may go over
+# several lines, and what replaces it. Names in capitals stand for the patterns of _PARTS.
+_REWRITES = r"""
+color
+\\(?:text)?color\s?\{[^{}]*\}
+=>
+
+phantom
+\\[hv]?phantom\s?\{[^{}]*\}
+=>
+
+space
+\\[hv]space\*?\s?\{[^{}]*\}
+=>
+
+{
+(?<!\\)\{\s?\}
+=>
+
+{
+\{\s?([:=<>])\s?\}
+=> \1
+
+ANY
+^(["'*]{1,2})(.+)\1$
+=> \2
+
+ANY
+^(?:\s|=|\\(?:therefore|because|implies|(?:Long)?[Rr]ightarrow|to)(?![a-z]))+
+=>
+
+ANY
+^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]*\b(?:is|are|equals|so|thus|hence|[Tt]herefore|So|Thus|Hence)\b\s?[:,]?
+=> \1
+
+ANY
+(?<=\d)\s?\^?\s?
+(?:TEXT(?:ORDINAL)\s?\}|\{\s?(?:TEXT)?(?:ORDINAL)\s?\}{1,2}|(?:ORDINAL)(?![A-Za-z]))$
+=>
+
+10
+(?<=\d)\s?(?:TEXT)?[xX]\s?\}?\s?(?=10\s?\^)
+=> *
+
+hundred and
+hundred and(?=\s[a-z])
+=> hundred
+
+and
+(\d)\s?(TEXT)?and\s(?:a|one)\s(half|third|quarter)(?(2)([a-z\s]*)\})
+=> \1+\\text{\3 \4}
+
+-
+\b(NUMBER)-(?=NUMBER)
+=> \1~
+
+per cent
+per\scent
+=> percent
+
+frac
+\\[dt]?frac\s?\{\s?((?:TEXT[^{}]*\}[^{}]*)+)\}\s?\{\s?((?:TEXT[^{}]*\}[^{}]*)+)\}
+=> \1/\2
+
+[
+\]\s?([^\s,()[\]][^,()[\]]*,[^,()[\]]+)(?<!sqrt)\[
+=> (\1)
+
+]
+^(?:\\left\s?)?\](?=[^()[\]]+\]$)
+=> (
+
+[
+^(\[[^()[\]]+)(?<!sqrt)\[$
+=> \1)
+
+_
+_\s?\{\\text\s?\{(\w+)\}\}
+=> _{\1}
+
+base
+\s?(?:\\text\s?\{)?\s?\bbase\s?\}?\s(\w+)\}?
+=> _{\1}
+
+)_
+\((\w+)\)_
+=> \1_
+
+^
+(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))
+=> \2\1
+
+int
+\\int\s?_GROUP\s?\^GROUP(.{0,500}?)(?:\\,)?\s?(?:d|\\mathrm\s?\{d\})([a-z])(?![a-z])
+=> \\int{\1}{\2}{\3}{\4}
+
+C
+(?<![\w})\]])[\^_]INDEX\s?C_INDEX
+=> \\binom{\1}{\2}
+
+C(
+\bC\((\w+),\s?(\w+)\)
+=> \\binom{\1}{\2}
+
+=
+(^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)
+=> \1\\bar{\2(\3)}
+
+Delta
+\\Delta\s?([a-zA-Z])
+=> \\bar{\\Delta \1}
+
+(0)
+([A-Z])\(0\)
+=> \\bar{\1(0)}
+
+\over
+\\over(?:line|rightarrow)\s?\{([A-Z]{2,})\}
+=> \1
+
+/
+/([A-Z]{2,3})(?![A-Za-z])
+=> /(\1)
+
+prime
+\^\s?\{\s?\\prime\s?\\prime\s?\}
+=> ''
+
+prime
+\^\s?(?:\\prime(?![a-zA-Z])|\{\s?\\prime\s?\})
+=> '
+
+circ
+(?<!\d)(\d+)\s?\^\s?\{?\\circ\}?\s?(\d+)'(?!')(?:\s?(\d+)'')?
+=> (\1+\2/60+0\3/3600)^\\circ
+
+ANY
+(?:\^\s?\{?\s?\\circ\s?\}?|\\degree)\s?(?:TEXT([CF])\s?\}|([CF])\b)
+=> \\text{ deg\1\2}
+
+'
+(?<=\d)''
+=> \\text{ arcsec}
+
+'
+(?<=\d)'
+=> \\text{ arcmin}
+
+m
+(?i)\b([ap])\.\s?m\b\.?
+=> \1m
+
+mu
+\\mu\s?\\(?:text|mathrm)\s?\{\s?
+=> \\text{mu
+
+dot
+\\dot\s?\{?(\d)\}?(\d*)\\dot\s?\{?(\d)\}?
+=> \\overline{\1\2\3}
+
+.
+(?<![\d.])(\d*\.\d*)\((\d+)\)
+=> \1\\overline{\2}
+
+.
+(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s?(?:\\[lc]?dots|\.\.\.)
+=> \1\\overline{\2}
+
+.
+(?<=\S)\s\((?:\\approx\s?)?(\d*\.\d+)\)$
+=> \\approx \1
+
+mod
+\(\s?\\?(?:TEXT)?b?mod(?![a-z])\s?\}?
+=> \\pmod(
+
+mathbb
+(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s?\\in\s?\\mathbb\s?\{?[NZ]\}?\s?\)?$
+=>
+
+mathbb
+^[a-z]\s?\\in\s?\\mathbb\s?\{?R\}?\s?[,:;]\s?(?=\S)
+=>
+
+\{
+^\\\{\s?[a-zA-Z]\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$
+=> \1
+
+odot
+(?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$
+=> \\text{ suns}
+"""
+_PARTS = {
+    "TEXT": r"\\(?:text(?:bf|rm)?|mathrm)\s?\{\s?",
+    "GROUP": r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)",
+    "INDEX": r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})",
+    "ORDINAL": "st|nd|rd|th",
+    "NEGATION": "|".join(NEGATIONS),
+    "NUMBER": "(?:" + "|".join(NUMBERS) + ")",
 }
-NUMBERS = {
-    name: value
-    for value, name in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve".split()
-    )
-} | {"sixteen": 16}
-PHRASES = {
-    "all real numbers": "reals",
-    "all reals": "reals",
-    "real numbers": "reals",
-    "none": "empty",
-    "no solution": "empty",
-    "no solutions": "empty",
-    "no real solutions": "empty",
-    "empty set": "empty",
-}
+
+
+def _compile(rule: str) -> tuple[str, re.Pattern, str]:
+    needle, *lines, replacement = rule.strip().splitlines()
+    pattern = "".join(lines)
+    for name, part in _PARTS.items():
+        pattern = pattern.replace(name, part)
+    return needle.replace("ANY", ""), re.compile(pattern), replacement.removeprefix("=>").lstrip()
+
+
+_RULES = [_compile(rule) for rule in _REWRITES.split("\n\n")]
+_GAP = r"(?:[\s$~]|\\[ ,;:!])*"
+_MIXED = re.compile(
+    rf"(?<![\w.}}^/])(?:(\d+)|\{{(\d+)\}})"
+    rf"(?:{_GAP}\\[dtc]?frac\s?(?:\{{(\d+)\}}|(\d))\s?(?:\{{(\d+)\}}|(\d))| (\d+)/(\d+)(?![\d.]))"
+)
+_SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)(?:⁄([₀₁₂₃₄₅₆₇₈₉]+))?|([₀₁₂₃₄₅₆₇₈₉]+)")
+_SPELLINGS = r"""
+−–—‐‑ -
+× \times
+·⋅∙ \cdot
+∗ *
+÷ \div
+⁄∕ /
+∶ :
+∞ \infty
+∪ \cup
+∩ \cap
+∈ \in
+≤ \le
+≥ \ge
+≠ \ne
+≈ \approx
+± \pm
+∓ \mp
+√ \sqrt
+∛ \sqrt[3]
+∜ \sqrt[4]
+∅ \emptyset
+°º \degree
+∠ \angle
+ÅÅ \AA
+µ \mu
+Ω \Omega
+′’‘ '
+″“” "
+≡ \equiv
+∖ \setminus
+… \ldots
+∴ \therefore
+⇒→ \implies
+⟨ \langle
+⟩ \rangle
+⌊ \lfloor
+⌋ \rfloor
+⌈ \lceil
+⌉ \rceil
+、 ,
+。 .
+"""
+_UNICODE = {}
+for _line in _SPELLINGS.strip().splitlines():
+    _chars, _spelling = _line.split()
+    _UNICODE |= dict.fromkeys(_chars, _spelling + " " * _spelling.startswith("\\"))
 
 
 def _mixed(match: re.Match) -> str:
     """1\\frac45 and 1 4/5: an integer before a proper fraction of integers is a sum."""
-    whole, over, under = [text for text in match.groups() if text]
+    whole, over, under = filter(None, match.groups())
     return f"({whole}+{over}/{under})" if 0 < int(over[:99]) < int(under[:99]) else match.group()
 
 
-# Spellings that are others in disguise.
-_GAP = r"(?:[\s$~]|\\[ ,;:!])*"
-_GROUP = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\w)"
-_INDEX = r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})"
-_REWRITES = [
-    (needle, re.compile(pattern), text)
-    for needle, pattern, text in (  # needle: no match without it
-        ("color", r"\\(?:text)?color\s?\{[^{}]*\}", ""),
-        ("USD", r"\bUSD\b", r"\\$"),
-        ("$", r"\\\$\s?((?:\d|[.,]\d|\{,\}|,?\\!)+)", r"\1\\text{ dollars}"),
-        ("¢", "¢", r"\\text{ cents}"),
-        ("_", r"_\s?\{\\text\s?\{(\w+)\}\}", r"_{\1}"),
-        ("base ", r"\s?(?:\\text\s?\{)?\s?\bbase\s?\}?\s?(\w+)\}?", r"_{\1}"),  # 101 base two
-        (")_", r"\((\w+)\)_", r"\1_"),
-        ("^", r"(\^\s?(?:\{[^{}]*\}|\w))\s?(_\s?(?:\{[^{}]*\}|\w))", r"\2\1"),  # \int^1_0
-        (
-            "int",
-            rf"\\int\s?_{_GROUP}\s?\^{_GROUP}(.{{0,500}}?)(?:\\,)?\s?(?:d|\\mathrm\s?\{{d\}})([a-z])(?![a-z])",
-            r"\\int{\1}{\2}{\3}{\4}",
-        ),
-        (
-            "C",
-            rf"(?<![\w}})\]])(?:\{{\}})?[\^_]{_INDEX}\s?C_{_INDEX}",
-            r"\\binom{\1}{\2}",
-        ),  # {}_5C_2
-        ("C(", r"\bC\((\w+),\s?(\w+)\)", r"\\binom{\1}{\2}"),
-        (
-            "=",
-            r"(^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)",  # N(n) =
-            r"\1\\bar{\2(\3)}",
-        ),
-        ("Delta", r"\\Delta\s?([a-zA-Z])", r"\\bar{\\Delta \1}"),
-        ("(0)", r"([A-Z])\(0\)", r"\\bar{\1(0)}"),
-        ("/", r"/([A-Z]{2,3})(?![A-Za-z])", r"/(\1)"),  # t/RC
-        (
-            "circ",
-            r"(?<!\d)(\d+)\s?\^\s?\{?\\circ\}?\s?(\d+)'",
-            r"(\1+\2/60)^\\circ",
-        ),  # 60^\circ 30'
-        (
-            "",
-            r"(?:\^\s?\{?\s?\\circ\s?\}?|\\degree)\s?(?:\\(?:text|mathrm)\s?\{)?\s?([CF])\b\}?",
-            r"\\text{ deg\1}",
-        ),
-        ("prime", r"\^\s?\{\s?\\prime\s?\\prime\s?\}", "''"),
-        ("prime", r"\^\s?(?:\\prime(?![a-zA-Z])|\{\s?\\prime\s?\})", "'"),
-        ("'", r"(?<=\d)''", r"\\text{ arcsec}"),
-        ("'", r"(?<=\d)'", r"\\text{ arcmin}"),
-        ("m", r"(?i)\b([ap])\.\s?m\b\.?", r"\1m"),
-        ("mu", r"\\mu\s?\\(?:text|mathrm)\s?\{\s?", r"\\text{mu"),
-        (".", r"(?<![\d.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.(36)
-        (
-            ".",
-            r"(?<![\d.])(\d{0,9}\.\d{0,9}?)(\d{1,9})\2+\s?(?:\\[lc]?dots|\.\.\.)",
-            r"\1\\overline{\2}",
-        ),  # 0.3636...
-        (".", r"(?<=\S)\s\((?:\\approx\s?)?(\d*\.\d+)\)$", r"\\approx \1"),  # \frac38 (0.375)
-        (
-            "",
-            rf"(?<![\w.}}^/])(\d+)(?:{_GAP}\\[dtc]?frac\s?(?:\{{(\d+)\}}|(\d))\s?(?:\{{(\d+)\}}|(\d))"
-            r"| (\d+)/(\d+)(?![\d.]))",
-            _mixed,
-        ),
-        ("mod", r"\(\s?\\?(?:(?:text|mathrm)\s?\{)?\s?b?mod(?![a-z])\s?\}?", r"\\pmod("),  # (mod 5)
-        (
-            "mathbb",
-            r"(?<=\S)(?:[,(\s]|\\[ ,;:]|\\quad){1,6}[a-z]\s?\\in\s?\\mathbb\s?\{?[NZ]\}?\s?\)?$",
-            "",
-        ),
-        (
-            "\\{",
-            r"^\\\{\s?\w\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$",
-            r"\1",
-        ),  # \{x : x > 2\}
-        ("odot", r"(?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$", r"\\text{ suns}"),
-    )
-]
-_SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀₁₂₃₄₅₆₇₈₉]+)")
-_SCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-_UNICODE = {
-    "−–—‐‑": "-",
-    "×": r"\times ",
-    "·⋅∙": r"\cdot ",
-    "÷": r"\div ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "√": r"\sqrt ",
-    "∅": r"\emptyset ",
-    "°º": r"\degree ",
-    "Å": r"\AA ",
-    "′’": "'",
-    "″": "''",
-    "≡": r"\equiv ",
-    "∖": r"\setminus ",
-    "…": r"\ldots ",
-    "ℝ": r"\mathbb{R}",
-    "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "、": ",",
-    "。": ".",
-    "\u00a0": " ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "π": r"\pi ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "γ": r"\gamma ",
-    "δ": r"\delta ",
-    "θ": r"\theta ",
-    "λ": r"\lambda ",
-    "μ": r"\mu ",
-    "σ": r"\sigma ",
-    "τ": r"\tau ",
-    "φ": r"\phi ",
-    "ω": r"\omega ",
-    "ρ": r"\rho ",
-    "ε": r"\epsilon ",
-    "Δ": r"\Delta ",
-    "Ω": r"\Omega ",
-    "Φ": r"\Phi ",
-    "Σ": r"\Sigma ",
-    "£€¥": r"\$",
-}
-_TRANSLATION = {ord(char): text for chars, text in _UNICODE.items() for char in chars}
-_TRANSLATION |= {c: chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}  # full width
-_TRANSLATION |= dict.fromkeys(
-    [0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A)], ""
-)
+def _script(match: re.Match) -> str:
+    above, below, index = match.groups()
+    if below:
+        return f"\\frac{{{above}}}{{{below}}}"
+    return f"^{{{above}}}" if above else f"_{{{index}}}"
+
+
+def _spell(char: str) -> str:
+    """A character as the lexer knows it, if it can be told from its name or class."""
+    if char.isascii() or char in _UNICODE:
+        return _UNICODE.get(char, char)
+    kind, *_, last = unicodedata.name(char, "?").replace("LAMDA", "LAMBDA").split()
+    if kind == "GREEK":
+        return f"\\{last.lower() if char.islower() else last.capitalize()} "
+    if kind == "DOUBLE-STRUCK":
+        return f"\\mathbb{{{last}}}"
+    over, slash, under = unicodedata.normalize("NFKC", char).partition("⁄")
+    if slash:
+        return f"\\frac{{{over}}}{{{under}}}"
+    return "" if unicodedata.category(char) == "Cf" else _UNICODE.get(over, over)
 
 
 def plain(text: str) -> str:
     """The text in the spelling that the lexer reads."""
-    text = re.sub(r"\s+", " ", text).strip("` ").rstrip("`;,\\ ")
     if not text.isascii():
-        text = _SCRIPTS.sub(
-            lambda m: ("^{" if m[1] else "_{") + m[0].translate(_SCRIPT_DIGITS) + "}", text
-        )
-        text = text.translate(_TRANSLATION)
+        text = "".join(map(_spell, _SCRIPTS.sub(_script, text)))
+    text = re.sub(r"\s+", " ", text).strip("` ").rstrip("`;,\\ ")
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text)  # \\frac: an escape too many
-    for needle, pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text) if needle in text else text
-    return text
+    for needle, pattern, replacement in _RULES:
+        if needle in text:
+            text = pattern.sub(replacement, text)
+    return _MIXED.sub(_mixed, text)

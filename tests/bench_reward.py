@@ -1,7 +1,8 @@
 """How accurate and how fast the grader is, and what can be had from it without solving anything.
 
-Prints, for the labelled cases in ../shared and the table of test_reward.py, the counts, the accuracy and the latency;
-for the real golds, what a quoted expression of the problem is worth (echo); and what random tokens raise.
+Prints, for the labelled cases in ../shared and the table of answers.txt, the counts, the accuracy
+and the latency; for the real golds, what a quoted expression of the problem is worth (echo); and
+what random tokens raise.
 
     python tests/bench_reward.py [--fuzz 200000]
 """
@@ -62,8 +63,8 @@ def quoted(question: str) -> list[str]:
 
 
 def echo(name: str, problems: list) -> None:
-    """On how many problems a quoted formula is right, though it has not the gold's form: what `score` with the question
-    refuses. And on how many it has the gold's form, and stays right."""
+    """On how many problems a quoted formula is right, though it has not the gold's form: what
+    `score` with the question refuses. And on how many it has the gold's form, and stays right."""
     right = [
         [text for text in quoted(p.question) if reward.grade(box(text), p.answers)]
         for p in problems
@@ -73,7 +74,8 @@ def echo(name: str, problems: list) -> None:
         for p, texts in zip(problems, right)
     ]
     print(
-        f"{name:20} {len(problems):5} problems: a quoted formula is right on {sum(map(bool, right)):3}, "
+        f"{name:20} {len(problems):5} problems: "
+        f"a quoted formula is right on {sum(map(bool, right)):3}, "
         f"with the question known on {sum(kept)}"
     )
 
