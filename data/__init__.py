@@ -67,11 +67,11 @@ def is_test_set(name: str) -> bool:
 
 
 def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
-    match = re.fullmatch(r"gsm8k-train:(\d+)(?::(train|validation))?", name)
+    match = re.fullmatch(r"gsm8k-train:([2-9])(?::(train|validation))?", name)
     if not match:
         raise UserError(
-            f"{name!r} is not a part of GSM8K; write gsm8k-train:LINES[:SPLIT], with SPLIT train "
-            "or validation"
+            f"{name!r} is not a part of GSM8K: write gsm8k-train:LINES[:SPLIT], with LINES from 2 "
+            "to 9, and SPLIT train or validation"
         )
     lines, split = int(match[1]), match[2]
     kept = []
@@ -80,8 +80,6 @@ def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
         in_split = split is None or held_out == (split == "validation")
         if in_split and p.solution.count("\n") <= lines:  # the line of the answer is not counted
             kept.append(p)
-    if not kept:
-        raise UserError(f"{name!r} holds no problem: the shortest solutions have 2 lines")
     return kept
 
 
@@ -96,9 +94,6 @@ OTHER_FORMATS = {  # a regular expression for the first bytes: (what the file is
     rb"ARROW1": ("an Arrow file", PANDAS.format("read_feather('{0}')")),
     rb"\xff\xff\xff\xff": ("an Arrow file of Hugging Face datasets", DATASETS),
     rb"\x1f\x8b": ("a gzip file", "gunzip -k '{0}'"),
-    rb"BZh": ("a bzip2 file", "bunzip2 -k '{0}'"),
-    rb"\xfd7zXZ": ("an xz file", "unxz -k '{0}'"),
-    rb"\x28\xb5\x2f\xfd": ("a zstd file", "unzstd '{0}'"),
     rb"PK\x03\x04": ("a zip archive or an Excel file", "unzip '{0}'"),
     rb'(\xef\xbb\xbf)?("[\w ]+"|[\w ]+)[,;\t]': (
         "a CSV file",
@@ -112,12 +107,9 @@ def read(path: Path, name: str) -> list[Problem]:
 
     Messages and `Problem.source` call the file `name`. Raises UserError.
     """
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
-        raise UserError(f"{name} is a folder; give the JSON or JSONL file in it") from None
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; give the JSON or JSONL file in it")
+    content = path.read_bytes()
     for first_bytes, (kind, command) in OTHER_FORMATS.items():
         if re.match(first_bytes, content):
             raise UserError(f"{name} is {kind}; convert it to JSONL: {command.format(name)}")
@@ -125,7 +117,7 @@ def read(path: Path, name: str) -> list[Problem]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            f"{name} is not UTF-8 text (byte {error.start}); convert it to JSONL in UTF-8"
         ) from None
     problems = []
     if text.lstrip().startswith("["):
@@ -205,7 +197,7 @@ def _gsm8k_solution(answer: object) -> str | None:
     """
     if not isinstance(answer, str):
         return None
-    solution, mark, gold = answer.rpartition(GSM8K_MARK)
+    solution, _, gold = answer.rpartition("####")
     solution = re.sub(r"<<[^<>]*>>", "", solution).removesuffix("\n")
     if not solution:
         return None
@@ -214,26 +206,31 @@ def _gsm8k_solution(answer: object) -> str | None:
 
 # --- Golds ---------------------------------------------------------------------------------------
 
-GSM8K_MARK = "####"
 QUOTED_LIST = re.compile(  # ['42'], ["42", "6*7"], ('42',), and array(['42' '43'], dtype=object)
     r"""(?:array\()?[\[(]\s*(['"])(.+)\1\s*,?\s*[\])](?:, *dtype=\w+)?\)?""", re.DOTALL
 )
-_ANSWER = r"(?:the +)?(?:(?:final|correct|right) +)*(?:answer|ans|result|solution|option|choice)"
+_ANSWER_IS = (  # So the answer is ... **Answer:** ...
+    r"(?:(?:so|thus|hence|therefore),? +)?[*_]*(?:(?:the|my|your|our) +)?"
+    r"(?:(?:final|correct|right) +)*(?:answer|ans|result|solution|option|choice)[*_]*"
+    r"(?:\s+is\b|\.\s|\s+[-–—]\s|\s*[=:：\n])+[*_\s]*"
+)
 MARKUP = [  # Each keeps its last group.
-    r"#{1,6}\s+(.+)",  # a heading
+    r".*####(.+)",  # GSM8K's mark of the answer
+    r"#{1,3}\s+(.+)",  # a heading
     r"(?:.*<\w*answer>|<\|?\w+\|?>)(.+)",  # <answer>42, <|begin_of_box|>42
     r"(.+)(?:</\w+>|<\|\w+\|>)",  # 42</answer>, 42<|im_end|>
-    r"""(\*{1,3}|_{1,3}|`{1,3}|["'])((?:(?!\1).)+)\1""",  # **42**, `42`, "42"
+    r"""(\*{1,3}|_{1,3}|`{1,3}|["'])((?:(?!\1).)+)\1\.?""",  # **42**, `42`, "42"
     r"[“‘«](.+)[”’»]",
-    r"(?:(?:so|thus|hence|therefore),? +)?[*_]*"  # So the answer is 42. **Answer:** 42
-    + _ANSWER
-    + r"[*_]*(?:\s+is\b|\.\s|\s*[=:：\n])+[*_\s]*(.+?(?:\.\.\.)?)\.?",
-    r"(?:=(?![=<>])|:|=>|->|→|⇒)\s*(.+)",  # = 42
+    r"(.+?)\.? +I hope it is correct\.?",  # the end of Minerva's form of an answer
+    _ANSWER_IS + r"(.+?(?:\.\.\.)?)\**\.?",
+    r"(?:=+(?![=<>])|:|=>|->|→|⇒)\s*(.+)",  # = 42
 ]
-MARKUP = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in MARKUP]
-DELIMITERS = re.compile(  # $$42$$, $42$, \(42\), \[42\]
-    r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL
-)
+DELIMITERS = [
+    r"\$\$([^$]+)\$\$",
+    r"\$([^$]+)\$",
+    r"\\\(((?:(?!\\\)).)+)\\\)",
+    r"\\\[((?:(?!\\\]).)+)\\\]",
+]
 
 
 def gold_text(problem: Problem) -> str:
@@ -268,26 +265,24 @@ def _plain(text: str) -> str:
 
     A boxed gold stays as it is, because grading reads the last box in it.
     """
-    marked = text.rpartition(GSM8K_MARK)[2].strip()
-    if GSM8K_MARK in text and marked:
-        text = marked
-    stripped = text.strip()
-    if last_box(stripped):
+    if last_box(text):
         return text
-    for pattern in MARKUP:
-        match = pattern.fullmatch(stripped)
-        inner = match[match.lastindex].strip() if match else ""
-        if inner:
-            return _plain(inner)
-    return text
+    inner = _unwrapped(text.strip(), MARKUP)
+    return inner if inner != text.strip() else text
 
 
 def _content(text: str) -> str:
     """Return the content of the last box, if there is one, without the dollars around formulas."""
-    text = last_box(text) or text.strip()
-    match = DELIMITERS.fullmatch(text)
-    inner = match[match.lastindex].strip() if match else ""
-    return _content(inner) if inner else text
+    return _unwrapped(last_box(text) or text.strip(), DELIMITERS)
+
+
+def _unwrapped(text: str, patterns: list[str]) -> str:
+    """Return what the last group of a pattern that matches the whole text holds, repeatedly."""
+    for pattern in patterns:
+        match = re.fullmatch(pattern, text, re.DOTALL | re.IGNORECASE)
+        if match and match[match.lastindex].strip():
+            return _unwrapped(match[match.lastindex].strip(), patterns)
+    return text
 
 
 def last_box(text: str) -> str | None:

@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import sys
 import tempfile
-import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +35,7 @@ def _benchmark(file: str, sha256: str) -> PinnedFile:
     return PinnedFile(sha256, (f"rllm-org/rllm/{path}", f"agentica-project/deepscaler/{path}"))
 
 
-def _gsm8k(file: str, sha256: str) -> PinnedFile:
-    repository = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
-    return PinnedFile(sha256, (f"{repository}/grade_school_math/data/{file}",))
-
-
+GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
 FILES = {
     "deepscaler-hard-1k": PinnedFile(
         "623f45f2ae16ac60ffd5282406fb785c6d4e4c9844aa059c47e142fa5368aa48",
@@ -64,11 +59,13 @@ FILES = {
     "olympiad_bench": _benchmark(
         "olympiad_bench.json", "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee"
     ),
-    "gsm8k": _gsm8k(
-        "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"
+    "gsm8k": PinnedFile(
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        (f"{GSM8K}/test.jsonl",),
     ),
-    "gsm8k-train": _gsm8k(
-        "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"
+    "gsm8k-train": PinnedFile(
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        (f"{GSM8K}/train.jsonl",),
     ),
 }
 
@@ -88,28 +85,22 @@ def fetch(name: str, mirror: str | None = None) -> Path:
         base = Path(base).expanduser().resolve().as_uri()
     failures = []
     for path in file.paths:
-        address = f"{base.rstrip('/')}/{urllib.parse.quote(path)}"
+        address = f"{base.rstrip('/')}/{path}"
         try:
-            content = _download(address, file.sha256)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            with urllib.request.urlopen(address, timeout=TIMEOUT) as stream:
+                content = stream.read()
+        except (OSError, http.client.HTTPException) as error:
             failures.append(f"{address}: {getattr(error, 'reason', None) or error}")
-        else:
+            continue
+        if _sha256(content) == file.sha256:
             _write(target, content)
             print(f"downloaded {name} from {address}", file=sys.stderr)
             return target
+        failures.append(f"{address}: the checksum does not match, so the file there has changed")
     raise UserError(
         f"could not download {name} ({'; '.join(failures)}); check the network and run again, "
         "or name a folder or base address that holds the files with --mirror"
     )
-
-
-def _download(address: str, sha256: str) -> bytes:
-    """Return the checked content. Raises OSError, HTTPException, or ValueError for a checksum."""
-    with urllib.request.urlopen(address, timeout=TIMEOUT) as stream:
-        content = stream.read()
-    if _sha256(content) != sha256:
-        raise ValueError("the checksum does not match, so the file there has changed")
-    return content
 
 
 def _sha256(content: bytes) -> str:

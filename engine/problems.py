@@ -1,4 +1,4 @@
-"""The training problems of a run: load them, check what can be graded, leave out what does not fit."""
+"""The training problems of a run: loaded, checked, and without those that do not fit."""
 
 from dataclasses import replace
 
@@ -27,16 +27,15 @@ def training_problems(
     wrong = []
     if needs_solution:
         needed_by = "--sft" if flags.sft else f"--correction {flags.correction}"
-        wrong = wrong_references(problems, needed_by, flags.drop_wrong_references)
+        use = "they are used all the same; see --drop-wrong-references"
+        if flags.drop_wrong_references:
+            use = "they are not used"
+        wrong = check_references(problems, needed_by, use)
     if flags.drop_wrong_references:
-        problems = without_references(problems, wrong, keep=not flags.sft)
+        problems = without_references(problems, wrong, flags.sft)
     longest = min(flags.max_prompt_tokens, policy.room([]) - 1)  # leaves one token to respond
-    kept, too_long = [], []
-    for p in problems:
-        if len(policy.prompt_ids(p.question)) > longest:
-            too_long.append(p.source)
-        else:
-            kept.append(p)
+    too_long = [p.source for p in problems if len(policy.prompt_ids(p.question)) > longest]
+    kept = [p for p in problems if p.source not in too_long]
     if not kept:
         raise UserError(
             f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
@@ -46,51 +45,53 @@ def training_problems(
 
 
 def check_golds(problems: list[Problem]) -> list[str]:
-    r"""Return the sources of problems whose own \boxed{gold} is unreadable or wrong, and say so.
+    r"""Return the sources of golds that are unreadable or wrong as a \boxed{gold}, and say so.
 
-    This is the box that GEC injects as the answer. Where it fails, right responses fail too.
+    GEC injects this box as the answer. Where it fails, right responses are graded wrong, too.
     """
-    boxes = [f"\\boxed{{{data.gold_text(p)}}}" for p in problems]
-    scores = reward.score_all(boxes, [p.answers for p in problems])
-    failing = [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
+    failing = not_right(problems, [f"\\boxed{{{data.gold_text(p)}}}" for p in problems])
     if failing:
+        gold = data.gold_text(failing[0])
         say(
             f"note: {len(failing)} of {len(problems)} golds cannot be read as an answer, the first "
-            f"of them {failing[0].source} ({data.gold_text(failing[0])!r:.60}); right responses "
-            "to them are likely to be graded wrong"
+            f"of them {failing[0].source} ({gold!r:.60}); right responses may be graded wrong"
         )
     return [p.source for p in failing]
 
 
-def wrong_references(problems: list[Problem], needed_by: str, dropped: bool) -> list[str]:
-    """Return the sources of problems whose reference solution is graded wrong, and say so.
+def check_references(problems: list[Problem], needed_by: str, use: str) -> list[str]:
+    """Return the sources of problems whose reference solution is not graded right, and say so.
 
-    Raises UserError if a problem has no solution, which the flag `needed_by` needs.
+    `use` tells what becomes of these references. Raises UserError if a problem has no solution,
+    which the flag `needed_by` needs.
     """
     for p in problems:
         if not (p.solution or "").strip():
             raise UserError(
                 f"{p.source} has no reference solution, which {needed_by} needs; use data with "
-                "solutions, another --method, --correction reflect or none, or --guided-probs .67 .33"
+                "solutions, or --correction reflect or none, or --guided-probs .67 .33"
             )
-    scores = reward.score_all([p.solution for p in problems], [p.answers for p in problems])
-    wrong = [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy == 0]
+    wrong = [p.source for p in not_right(problems, [p.solution for p in problems])]
     if wrong:
-        use = "not used" if dropped else "used all the same; see --drop-wrong-references"
         say(
             f"note: {len(wrong)} of {len(problems)} reference solutions are not graded right, the "
-            f"first of them {wrong[0]}; they are {use}"
+            f"first of them {wrong[0]}; {use}"
         )
     return wrong
 
 
-def without_references(problems: list[Problem], wrong: list[str], keep: bool) -> list[Problem]:
-    """Drop the references of the problems `wrong`: SFT drops the problem, GEC corrects otherwise."""
-    dropped = set(wrong)
+def not_right(problems: list[Problem], responses: list[str]) -> list[Problem]:
+    """Return the problems whose response (one each) is not readable and right: not (1, 1)."""
+    scores = reward.score_all(responses, [p.answers for p in problems])
+    return [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
+
+
+def without_references(problems: list[Problem], sources: list[str], sft: bool) -> list[Problem]:
+    """Drop the references of these sources, so that GEC corrects otherwise; SFT drops the problem."""
     kept = []
     for p in problems:
-        if p.source not in dropped:
+        if p.source not in sources:
             kept.append(p)
-        elif keep:
+        elif not sft:
             kept.append(replace(p, solution=None))
     return kept
