@@ -66,6 +66,11 @@ def is_test_set(name: str) -> bool:
     return name in download.FILES and name not in TRAINING_SETS
 
 
+def tenth_of(text: str) -> int:
+    """Return 0 to 9 by the hash of the text, so that tenths of the problems can be held out."""
+    return hashlib.sha256(text.encode()).digest()[0] % 10
+
+
 def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
     match = re.fullmatch(r"gsm8k-train:([2-9])(?::(train|validation))?", name)
     if not match:
@@ -76,7 +81,7 @@ def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
     lines, split = int(match[1]), match[2]
     kept = []
     for p in problems:
-        held_out = hashlib.sha256(p.question.encode()).digest()[0] % 10 == 0
+        held_out = tenth_of(p.question) == 0
         in_split = split is None or held_out == (split == "validation")
         if in_split and p.solution.count("\n") <= lines:  # the line of the answer is not counted
             kept.append(p)

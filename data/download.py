@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in flags.names:
             print(f"{name}: {len(load(name, flags.mirror))} problems")
     except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

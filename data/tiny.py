@@ -15,14 +15,13 @@ There one guess in 80 is right by luck, and 85% of the groups of 8 are all wrong
 """
 
 import argparse
-import hashlib
 import random
 import re
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Problem
+from data import Problem, tenth_of
 from errors import UserError
 
 MODEL = Path(__file__).parent / "tiny_model"
@@ -103,8 +102,7 @@ def result(chain: Chain) -> int:
 
 def split_of(chain: Chain) -> str:
     """Return the split of a chain, by its hash: a tenth is for validation, a tenth for test."""
-    tenth = hashlib.sha256(str(chain).encode()).digest()[0] % 10
-    return {0: "validation", 1: "test"}.get(tenth, "train")
+    return {0: "validation", 1: "test"}.get(tenth_of(str(chain)), "train")
 
 
 def question(chain: Chain, rng: random.Random) -> str:
@@ -204,18 +202,6 @@ STAGES = [(28000, False), (6400, True)]  # (rows, with guesses?), one after the 
 GUESS_SHARE = [0.05, 0.1, 0.2, 0.5, 0.85, 0.94, 0.97, 0.98]  # of attempts at 1 to 8 steps
 SECOND_ATTEMPTS = 0.25  # share of the rows that show a second attempt
 BATCH, LEARNING_RATE, WARM_UP = 16, 1.5e-3, 50  # rows, of AdamW, updates
-
-
-def make(folder: Path) -> None:
-    """Make the tiny model and its tokenizer and save both to `folder`, in Hugging Face format."""
-    import torch
-
-    torch.set_num_threads(1)  # the order of additions depends on the number of threads
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    warm_start(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def make_model(tokenizer):
@@ -321,9 +307,17 @@ def batch_loss(model, batch: list[tuple[list[int], list[bool]]]):
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(prog="python -m data.tiny", description="Make the tiny model.")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder [data/tiny_model]")
-    make(parser.parse_args().out)
+    folder = parser.parse_args().out
+    torch.set_num_threads(1)  # the order of additions depends on the number of threads
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    warm_start(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 if __name__ == "__main__":

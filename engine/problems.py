@@ -27,15 +27,16 @@ def training_problems(
     wrong = []
     if needs_solution:
         needed_by = "--sft" if flags.sft else f"--correction {flags.correction}"
-        use = "they are used all the same; see --drop-wrong-references"
-        if flags.drop_wrong_references:
-            use = "they are not used"
-        wrong = check_references(problems, needed_by, use)
+        wrong = check_references(problems, needed_by)
     if flags.drop_wrong_references:
-        problems = without_references(problems, wrong, flags.sft)
+        problems = without_references(problems, set(wrong), flags.sft)
     longest = min(flags.max_prompt_tokens, policy.room([]) - 1)  # leaves one token to respond
-    too_long = [p.source for p in problems if len(policy.prompt_ids(p.question)) > longest]
-    kept = [p for p in problems if p.source not in too_long]
+    kept, too_long = [], []
+    for p in problems:
+        if len(policy.prompt_ids(p.question)) > longest:
+            too_long.append(p.source)
+        else:
+            kept.append(p)
     if not kept:
         raise UserError(
             f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
@@ -59,11 +60,10 @@ def check_golds(problems: list[Problem]) -> list[str]:
     return [p.source for p in failing]
 
 
-def check_references(problems: list[Problem], needed_by: str, use: str) -> list[str]:
+def check_references(problems: list[Problem], needed_by: str) -> list[str]:
     """Return the sources of problems whose reference solution is not graded right, and say so.
 
-    `use` tells what becomes of these references. Raises UserError if a problem has no solution,
-    which the flag `needed_by` needs.
+    Raises UserError if a problem has no solution, which the flag `needed_by` needs.
     """
     for p in problems:
         if not (p.solution or "").strip():
@@ -75,7 +75,7 @@ def check_references(problems: list[Problem], needed_by: str, use: str) -> list[
     if wrong:
         say(
             f"note: {len(wrong)} of {len(problems)} reference solutions are not graded right, the "
-            f"first of them {wrong[0]}; {use}"
+            f"first of them {wrong[0]}; --drop-wrong-references leaves them out"
         )
     return wrong
 
@@ -86,8 +86,8 @@ def not_right(problems: list[Problem], responses: list[str]) -> list[Problem]:
     return [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
 
 
-def without_references(problems: list[Problem], sources: list[str], sft: bool) -> list[Problem]:
-    """Drop the references of these sources, so that GEC corrects otherwise; SFT drops the problem."""
+def without_references(problems: list[Problem], sources: set[str], sft: bool) -> list[Problem]:
+    """Drop the references of these sources: GEC corrects in another way, SFT drops the problem."""
     kept = []
     for p in problems:
         if p.source not in sources:
