@@ -94,16 +94,15 @@ PANDAS = (
     "python -c \"import pandas; pandas.{}.to_json('{{0}}.jsonl', orient='records', lines=True)\""
 )
 DATASETS = "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')\""
+HEADER = rb'(\xef\xbb\xbf)?("[\w ]+"|[\w ]+)'  # the name of the first column of a CSV file
 OTHER_FORMATS = {  # a regular expression for the first bytes: (what the file is, how to convert it)
     rb"PAR1": ("a Parquet file", PANDAS.format("read_parquet('{0}')")),
     rb"ARROW1": ("an Arrow file", PANDAS.format("read_feather('{0}')")),
     rb"\xff\xff\xff\xff": ("an Arrow file of Hugging Face datasets", DATASETS),
     rb"\x1f\x8b": ("a gzip file", "gunzip -k '{0}'"),
     rb"PK\x03\x04": ("a zip archive or an Excel file", "unzip '{0}'"),
-    rb'(\xef\xbb\xbf)?("[\w ]+"|[\w ]+)[,;\t]': (
-        "a CSV file",
-        PANDAS.format("read_csv('{0}', dtype=str, sep=None, engine='python')"),
-    ),
+    HEADER + rb",": ("a CSV file", PANDAS.format("read_csv('{0}', dtype=str)")),
+    HEADER + rb"\t": ("a file of columns", PANDAS.format("read_table('{0}', dtype=str)")),
 }
 
 
@@ -253,7 +252,7 @@ def _golds(answer: object, where: str) -> list[str | int | float]:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         return [answer]
     text = _plain(_text(answer, "the answer", where))
-    quoted_list = QUOTED_LIST.fullmatch(text)
+    quoted_list = QUOTED_LIST.fullmatch(text.strip())
     if not quoted_list:
         return [text]
     quote, items = quoted_list.groups()
@@ -261,8 +260,9 @@ def _golds(answer: object, where: str) -> list[str | int | float]:
     for item in re.split(f"{quote}\\s*,?\\s*{quote}", items):
         if "\\" not in item.replace("\\\\", ""):  # JSON and Python write each backslash twice
             item = item.replace("\\\\", "\\")
-        golds.append(_plain(item))
-    return golds
+        if item.strip():
+            golds.append(_plain(item))
+    return golds or [text]
 
 
 def _plain(text: str) -> str:
@@ -282,11 +282,11 @@ def _content(text: str) -> str:
 
 
 def _unwrapped(text: str, patterns: list[str]) -> str:
-    """Return what the last group of a pattern that matches the whole text holds, repeatedly."""
-    for pattern in patterns:
+    """Return what is left of a text if each pattern that matches all of it keeps its last group."""
+    for pattern in 3 * patterns:  # there may be markup inside markup
         match = re.fullmatch(pattern, text, re.DOTALL | re.IGNORECASE)
         if match and match[match.lastindex].strip():
-            return _unwrapped(match[match.lastindex].strip(), patterns)
+            text = match[match.lastindex].strip()
     return text
 
 

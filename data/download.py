@@ -80,11 +80,25 @@ def fetch(name: str, mirror: str | None = None) -> Path:
     target = CACHE / f"{name}{Path(file.paths[0]).suffix}"
     if target.is_file() and _sha256(target.read_bytes()) == file.sha256:
         return target
-    base = mirror or BASE
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder, target.name)
+            unfinished.write_bytes(_download(name, mirror or BASE))
+            unfinished.replace(target)  # so `target` is never half a file, whoever else writes it
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror}; free space or make the folder writable"
+        ) from None
+    return target
+
+
+def _download(name: str, base: str) -> bytes:
+    """Return the checked content from the first address that has it, or raise UserError."""
     if "://" not in base:
         base = Path(base).expanduser().resolve().as_uri()
     failures = []
-    for path in file.paths:
+    for path in FILES[name].paths:
         address = f"{base.rstrip('/')}/{path}"
         try:
             with urllib.request.urlopen(address, timeout=TIMEOUT) as stream:
@@ -92,10 +106,9 @@ def fetch(name: str, mirror: str | None = None) -> Path:
         except (OSError, http.client.HTTPException) as error:
             failures.append(f"{address}: {getattr(error, 'reason', None) or error}")
             continue
-        if _sha256(content) == file.sha256:
-            _write(target, content)
+        if _sha256(content) == FILES[name].sha256:
             print(f"downloaded {name} from {address}", file=sys.stderr)
-            return target
+            return content
         failures.append(f"{address}: the checksum does not match, so the file there has changed")
     raise UserError(
         f"could not download {name} ({'; '.join(failures)}); check the network and run again, "
@@ -105,20 +118,6 @@ def fetch(name: str, mirror: str | None = None) -> Path:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Write elsewhere and rename, so that `target` is never half a file, whoever else writes it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unfinished = Path(folder, target.name)
-            unfinished.write_bytes(content)
-            unfinished.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}; free space or make the folder writable"
-        ) from None
 
 
 def main(arguments: list[str] | None = None) -> None:
