@@ -226,6 +226,7 @@ MARKUP = [  # Each keeps its last group.
     r"""(\*{1,3}|_{1,3}|`{1,3}|["'])((?:(?!\1).)+)\1\.?""",  # **42**, `42`, "42"
     r"[“‘«](.+)[”’»]",
     r"(.+?)\.? +I hope it is correct\.?",  # the end of Minerva's form of an answer
+    r"\\?f?box(?:ed)?\{(.+)\}",  # boxed{42}, \fbox{42}
     _ANSWER_IS + r"(.+?(?:\.\.\.)?)\**\.?",
     r"(?:=+(?![=<>])|:|=>|->|→|⇒)\s*(.+)",  # = 42
 ]
@@ -272,8 +273,8 @@ def _plain(text: str) -> str:
     """
     if last_box(text):
         return text
-    inner = _unwrapped(text.strip(), MARKUP)
-    return inner if inner != text.strip() else text
+    inner = _unwrapped(text.strip(), DELIMITERS + MARKUP)
+    return text if inner == _content(text) else inner
 
 
 def _content(text: str) -> str:

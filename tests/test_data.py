@@ -16,8 +16,9 @@ import pytest
 
 import reward
 from data import Problem, download, gold_text, is_test_set, load, tiny
-from edge_grpo import ANSWER
-from engine.problems import check_golds
+from edge_grpo import ANSWER, parse_flags
+from engine import load_policy
+from engine.problems import check_golds, training_problems
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +163,7 @@ MEAN_42 = r"""
 So \boxed{41}? No, it is \boxed{42}. | \boxed{\boxed{42}} | <answer>\boxed{42}</answer>
 #### 42 | ####42 | ####\t42 | ####\n42 | 6*7=42\n#### 42 | #### $42$ | #### Answer: 42
 a #### \boxed{42}
-## 42 | ### Answer\n42
+boxed{42} | \fbox{42} | ## 42 | ### Answer\n42
 ['42'] | ["42"] | [ '42' ] | ('42',) | ['$42$'] | ['**42**'] | array(['42'], dtype=object)
 ["42", "6*7"]
 "42" | '42' | “42” | ‘42’ | «42» | `42` | ```\n42\n``` | "'42'" | "42".
@@ -173,7 +174,7 @@ a #### \boxed{42}
 <|begin_of_box|>42<|end_of_box|>
 **42** | *42* | __42__ | **42**. | **Answer:** 42 | **Answer: 42** | **Final Answer**\n\n42
 **Answer**: $42$
-= 42 | =42 | => 42 | -> 42 | → 42 | : 42
+$= 42$ | \(\mathbf{42}\) | = 42 | =42 | => 42 | -> 42 | → 42 | : 42
 The answer is 42. | the answer is $42$ | The answer is **42**. | The answer is: 42
 My answer is 42
 Answer: 42 | answer:42 | ANSWER: 42 | Answer = 42 | Answer - 42 | Ans: 42 | Ans. 42 | Result: 42
@@ -242,6 +243,14 @@ def test_a_gold_that_cannot_be_read_is_told_in_one_line(tmp_path, capsys, gold):
     assert check_golds([right, problem]) == [problem.source]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "1 of 2 golds" in said and problem.source in said
+
+
+def test_a_training_run_tells_of_golds_that_cannot_be_read(tmp_path, capsys):
+    row = {"problem": "6*7?", "answer": "[ANS]42[/ANS]"}
+    flags = parse_flags(["--data", write(tmp_path / "row.jsonl", json.dumps(row))])
+    problems, left_out, wrong = training_problems(flags, load_policy("tiny", "cpu"), False)
+    assert len(problems) == 1 and left_out == wrong == []
+    assert "1 of 1 golds cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
