@@ -1,13 +1,14 @@
-"""Problems: the training set, the benchmarks, any JSON or JSONL file, and the synthetic problems of the tiny world.
+"""Problems: the training set, the benchmarks, JSON and JSONL files, and the tiny world.
 
     from data import load
-    load("deepscaler-hard-1k")        # the paper's training set; fetched once into data/cache/ (data/download.py)
-    load("gsm8k-train:2:validation")  # of those of at most 2 solution lines, the tenth that is held out by hash
-    load("my_problems.jsonl")         # rows {"problem" or "question", "answer", optionally "solution"}
-    load("tiny:5-8:test")             # synthetic, generated on the spot (data/tiny.py)
+    load("deepscaler-hard-1k")        # the paper's training set, downloaded once (data/download.py)
+    load("gsm8k-train:2:validation")  # at most 2 solution lines; the tenth that is held out by hash
+    load("my_problems.jsonl")         # rows {"problem" or "question", "answer", maybe "solution"}
+    load("tiny:5-8:test")             # synthetic problems, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it, but for the solutions of GSM8K. A row that cannot be a problem stops
-the loading with its file and row number; no row is ever skipped.
+Text is kept byte for byte as the file gives it, except for GSM8K's solutions (_gsm8k) and golds
+that wear markup which no boxed answer has (_golds). A row that cannot be a problem stops the
+loading with its file and row number; no row is ever skipped.
 """
 
 import hashlib
@@ -20,97 +21,123 @@ from pathlib import Path
 
 from errors import UserError
 
+TRAINING_SETS = ("deepscaler-hard-1k", "gsm8k-train")
+
 
 @dataclass(frozen=True)
 class Problem:
     question: str
-    answers: tuple  # the golds as the file gives them (str, int or float): any of them counts
-    solution: str | None  # the reference solution, byte for byte
-    source: str  # "deepscaler-hard-1k:17": set or file and row (from 1), for messages and records
+    answers: tuple  # the golds (str, int or float); a response is right if it equals any of them
+    solution: str | None  # the reference solution
+    source: str  # "deepscaler-hard-1k:17": set or file, and row from 1
 
 
 def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
-    """The problems of a named set, of a tiny set `tiny:STEPS[:SPLIT[:STYLE]]`, or of a JSON/JSONL file.
+    """Return the problems of a named set, of tiny:STEPS[:SPLIT[:STYLE]], or of a JSON/JSONL file.
 
-    gsm8k-train[:LINES[:SPLIT]] keeps the problems whose solution has at most LINES lines, and of them all, or those of
-    a SPLIT: train or validation, a tenth by the hash of the question. `mirror` is a folder or base address that holds
-    the downloads as OWNER/REPO/COMMIT/PATH. Raises UserError.
+    gsm8k-train:LINES[:SPLIT] keeps problems whose solution has at most LINES lines: all of them, or
+    one SPLIT of train or validation, which is a tenth by the hash of the question.
+    `mirror` is a folder or base address that holds the downloads as OWNER/REPO/COMMIT/PATH.
+    Raises UserError.
     """
+    from data import download, tiny  # imported here because tiny imports this module
+
     name = str(name_or_path)
     if name.split(":")[0] == "tiny":
-        from data import tiny  # imported here because both modules build on this one
-
         return tiny.problems(name)
-    from data import download
-
     if name in download.FILES:
         return read(download.fetch(name, mirror), name)
     if name.startswith("gsm8k-train:"):
-        return _easier(name, read(download.fetch("gsm8k-train", mirror), "gsm8k-train"))
-    path = Path(name)
-    if not path.exists():
+        return _short_gsm8k(name, load("gsm8k-train", mirror))
+    if not Path(name).exists():
         raise UserError(
-            f"{name!r} is neither a file nor a known set; the sets are {', '.join(download.FILES)} "
-            "and tiny:STEPS, such as tiny:5-8"
+            f"{name!r} is neither a file nor a known set; the sets are "
+            f"{', '.join(download.FILES)} and tiny:STEPS, such as tiny:5-8"
         )
-    return read(path, name)
+    return read(Path(name), name)
 
 
 def is_test_set(name: str) -> bool:
-    """Whether problems of this name are for testing, so that nobody should train on them."""
+    """Return whether problems of this name are for testing, so that nobody should train on them."""
     from data import download
 
-    return (name in download.FILES and name not in ("deepscaler-hard-1k", "gsm8k-train")) or (
-        name.startswith("tiny:") and "test" in name.split(":")
-    )
+    if name.startswith("tiny:"):
+        return "test" in name.split(":")
+    return name in download.FILES and name not in TRAINING_SETS
 
 
-def _easier(name: str, problems: list[Problem]) -> list[Problem]:
-    match = re.fullmatch(r"gsm8k-train:(\d+)(?::(train|validation))?", name)
+def tenth_of(text: str) -> int:
+    """Return 0 to 9 by the hash of the text, so that tenths of the problems can be held out."""
+    return hashlib.sha256(text.encode()).digest()[0] % 10
+
+
+def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
+    match = re.fullmatch(r"gsm8k-train:([2-9])(?::(train|validation))?", name)
     if not match:
         raise UserError(
-            f"{name!r} is no such part: it is gsm8k-train:LINES[:SPLIT], with SPLIT train or validation"
+            f"{name!r} is not a part of GSM8K: write gsm8k-train:LINES[:SPLIT], with LINES from 2 "
+            "to 9, and SPLIT train or validation"
         )
-    kept = [
-        p for p in problems if p.solution.count("\n") <= int(match[1])
-    ]  # the answer's line not counted
-    held_out = [hashlib.sha256(p.question.encode()).digest()[0] % 10 == 0 for p in kept]
-    kept = [
-        p for p, out in zip(kept, held_out) if match[2] is None or out == (match[2] == "validation")
-    ]
-    if not kept:
-        raise UserError(f"{name!r} holds no problem: the shortest solutions have 2 lines")
+    lines, split = int(match[1]), match[2]
+    kept = []
+    for p in problems:
+        held_out = tenth_of(p.question) == 0
+        in_split = split is None or held_out == (split == "validation")
+        if in_split and p.solution.count("\n") <= lines:  # the line of the answer is not counted
+            kept.append(p)
     return kept
 
 
+# --- Files ---------------------------------------------------------------------------------------
+
+PANDAS = (
+    "python -c \"import pandas; pandas.{}.to_json('{{0}}.jsonl', orient='records', lines=True)\""
+)
+DATASETS = "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')\""
+HEADER = rb'(\xef\xbb\xbf)?("[\w ]+"|[\w ]+)'  # the name of the first column of a CSV file
+OTHER_FORMATS = {  # a regular expression for the first bytes: (what the file is, how to convert it)
+    rb"PAR1": ("a Parquet file", PANDAS.format("read_parquet('{0}')")),
+    rb"ARROW1": ("an Arrow file", PANDAS.format("read_feather('{0}')")),
+    rb"\xff\xff\xff\xff": ("an Arrow file of Hugging Face datasets", DATASETS),
+    rb"\x1f\x8b": ("a gzip file", "gunzip -k '{0}'"),
+    rb"PK\x03\x04": ("a zip archive or an Excel file", "unzip '{0}'"),
+    HEADER + rb",": ("a CSV file", PANDAS.format("read_csv('{0}', dtype=str)")),
+    HEADER + rb"\t": ("a file of columns", PANDAS.format("read_table('{0}', dtype=str)")),
+}
+
+
 def read(path: Path, name: str) -> list[Problem]:
-    """The problems of a JSON (a list of objects) or JSONL file, which messages and `Problem.source` call `name`."""
+    """Return the problems of a JSON (a list of objects) or JSONL file.
+
+    Messages and `Problem.source` call the file `name`. Raises UserError.
+    """
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; give the JSON or JSONL file in it")
+    content = path.read_bytes()
+    for first_bytes, (kind, command) in OTHER_FORMATS.items():
+        if re.match(first_bytes, content):
+            raise UserError(f"{name} is {kind}; convert it to JSONL: {command.format(name)}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except IsADirectoryError:
-        raise UserError(f"{name} is a folder; give the JSON or JSONL file in it") from None
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            f"{name} is not UTF-8 text (byte {error.start}); convert it to JSONL in UTF-8"
         ) from None
-    rows = _array(text, name) if text.lstrip().startswith("[") else _lines(text, name)
-    if not rows:
+    problems = []
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_json(text, name), start=1):
+            problems.append(_problem(row, f"{name}:{number}"))
+    else:
+        # Only "\n" ends a row: str.splitlines also cuts at U+2028, which a JSON string may hold.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                where = f"{name}:{number}"
+                problems.append(_problem(_json(line, where), where))
+    if not problems:
         raise UserError(
-            f"{name} holds no problem; it must be a JSON list of objects, or one JSON object per line"
+            f"{name} holds no problem; it must be a JSON list of objects, or one object per line"
         )
-    return [_problem(row, f"{name}:{number}") for number, row in rows]
-
-
-def _array(text: str, name: str) -> list[tuple[int, object]]:
-    return list(enumerate(_json(text, name), start=1))
-
-
-def _lines(text: str, name: str) -> list[tuple[int, object]]:
-    # Only "\n" ends a row: str.splitlines would also cut at U+2028, which may stand inside a JSON string.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _json(line, f"{name}:{number}")) for number, line in lines if line.strip()]
+    return problems
 
 
 def _json(text: str, where: str):
@@ -125,46 +152,30 @@ def _json(text: str, where: str):
 
 def _problem(row: object, where: str) -> Problem:
     if not isinstance(row, dict):
+        kind = type(row).__name__
         raise UserError(
-            f"{where} is a JSON {type(row).__name__}; each row must be an object with problem and answer"
+            f"{where} is a JSON {kind}; a row must be an object with problem and answer"
         )
-    field = next((name for name in ("problem", "question") if name in row), None)
-    if field is None or "answer" not in row:
-        missing = "answer" if field else "problem (or question)"
-        raise UserError(
-            f"{where} has no field {missing}; its fields are {', '.join(map(repr, row)) or 'none'}"
-        )
+    field = "problem" if "problem" in row else "question"
+    for needed in (field, "answer"):
+        if needed not in row:
+            missing = needed.replace("question", "problem (or question)")
+            names = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"{where} has no field {missing}; its fields are {names}")
     question = _text(row[field], f"the {field}", where)
-    answers, solution = row["answer"], _solution(row.get("solution"), where)
-    if (
-        solution is None and isinstance(answers, str) and "#### " in answers
-    ):  # GSM8K keeps both in one field
-        solution, _, answers = answers.rpartition(
-            "#### "
-        )  # with calculator marks <<48/2=24>> and no box
-        solution, answers = re.sub(r"<<[^<>]*>>", "", solution), answers.strip()
-        solution = (
-            solution and f"{solution.removesuffix(chr(10))}\nThe answer is \\boxed{{{answers}}}."
-        )
-    golds = answers if isinstance(answers, list) else [answers]
-    if not golds:
-        raise UserError(f"{where} has an empty list of answers; give at least one")
-    return Problem(question, tuple(_gold(gold, where) for gold in golds), solution or None, where)
-
-
-def _gold(gold: object, where: str) -> str | int | float:
-    if isinstance(gold, (int, float)) and not isinstance(gold, bool):
-        if isinstance(gold, int) or math.isfinite(gold):
-            return gold
-        raise UserError(f"{where} has the answer {gold}; it must be text or a finite number")
-    return _text(gold, "the answer", where)
-
-
-def _solution(solution: object, where: str) -> str | None:
-    """OlympiadBench lists alternative solutions: the first is the reference. None, "" and [] mean there is none."""
-    if isinstance(solution, list):
+    answers, solution = row["answer"], row.get("solution")
+    if isinstance(solution, list):  # OlympiadBench lists alternatives: the first is the reference
         solution = solution[0] if solution else None
-    return None if solution in (None, "") else _text(solution, "the solution", where)
+    if solution in (None, ""):
+        solution = _gsm8k_solution(answers)
+    else:
+        _text(solution, "the solution", where)
+    if answers == []:
+        raise UserError(f"{where} has an empty list of answers; give at least one")
+    golds = []
+    for answer in answers if isinstance(answers, list) else [answers]:
+        golds += _golds(answer, where)
+    return Problem(question, tuple(golds), solution, where)
 
 
 def _text(value: object, what: str, where: str) -> str:
@@ -183,31 +194,109 @@ def _text(value: object, what: str, where: str) -> str:
     return value
 
 
+def _gsm8k_solution(answer: object) -> str | None:
+    """Return the solution that GSM8K keeps in front of the answer, with a box for the answer.
+
+    Its calculator marks, such as <<48/2=24>>, are dropped. None if the answer holds no solution.
+    """
+    if not isinstance(answer, str):
+        return None
+    solution, _, gold = answer.rpartition("####")
+    solution = re.sub(r"<<[^<>]*>>", "", solution).removesuffix("\n")
+    if not solution:
+        return None
+    return f"{solution}\nThe answer is \\boxed{{{_content(_plain(gold))}}}."
+
+
+# --- Golds ---------------------------------------------------------------------------------------
+
+QUOTED_LIST = re.compile(  # ['42'], ["42", "6*7"], ('42',), and array(['42' '43'], dtype=object)
+    r"""(?:array\()?[\[(]\s*(['"])(.+)\1\s*,?\s*[\])](?:, *dtype=\w+)?\)?""", re.DOTALL
+)
+_ANSWER_IS = (  # So the answer is ... **Answer:** ...
+    r"(?:(?:so|thus|hence|therefore),? +)?[*_]*(?:(?:the|my|your|our) +)?"
+    r"(?:(?:final|correct|right) +)*(?:answer|ans|result|solution|option|choice)[*_]*"
+    r"(?:\s+is\b|\.\s|\s+[-–—]\s|\s*[=:：\n])+[*_\s]*"
+)
+MARKUP = [  # Each keeps its last group.
+    r".*####(.+)",  # GSM8K's mark of the answer
+    r"#{1,3}\s+(.+)",  # a heading
+    r"(?:.*<\w*answer>|<\|?\w+\|?>)(.+)",  # <answer>42, <|begin_of_box|>42
+    r"(.+)(?:</\w+>|<\|\w+\|>)",  # 42</answer>, 42<|im_end|>
+    r"""(\*{1,3}|_{1,3}|`{1,3}|["'])((?:(?!\1).)+)\1\.?""",  # **42**, `42`, "42"
+    r"[“‘«](.+)[”’»]",
+    r"(.+?)\.? +I hope it is correct\.?",  # the end of Minerva's form of an answer
+    r"\\?f?box(?:ed)?\{(.+)\}",  # boxed{42}, \fbox{42}
+    _ANSWER_IS + r"(.+?(?:\.\.\.)?)\**\.?",
+    r"(?:=+(?![=<>])|:|=>|->|→|⇒)\s*(.+)",  # = 42
+]
+DELIMITERS = [
+    r"\$\$([^$]+)\$\$",
+    r"\$([^$]+)\$",
+    r"\\\(((?:(?!\\\)).)+)\\\)",
+    r"\\\[((?:(?!\\\]).)+)\\\]",
+]
+
+
 def gold_text(problem: Problem) -> str:
-    r"""The first gold as the text inside \boxed{} when the answer is injected: 142.0 -> 142, $\boxed{a}$ -> a."""
+    r"""Return the first gold as text to put into \boxed{}: 142.0 -> 142, $\boxed{a}$ -> a."""
     gold = problem.answers[0]
     if isinstance(gold, float) and gold.is_integer():
         return f"{Decimal(repr(gold)):.0f}"  # the digits as they were written, also above 2^53
-    text, inner = None, str(gold).strip()
-    while inner != text:
-        text, inner = inner, _unwrapped(inner)
+    return _content(str(gold))
+
+
+def _golds(answer: object, where: str) -> list[str | int | float]:
+    """Return the golds of one answer: several if it is the text of a list, which is read as one."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise UserError(f"{where} has the answer {answer}; it must be text or a finite number")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return [answer]
+    text = _plain(_text(answer, "the answer", where))
+    quoted_list = QUOTED_LIST.fullmatch(text.strip())
+    if not quoted_list:
+        return [text]
+    quote, items = quoted_list.groups()
+    golds = []
+    for item in re.split(f"{quote}\\s*,?\\s*{quote}", items):
+        if "\\" not in item.replace("\\\\", ""):  # JSON and Python write each backslash twice
+            item = item.replace("\\\\", "\\")
+        if item.strip():
+            golds.append(_plain(item))
+    return golds or [text]
+
+
+def _plain(text: str) -> str:
+    """Return a gold without markup that no boxed answer has; the text itself where there is none.
+
+    A boxed gold stays as it is, because grading reads the last box in it.
+    """
+    if last_box(text):
+        return text
+    inner = _unwrapped(text.strip(), DELIMITERS + MARKUP)
+    return text if inner == _content(text) else inner
+
+
+def _content(text: str) -> str:
+    """Return the content of the last box, if there is one, without the dollars around formulas."""
+    return _unwrapped(last_box(text) or text.strip(), DELIMITERS)
+
+
+def _unwrapped(text: str, patterns: list[str]) -> str:
+    """Return what is left of a text if each pattern that matches all of it keeps its last group."""
+    for pattern in 3 * patterns:  # there may be markup inside markup
+        match = re.fullmatch(pattern, text, re.DOTALL | re.IGNORECASE)
+        if match and match[match.lastindex].strip():
+            text = match[match.lastindex].strip()
     return text
 
 
-def _unwrapped(text: str) -> str:
-    r"""Without one pair of $...$, \(...\), \[...\] or \boxed{...} around all of it, if there is one."""
-    match = re.fullmatch(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", text, re.DOTALL)
-    inner = next((group for group in match.groups() if group is not None), text) if match else text
-    if not match and text.startswith(r"\boxed{") and text.endswith("}") and _balanced(text[7:-1]):
-        inner = text[7:-1]
-    return inner.strip() or text
-
-
-def _balanced(text: str) -> bool:
-    """True if every closing brace has its opening one before it, so that the braces around the text are a pair."""
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", text):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last closed \boxed{...}, of nested ones the innermost."""
+    for box in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[box.end() :][: brace.start()].strip()
+    return None

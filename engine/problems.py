@@ -1,4 +1,4 @@
-"""The training problems of a run: loaded, checked, and those that do not fit left out."""
+"""The training problems of a run: loaded, checked, and without those that do not fit."""
 
 from dataclasses import replace
 
@@ -6,66 +6,92 @@ import data
 import reward
 from data import Problem
 from engine.console import say
+from engine.models import Policy
 from errors import UserError
 
 
 def training_problems(
-    flags, policy, needs_solution: bool
+    flags, policy: Policy, needs_solution: bool
 ) -> tuple[list[Problem], list[str], list[str]]:
-    """The problems of --data that fit; the sources of those whose prompt is too long; and of those whose reference is
-    not graded right. Raises UserError."""
+    """Return the problems of --data, the sources left out, and those with a wrong reference.
+
+    Left out are problems whose prompt is too long. Raises UserError.
+    """
     if data.is_test_set(flags.data):
         raise UserError(
-            f"--data {flags.data} is for testing: train on deepscaler-hard-1k, gsm8k-train, tiny:STEPS or "
-            "a file of your own"
+            f"--data {flags.data} is for testing: train on deepscaler-hard-1k, gsm8k-train, "
+            "tiny:STEPS or a file of your own"
         )
-    problems, wrong = data.load(flags.data, flags.mirror or None), []
+    problems = data.load(flags.data, flags.mirror or None)
+    check_golds(problems)
+    wrong = []
     if needs_solution:
-        problems, wrong = check_references(problems, flags)
-    longest = min(
-        flags.max_prompt_tokens, policy.room([]) - 1
-    )  # one token at least for the response
-    too_long = {p.source for p in problems if len(policy.prompt_ids(p.question)) > longest}
-    kept = [p for p in problems if p.source not in too_long]
+        needed_by = "--sft" if flags.sft else f"--correction {flags.correction}"
+        wrong = check_references(problems, needed_by)
+    if flags.drop_wrong_references:
+        problems = without_references(problems, set(wrong), flags.sft)
+    longest = min(flags.max_prompt_tokens, policy.room([]) - 1)  # leaves one token to respond
+    kept, too_long = [], []
+    for p in problems:
+        if len(policy.prompt_ids(p.question)) > longest:
+            too_long.append(p.source)
+        else:
+            kept.append(p)
     if not kept:
         raise UserError(
             f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "
             f"{flags.max_prompt_tokens}, or leaves no room for a response in the model's context"
         )
-    return kept, sorted(too_long), wrong
+    return kept, too_long, wrong
 
 
-def check_references(problems: list[Problem], flags) -> tuple[list[Problem], list[str]]:
-    """The problems, and the sources of those whose reference is not graded right: told, or with --drop-wrong-references
-    not used (SFT leaves the problem out, GEC corrects it in another way). UserError for a missing reference."""
-    for p in problems:
-        if not p.solution or not p.solution.strip():
-            raise UserError(
-                f"{p.source}: has no reference solution, which "
-                + (
-                    "--sft needs; use data with solutions, or another --method"
-                    if flags.sft
-                    else f"--correction {flags.correction} needs; use data with solutions, or --correction reflect or none, or "
-                    "--guided-probs .67 .33"
-                )
-            )
-    scores = reward.score_all([p.solution for p in problems], [list(p.answers) for p in problems])
-    wrong = [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy == 0]
-    if wrong:
-        what = (
-            "not used"
-            if flags.drop_wrong_references
-            else (
-                "trained on all the same" if flags.sft else "trained against when they are injected"
-            )
-        )
+def check_golds(problems: list[Problem]) -> list[str]:
+    r"""Return the sources of golds that are unreadable or wrong as a \boxed{gold}, and say so.
+
+    GEC injects this box as the answer. Where it fails, right responses are graded wrong, too.
+    """
+    failing = not_right(problems, [f"\\boxed{{{data.gold_text(p)}}}" for p in problems])
+    if failing:
+        gold = data.gold_text(failing[0])
         say(
-            f"note: {len(wrong)} of {len(problems)} reference solutions are not graded right, the first of them "
-            f"{wrong[0]}; they are {what}"
-            + ("" if flags.drop_wrong_references else "; see --drop-wrong-references")
+            f"note: {len(failing)} of {len(problems)} golds cannot be read as an answer, the first "
+            f"of them {failing[0].source} ({gold!r:.60}); right responses may be graded wrong"
         )
-    if not flags.drop_wrong_references:
-        return problems, wrong
-    used = set(p.source for p in problems) - set(wrong)
-    kept = [p if p.source in used else replace(p, solution=None) for p in problems]
-    return [p for p in kept if p.solution is not None] if flags.sft else kept, wrong
+    return [p.source for p in failing]
+
+
+def check_references(problems: list[Problem], needed_by: str) -> list[str]:
+    """Return the sources of problems whose reference solution is not graded right, and say so.
+
+    Raises UserError if a problem has no solution, which the flag `needed_by` needs.
+    """
+    for p in problems:
+        if not (p.solution or "").strip():
+            raise UserError(
+                f"{p.source} has no reference solution, which {needed_by} needs; use data with "
+                "solutions, or --correction reflect or none, or --guided-probs .67 .33"
+            )
+    wrong = [p.source for p in not_right(problems, [p.solution for p in problems])]
+    if wrong:
+        say(
+            f"note: {len(wrong)} of {len(problems)} reference solutions are not graded right, the "
+            f"first of them {wrong[0]}; --drop-wrong-references leaves them out"
+        )
+    return wrong
+
+
+def not_right(problems: list[Problem], responses: list[str]) -> list[Problem]:
+    """Return the problems whose response (one each) is not readable and right: not (1, 1)."""
+    scores = reward.score_all(responses, [p.answers for p in problems])
+    return [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
+
+
+def without_references(problems: list[Problem], sources: set[str], sft: bool) -> list[Problem]:
+    """Drop the references of these sources: GEC corrects in another way, SFT drops the problem."""
+    kept = []
+    for p in problems:
+        if p.source not in sources:
+            kept.append(p)
+        elif not sft:
+            kept.append(replace(p, solution=None))
+    return kept

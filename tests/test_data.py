@@ -1,5 +1,6 @@
-"""Problems, downloads and the tiny world: what is loaded is what the files hold, what cannot be loaded is named."""
+"""Problems, downloads and the tiny world: files are read as they are, or refused by name."""
 
+import gzip
 import hashlib
 import http.server
 import json
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from data import Problem, download, gold_text, load, tiny
+import reward
+from data import Problem, download, gold_text, is_test_set, load, tiny
+from edge_grpo import ANSWER, parse_flags
+from engine import load_policy
+from engine.problems import check_golds, training_problems
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +50,7 @@ def write(path: Path, text) -> str:
     return str(path)
 
 
-# --- Real sets -------------------------------------------------------------------------------------------------------
+# --- Real sets -----------------------------------------------------------------------------------
 
 
 @upstream
@@ -57,7 +62,7 @@ def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     )
     gsm8k = name.startswith("gsm8k")
     rows = [json.loads(line) for line in text.split("\n") if line] if gsm8k else json.loads(text)
-    assert len(problems) == len(rows) == SETS[name] == download.FILES[name].rows
+    assert len(problems) == len(rows) == SETS[name]
     assert [p.question for p in problems] == [row.get("problem") or row["question"] for row in rows]
     assert [p.source for p in problems] == [f"{name}:{i}" for i in range(1, len(rows) + 1)]
     if gsm8k:
@@ -89,7 +94,7 @@ def test_kinds_of_golds(cache):
 
 @upstream
 def test_the_easier_part_of_gsm8k_and_its_held_out_tenth(cache):
-    """A problem is in one of the two parts whatever the number of lines, and keeps the row number of its file."""
+    """A problem is in the same part whatever the number of lines, and keeps its row number."""
     everything, two = load("gsm8k-train", str(UPSTREAM)), load("gsm8k-train:2", str(UPSTREAM))
     assert (
         len(two) == 1960
@@ -108,33 +113,16 @@ def test_the_easier_part_of_gsm8k_and_its_held_out_tenth(cache):
 
 @upstream
 def test_references_of_gsm8k_grade_right(cache):
-    reward = pytest.importorskip("reward")
     problems = load("gsm8k", str(UPSTREAM)) + load("gsm8k-train", str(UPSTREAM))
     scores = reward.score_all([p.solution for p in problems], [p.answers for p in problems])
     assert [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy != 1.0] == []
 
 
 def test_test_sets_are_known_by_their_names():
-    from data import is_test_set
-
-    assert all(
-        map(
-            is_test_set,
-            ("gsm8k", "math", "aime", "minerva", "tiny:5-8:test", "tiny:1-3:test:terse"),
-        )
-    )
-    assert not any(
-        map(
-            is_test_set,
-            ("gsm8k-train", "gsm8k-train:2", "deepscaler-hard-1k", "tiny:5-8", "mine.jsonl"),
-        )
-    )
-
-
-def test_a_large_float_is_injected_as_it_was_written(tmp_path):
-    rows = '{"problem": "N?", "answer": 6.02e23}\n{"problem": "x?", "answer": 142.0}\n{"problem": "y?", "answer": 0.5}'
-    problems = load(write(tmp_path / "d.jsonl", rows))
-    assert [gold_text(p) for p in problems] == ["602" + "0" * 21, "142", "0.5"]
+    for name in ("gsm8k", "math", "aime", "minerva", "tiny:5-8:test", "tiny:1-3:test:terse"):
+        assert is_test_set(name)
+    for name in ("gsm8k-train", "gsm8k-train:2", "deepscaler-hard-1k", "tiny:5-8", "mine.jsonl"):
+        assert not is_test_set(name)
 
 
 @upstream
@@ -144,54 +132,151 @@ def test_manifest_agrees_with_the_table():
     for entry in manifest["files"]:
         file = download.FILES["deepscaler-hard-1k" if entry["name"] == "train" else entry["name"]]
         assert file.paths == (entry["url_path"], *entry.get("alternative_url_paths", []))
-        assert (file.sha256, file.size, file.rows) == (
-            entry["sha256"],
-            entry["bytes"],
-            entry["rows"],
-        )
+        assert file.sha256 == entry["sha256"]
 
 
 @upstream
-def test_injected_gold_grades_itself_right(cache):
-    """The text that GEC puts into the box is graded right on every row of every set."""
-    reward = pytest.importorskip("reward")
+def test_golds_of_the_real_sets_grade_themselves_right(cache):
+    """One gold of all sets is a sentence that only the same sentence can equal."""
     problems = [p for name in SETS for p in load(name, str(UPSTREAM))]
-    responses = [f"\\boxed{{{gold_text(p)}}}" for p in problems]
-    scores = reward.score_all(responses, [p.answers for p in problems])
-    assert [p.source for p, (_, accuracy) in zip(problems, scores) if accuracy != 1.0] == []
+    assert check_golds(problems) in ([], ["olympiad_bench:74"])
+    scores = reward.score_all(list(map(injected, problems)), [p.answers for p in problems])
+    assert all(accuracy == 1.0 for _, accuracy in scores)
 
 
-def test_a_gold_may_be_an_integer_beyond_every_float(tmp_path):
-    (tmp_path / "x.json").write_text('[{"problem": "10^400?", "answer": 1%s}]' % ("0" * 400))
-    [p] = load(str(tmp_path / "x.json"))
-    assert p.answers == (10**400,) and gold_text(p) == str(10**400)
+# --- Golds ---------------------------------------------------------------------------------------
+
+
+def problem_of(tmp_path: Path, row: dict | str) -> Problem:
+    text = row if isinstance(row, str) else json.dumps({"problem": "6*7?"} | row)
+    [problem] = load(write(tmp_path / "row.jsonl", text))
+    return problem
+
+
+def injected(problem: Problem) -> str:
+    """What GEC injects as the answer."""
+    return ANSWER.format(gold_text(problem))
+
+
+MEAN_42 = r"""
+42 | $42$ | $$42$$ | \(42\) | \[ 42 \] | $\boxed{42}$ | \boxed{ 42 } | \(\boxed{42}\) | 42.
+So \boxed{41}? No, it is \boxed{42}. | \boxed{\boxed{42}} | <answer>\boxed{42}</answer>
+#### 42 | ####42 | ####\t42 | ####\n42 | 6*7=42\n#### 42 | #### $42$ | #### Answer: 42
+a #### \boxed{42}
+boxed{42} | \fbox{42} | ## 42 | ### Answer\n42
+['42'] | ["42"] | [ '42' ] | ('42',) | ['$42$'] | ['**42**'] | array(['42'], dtype=object)
+["42", "6*7"]
+"42" | '42' | “42” | ‘42’ | «42» | `42` | ```\n42\n``` | "'42'" | "42".
+<answer>42</answer> | <answer> 42 </answer>\n | <Answer>42</Answer>
+<final_answer>42</final_answer> | <b>42</b>
+<think>3 < 4</think>\n<answer>42</answer> | <answer><b>42</b></answer> | <answer>42 | 42</s>
+42<|im_end|>
+<|begin_of_box|>42<|end_of_box|>
+**42** | *42* | __42__ | **42**. | **Answer:** 42 | **Answer: 42** | **Final Answer**\n\n42
+**Answer**: $42$
+$= 42$ | \(\mathbf{42}\) | = 42 | =42 | => 42 | -> 42 | → 42 | : 42
+The answer is 42. | the answer is $42$ | The answer is **42**. | The answer is: 42
+My answer is 42
+Answer: 42 | answer:42 | ANSWER: 42 | Answer = 42 | Answer - 42 | Ans: 42 | Ans. 42 | Result: 42
+Solution: 42
+Final answer: 42 | The final answer is 42. | Correct answer: 42 | So the answer is 42.
+Therefore, the answer is 42.
+The final answer is $\boxed{42}$. I hope it is correct.
+Final Answer: The final answer is $42$. I hope it is correct.
+"""
+MEAN_42 = [g.replace("\\n", "\n").replace("\\t", "\t") for g in re.split(r" \| |\n", MEAN_42) if g]
+
+
+@pytest.mark.parametrize("solution", [None, "So \\boxed{42}."])
+@pytest.mark.parametrize("gold", MEAN_42)
+def test_a_gold_is_read_without_its_markup(tmp_path, gold, solution):
+    """A right box equals the gold, and what GEC injects, the gold itself, is right and readable."""
+    problem = problem_of(tmp_path, {"answer": gold, "solution": solution})
+    assert reward.grade("\\boxed{42}", problem.answers)
+    assert not reward.grade("\\boxed{43}", problem.answers)
+    assert reward.score(injected(problem), problem.answers) == (1.0, 1.0)
+    assert problem.solution is None or reward.grade(problem.solution, problem.answers)
+    assert check_golds([problem]) == []
+
+
+AS_THEY_ARE = r"""
+-5 | - 5 | x=5 | x = -2 | [1, 2] | [1,2) | (1,2) | <1,2> | a<b>c | 1<x<2 | x<y | "a" or "b" | x'
+f''(x) | 5'6" | C#
+2**3 | a*b*c | x_1 | $5 | \$5 | $69$,$84$ | \(1\) and \(2\) | \{1,2\} | f(x)=5 | >5 | >=5 | =<5
+1:2 | 0.333...
+A | (A) | yes | No solution | no answer | the solution set is empty | Solution | Answer: | answer
+it's | ** | "" | = | [''] | ####
+\begin{pmatrix}1\\2\end{pmatrix} | \langle 1,2\rangle | \boxed{} | \boxed{1} or \boxed{2} | 9.60
+ 7
+"""
+
+
+@pytest.mark.parametrize("gold", re.split(r" \| |\n", AS_THEY_ARE.strip("\n")))
+def test_a_gold_without_markup_stays_byte_for_byte(tmp_path, gold):
+    problem = problem_of(tmp_path, {"answer": gold})
+    assert problem.answers == (gold,) and problem.solution is None
+
+
+@pytest.mark.parametrize(
+    "text, golds",
+    [
+        ("['42', '43']", ("42", "43")),
+        ("['', ' ', '42']\n", ("42",)),
+        ("[' ']", ("[' ']",)),
+        ("array(['42' '43'], dtype=object)", ("42", "43")),
+        (r'["\\frac{1}{2}"]', (r"\frac{1}{2}",)),
+        (r"['\frac{1}{2}']", (r"\frac{1}{2}",)),
+        (r"['\begin{array}1\\2\end{array}']", (r"\begin{array}1\\2\end{array}",)),
+    ],
+)
+def test_the_text_of_a_list_is_read_as_the_list(tmp_path, text, golds):
+    assert problem_of(tmp_path, {"answer": text}).answers == golds
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["{'answer': '42'}", "[ANS]42[/ANS]", "1. 42", "\boxed{42}"],
+)
+def test_a_gold_that_cannot_be_read_is_told_in_one_line(tmp_path, capsys, gold):
+    problem = problem_of(tmp_path, {"answer": gold})
+    right = Problem("6*7?", ("42",), None, "other:1")
+    assert check_golds([right, problem]) == [problem.source]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1 of 2 golds" in said and problem.source in said
+
+
+def test_a_training_run_tells_of_golds_that_cannot_be_read(tmp_path, capsys):
+    row = {"problem": "6*7?", "answer": "[ANS]42[/ANS]"}
+    flags = parse_flags(["--data", write(tmp_path / "row.jsonl", json.dumps(row))])
+    problems, left_out, wrong = training_problems(flags, load_policy("tiny", "cpu"), False)
+    assert len(problems) == 1 and left_out == wrong == []
+    assert "1 of 1 golds cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "gold, text",
     [
-        ("52", "52"),
-        (142.0, "142"),
-        (0.5, "0.5"),
-        (7, "7"),
-        ("9.6\n", "9.6"),
-        ("$0.10", "$0.10"),
-        ("$ $", "$ $"),
-        ("$60^{\\circ}$", "60^{\\circ}"),
-        ("$$x$$", "x"),
-        ("$\\boxed{a=170}$", "a=170"),
-        ("\\(\\boxed{77}\\)", "77"),
-        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{\\}}", "\\}"),
-        ("$69$,$84$", "$69$,$84$"),
-        ("\\boxed{5} or \\boxed{6}", "\\boxed{5} or \\boxed{6}"),
+        ("142.0", "142"),
+        ("6.02e23", "602" + "0" * 21),
+        ("0.5", "0.5"),
+        ("7", "7"),
+        ("1" + "0" * 400, "1" + "0" * 400),
+        ('"9.6\\n"', "9.6"),
+        ('"$0.10"', "$0.10"),
+        ('"$ $"', "$ $"),
+        ('"$60^{\\\\circ}$"', "60^{\\circ}"),
+        ('"$\\\\boxed{a=170}$"', "a=170"),
+        ('"\\\\boxed{\\\\frac{1}{2}}"', "\\frac{1}{2}"),
+        ('"\\\\boxed{\\\\}}"', "\\}"),
+        ('"\\\\boxed{5} or \\\\boxed{6"', "5"),
+        ('["1", "2"]', "1"),
     ],
 )
-def test_gold_text(gold, text):
-    assert gold_text(Problem("q", (gold, "other"), None, "s:1")) == text
+def test_gold_text(tmp_path, gold, text):
+    assert gold_text(problem_of(tmp_path, f'{{"problem": "q", "answer": {gold}}}')) == text
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------
+# --- Files ---------------------------------------------------------------------------------------
 
 
 def test_json_and_jsonl_give_the_same_problems(tmp_path):
@@ -215,6 +300,7 @@ def test_answer_field_in_the_style_of_gsm8k(tmp_path):
         {"question": "q", "answer": "#### 5"},
         {"question": "q", "answer": "#### 1\n#### 2"},
         {"question": "q", "answer": "is #### 5", "solution": "s"},
+        {"question": "q", "answer": "2 <<1+1=2>>2\n####\t**2**"},
     ]
     problems = load(write(tmp_path / "rows.json", json.dumps(rows)))
     found = [(p.solution, p.answers) for p in problems]
@@ -222,7 +308,8 @@ def test_answer_field_in_the_style_of_gsm8k(tmp_path):
         (" so 1\n2 \n\nThe answer is \\boxed{1,002}.", ("1,002",)),
         (None, ("5",)),
         ("#### 1\nThe answer is \\boxed{2}.", ("2",)),
-        ("s", ("is #### 5",)),
+        ("s", ("5",)),
+        ("2 2\nThe answer is \\boxed{2}.", ("2",)),
     ]
 
 
@@ -279,6 +366,31 @@ def test_malformed_file_is_one_sentence(tmp_path, content, says):
     assert says in str(error.value)
 
 
+CSV = "problem,answer\nWhat is 3*14?,42\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, kind, command",
+    [
+        ("x.parquet", b"PAR1\x15\x04\xdd\xffPAR1", "Parquet file", "pandas.read_parquet"),
+        ("x.arrow", b"ARROW1\x00\x00\xff\xff\xff\xff", "Arrow file", "pandas.read_feather"),
+        ("data.arrow", b"\xff\xff\xff\xff\x80\x02", "Arrow file", "Dataset.from_file"),
+        ("x.jsonl.gz", gzip.compress(b"{}"), "gzip file", "gunzip"),
+        ("x.zip", b"PK\x03\x04\x14\x00", "zip archive", "unzip"),
+        ("x.csv", CSV, "CSV file", "pandas.read_csv"),
+        ("x.tsv", CSV.replace(",", "\t"), "columns", "pandas.read_table"),
+        ("bom.csv", "\ufeff" + CSV.replace("problem", '"the problem"'), "CSV file", "read_csv"),
+        ("x.jsonl.xz", b"\xfd7zXZ\x00\x00\xff", "not UTF-8 text", "convert it to JSONL"),
+    ],
+)
+def test_a_file_of_another_format_is_named_with_a_command(tmp_path, name, content, kind, command):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError) as error:
+        load(path)
+    said = str(error.value)
+    assert said.startswith(path) and kind in said and command in said and "\n" not in said
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UserError, match="neither a file nor a known set.*deepscaler-hard-1k"):
         load(str(tmp_path / "no.json"))
@@ -286,7 +398,7 @@ def test_missing_file_and_folder(tmp_path):
         load(str(tmp_path))
 
 
-# --- Downloads -------------------------------------------------------------------------------------------------------
+# --- Downloads -----------------------------------------------------------------------------------
 
 CONTENT = json.dumps([{"problem": "1+1?", "answer": "2"}] * 3000).encode()
 
@@ -295,14 +407,14 @@ CONTENT = json.dumps([{"problem": "1+1?", "answer": "2"}] * 3000).encode()
 def small_set(monkeypatch, cache):
     """A set of two addresses, owner `a` before owner `b`, in place of the table of files."""
     paths = ("a/repo/commit/x.json", "b/repo/commit/x.json")
-    file = download.PinnedFile(paths, hashlib.sha256(CONTENT).hexdigest(), len(CONTENT), 3000)
+    file = download.PinnedFile(hashlib.sha256(CONTENT).hexdigest(), paths)
     monkeypatch.setattr(download, "FILES", {"small": file})
     return cache / "small.json"
 
 
 @pytest.fixture
 def server():
-    """A local HTTP server that answers paths from `server.answers`: (status, body, how many bytes of it are sent)."""
+    """A local HTTP server with `server.answers`: path to (status, body, bytes of it to send)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -345,7 +457,7 @@ def test_alternative_owner_is_tried(server, small_set):
 
 def test_interrupted_download_leaves_nothing_and_is_finished_by_a_rerun(server, small_set):
     server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, 70000)
-    says = r"small: .*/a/repo/commit/x.json: cut off after 70000 of \d+ bytes; .*/b/.* answered 404.*run again"
+    says = r"small .*/a/repo/commit/x.json: .*70000 bytes read.*/b/.*: Not Found.*run again"
     with pytest.raises(UserError, match=says):
         download.fetch("small", server.url)
     assert not small_set.parent.exists() or not any(small_set.parent.iterdir())
@@ -371,58 +483,59 @@ def test_damaged_cache_is_fetched_again(tmp_path, small_set):
 
 def test_no_network_and_no_mirror_file_name_the_addresses(tmp_path, small_set, monkeypatch):
     with pytest.raises(
-        UserError, match=f"{tmp_path}/b/repo/commit/x.json: there is no such file.*--mirror"
+        UserError, match=f"{tmp_path}/b/repo/commit/x.json: .*No such file.*--mirror"
     ):
         download.fetch("small", str(tmp_path))
     monkeypatch.setattr(download, "BASE", "http://127.0.0.1:9/")
     with pytest.raises(
-        UserError, match="http://127.0.0.1:9/a/repo/commit/x.json: no connection.*run again"
+        UserError, match="http://127.0.0.1:9/a/repo/commit/x.json: .*refused.*run again"
     ):
         download.fetch("small")
 
 
-def test_failed_write_keeps_the_old_file_and_no_part(tmp_path, small_set, monkeypatch):
-    def full_disk(part, target):
-        assert Path(part).read_bytes() == CONTENT
+def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, small_set, monkeypatch):
+    def full_disk(unfinished, target):
+        assert unfinished.read_bytes() == CONTENT
         raise OSError(28, "No space left on device")
 
     (tmp_path / "a/repo/commit").mkdir(parents=True)
     (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
     small_set.parent.mkdir()
     small_set.write_bytes(b"old")
-    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(UserError, match=f"cannot write {small_set}: No space left on device"):
         download.fetch("small", str(tmp_path))
-    assert [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()] == [
-        ("small.json", b"old")
-    ]
+    files = [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()]
+    assert files == [("small.json", b"old")]
 
 
 def test_unwritable_cache(tmp_path, small_set, monkeypatch):
     (tmp_path / "a/repo/commit").mkdir(parents=True)
     (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
     write(small_set.parent, "a file where the folder should be")
-    with pytest.raises(UserError, match=f"{small_set} cannot be read: Not a directory; remove it"):
-        download.fetch("small", str(tmp_path))
-    monkeypatch.setattr(download, "CACHE", Path("/proc/self/cache"))  # nobody can make this folder
-    with pytest.raises(UserError, match="cannot write /proc/self/cache/small.json"):
-        download.fetch("small", str(tmp_path))
+    for folder in (small_set.parent, Path("/proc/self/cache")):  # nobody can make the second one
+        monkeypatch.setattr(download, "CACHE", folder)
+        with pytest.raises(UserError, match=f"cannot write {folder}/small.json"):
+            download.fetch("small", str(tmp_path))
 
 
 def test_download_command(tmp_path, small_set, capsys):
-    with pytest.raises(SystemExit) as stop:
-        download.main(["tiny"])
-    assert stop.value.code == 2 and "unknown set 'tiny'" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        download.main(["--mirror", str(tmp_path)])
-    assert stop.value.code == 2 and "there is no such file" in capsys.readouterr().err
+    for argv, says in ((["tinee"], "'tinee' is neither"), (["--mirror", str(tmp_path)], "No such")):
+        with pytest.raises(SystemExit) as stop:
+            download.main(argv)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
     (tmp_path / "b/repo/commit").mkdir(parents=True)
     (tmp_path / "b/repo/commit/x.json").write_bytes(CONTENT)
     download.main(["--mirror", str(tmp_path)])
-    assert "small: 3000 rows" in capsys.readouterr().out
+    assert "small: 3000 problems" in capsys.readouterr().out
 
 
-# --- The tiny world --------------------------------------------------------------------------------------------------
+def test_loading_problems_does_not_import_torch():
+    code = "import sys, data; data.load('tiny:5-8'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- The tiny world ------------------------------------------------------------------------------
 
 SIGNS = {
     "multiplies": "*",
@@ -473,7 +586,7 @@ def chain_of(question: str) -> str:
 
 
 def test_tiny_splits_are_disjoint_in_their_chains():
-    """Not even a held-out chain with other names and things occurs in training, for any pair of STEPS."""
+    """No held-out chain occurs in training with other names and things, whatever STEPS."""
     splits = ("train", "validation", "test")
     train, validation, test = (
         {
@@ -484,7 +597,8 @@ def test_tiny_splits_are_disjoint_in_their_chains():
         for split in splits
     )
     assert not train & validation and not train & test and not validation & test
-    assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 256]
+    # There are fewer than 2,048 chains of one step for testing.
+    assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 966]
     assert len({chain_of(p.question) for p in load("tiny:1-3")}) == 2048
     rng = random.Random(0)
     assert all(tiny.split_of(tiny.warm_start_chain(rng)) == "train" for _ in range(200))
@@ -524,7 +638,7 @@ def test_wrong_tiny_name_is_one_sentence(name):
         load(name)
 
 
-# --- Tokenizer and checkpoint ----------------------------------------------------------------------------------------
+# --- Tokenizer and checkpoint --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -556,7 +670,7 @@ def test_round_trip_and_concatenation_of_ids(tokenizer):
 
 
 def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
-    """Digits, words, (k) and the box are single tokens; nothing of this world is spelled in letters."""
+    """Digits, words, (k) and the box are single tokens; nothing is spelled in letters."""
     for text in INJECTED + [t for p in load("tiny:1-8:test") for t in (p.question, p.solution)]:
         assert not [
             t
