@@ -36,7 +36,7 @@ from engine.flags import changed, check_ranges, flag, make_parser, run_name
 from engine.forward import Batch
 from engine.memory import preflight
 from engine.models import Policy
-from engine.problems import training_problems
+from engine.problems import check_golds, training_problems
 from engine.processes import gather, leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
@@ -1079,6 +1079,7 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     tasks = {}
     for task in flags.eval_tasks:
         tasks[task] = data.load(task, flags.mirror or None)[: flags.eval_limit or None]
+        check_golds(tasks[task])
     run = Run(flags, policy, problems, left_out, wrong_references)
     trainer = Trainer(
         policy,

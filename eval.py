@@ -42,6 +42,7 @@ from engine.console import exit_code, say
 from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
 from engine.forward import response_logprobs
+from engine.problems import check_golds
 from engine.processes import is_main, leave, on_main, spread, stream
 from errors import UserError
 from report.paper import CONTEXT, PUBLISHED, TASKS
@@ -574,6 +575,7 @@ def run(flags: Flags) -> None:
     for task in dict.fromkeys(flags.tasks):
         tasks[task] = data.load(task, mirror)
         problems += tasks[task][: flags.limit]
+    check_golds(problems)
     if flags.exclude_contaminated:
         training = data.load("deepscaler-hard-1k", mirror)
         left_out = contaminated(problems, training)

@@ -204,8 +204,8 @@ SECOND_ATTEMPTS = 0.25  # share of the rows that show a second attempt
 BATCH, LEARNING_RATE, WARM_UP = 16, 1.5e-3, 50  # rows, of AdamW, updates
 
 
-def make_model(tokenizer):
-    """Return a Qwen2 model of 0.12 million parameters with random weights."""
+def make_model(tokenizer, hidden: int = 64, layers: int = 2):
+    """Return a Qwen2 model with random weights, by default of 0.12 million parameters."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -213,14 +213,14 @@ def make_model(tokenizer):
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 16,
+        num_key_value_heads=hidden // 32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=0.64 / hidden**0.5,
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=pad,
@@ -230,24 +230,27 @@ def make_model(tokenizer):
     return model
 
 
-def warm_start(model, tokenizer) -> None:
-    """Train the model on STAGES with AdamW; the learning rate stays, then falls linearly to 0."""
+def warm_start(model, tokenizer, share: float = 1.0) -> None:
+    """Train the model on a share of STAGES with AdamW. The learning rate stays, then falls
+    linearly to 0; wider models get a smaller one."""
     import torch
 
     batches = []
-    for count, guesses in STAGES:
+    for rows_of_stage, guesses in STAGES:
+        count = round(rows_of_stage * share)
         rng = random.Random(f"0 {guesses}")
         rows = [tokenized(training_row(rng, guesses), tokenizer) for _ in range(count)]
         rows.sort(key=lambda row: len(row[0]))  # rows of about equal length share a batch
         stage = [rows[i : i + BATCH] for i in range(0, count, BATCH)]
         rng.shuffle(stage)
         batches += stage
+    peak = LEARNING_RATE * 8 / model.config.hidden_size**0.5
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     for step, batch in enumerate(tqdm(batches, unit="step", disable=None)):
         factor = min(1, (step + 1) / WARM_UP, 2 * (1 - step / len(batches)))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
+        optimizer.param_groups[0]["lr"] = peak * factor
         batch_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -302,6 +305,7 @@ def batch_loss(model, batch: list[tuple[list[int], list[bool]]]):
 
     ids = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True)  # (B, T)
     learned = pad_sequence([torch.tensor(mask) for _, mask in batch], batch_first=True)[:, 1:]
+    ids, learned = ids.to(model.device), learned.to(model.device)
     hidden = model.model(ids[:, :-1]).last_hidden_state[learned]  # (learned tokens, H)
     return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][learned])
 
@@ -311,13 +315,17 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m data.tiny", description="Make the tiny model.")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder [data/tiny_model]")
-    folder = parser.parse_args().out
+    parser.add_argument("--hidden", type=int, default=64, help="hidden size, 32 x N [64]")
+    parser.add_argument("--layers", type=int, default=2, help="[2]")
+    parser.add_argument("--share", type=float, default=1.0, help="of the warm start's rows [1]")
+    parser.add_argument("--device", default="cpu", help="[cpu]")
+    flags = parser.parse_args()
     torch.set_num_threads(1)  # the order of additions depends on the number of threads
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    warm_start(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    model = make_model(tokenizer, flags.hidden, flags.layers).to(flags.device)
+    warm_start(model, tokenizer, flags.share)
+    model.save_pretrained(flags.out)
+    tokenizer.save_pretrained(flags.out, save_jinja_files=False)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def ours(args) -> dict:
         f"--model random --data none --method {'edge-grpo' if args.rows else 'grpo'} --eda --max-new-tokens {tokens} "
         f"--temperature 1 --correction-tokens {tokens // 4} "
         f"--questions-per-step {groups} --group-size {rows} --micro-batch-tokens {args.micro_batch_tokens} "
-        f"--device {args.device} --seed {args.seed} --{'' if gpu else 'no-'}gradient-checkpointing "
+        f"--device {args.device} --seed {args.seed} "
+        f"--{'' if gpu and not args.no_checkpointing else 'no-'}gradient-checkpointing "
         f"--{'' if args.offload else 'no-'}offload-optimizer".split()
     )
     model = build(args.shape, args.device, torch.bfloat16 if gpu else torch.float32)
@@ -323,9 +324,10 @@ def child(side: str, args) -> dict:
     flags = [
         f"--{k.replace('_', '-')}={v}"
         for k, v in vars(args).items()
-        if k not in ("one", "offload", "score", "padded", "pairs")
+        if k not in ("one", "offload", "score", "padded", "pairs", "no_checkpointing")
     ]
     flags += ["--offload"] * args.offload + ["--score"] * args.score + ["--padded"] * args.padded
+    flags += ["--no-checkpointing"] * args.no_checkpointing
     command = [sys.executable, __file__, "--one", side, *flags]
     out = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(out.stdout.splitlines()[-1])
@@ -371,6 +373,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--offload", action="store_true", help="master weights and moments in CPU memory"
+    )
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="on a GPU: keep all activations"
     )
     parser.add_argument(
         "--score", action="store_true", help="add a scoring pass over all responses, as a phase"
