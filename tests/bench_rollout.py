@@ -193,15 +193,14 @@ def draw_one_level(p, u):
     return ids[:, 0], p.gather(-1, ids)[:, 0].log()
 
 
-def one_prefill_a_row(model, slots, prompts, targets):
-    each = [(prompt, [slot]) for prompt, to in zip(prompts, targets) for slot in to]
-    prefill(model, slots, [prompt for prompt, _ in each], [to for _, to in each])
+def one_prefill_a_row(model, slots, ids, source, target):
+    prefill_batch(model, slots, ids[source], torch.arange(len(source)), target)
 
 
-drop_finished, attend_masked, prefill = (
+drop_finished, attend_masked, prefill_batch = (
     rollout.Slots.drop_finished,
     rollout.attend_masked,
-    rollout.prefill,
+    rollout.prefill_batch,
 )
 ABLATIONS = [
     (
@@ -211,7 +210,7 @@ ABLATIONS = [
     ),
     ("finished rows dropped -> kept to the end", "rollout.Slots.drop_finished", keep_finished),
     ("static cache -> a longer one every step", "rollout.Slots.make_room", concatenate),
-    ("one prefill a prompt -> one a sample", "rollout.prefill", one_prefill_a_row),
+    ("one prefill a prompt -> one a sample", "rollout.prefill_batch", one_prefill_a_row),
     ("grouped heads -> keys and values expanded", "rollout.attend_masked", expand_heads),
     (
         "attention as two products -> scaled_dot_product_attention",
@@ -219,8 +218,8 @@ ABLATIONS = [
         attend_by_sdpa,
     ),
     ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
-    ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
-    ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
+    ("inverse CDF -> torch.multinomial", "rollout.invert_cdf", draw_multinomial),
+    ("CDF over blocks -> over the vocabulary", "rollout.invert_cdf", draw_one_level),
     ("fused RMSNorm -> the model's module", "rollout.rms_norm", lambda norm, x: norm(x)),
 ]
 

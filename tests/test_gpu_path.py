@@ -136,7 +136,7 @@ def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
     """Whole, for any number of rows, writing into the cache in place: traced here, but not made into kernels."""
 
     def compiled(function):
-        return torch.compile(function.__wrapped__, backend="aot_eager", fullgraph=True)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
 
     store, add = compiled(rollout.rotate_and_store), compiled(rollout.add_and_norm)
     with torch.inference_mode():

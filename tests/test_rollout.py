@@ -263,14 +263,14 @@ def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
     p[:, ::3] = 0  # more than one block, some entries zero
     u = torch.rand(50, dtype=torch.float64)
     u[0], u[1] = 0.0, 1 - 2.0**-53
-    ids, logprobs = rollout._invert(p, u)
+    ids, logprobs = rollout.invert_cdf(p, u)
     cdf = p.double().cumsum(-1) / p.double().sum(-1, keepdim=True)
     chosen, upper = (p / p.sum(-1, keepdim=True))[range(50), ids], cdf[range(50), ids]
     assert (upper > u - 1e-6).all() and (upper - chosen < u + 1e-6).all() and (chosen > 0).all()
     assert torch.allclose(logprobs, chosen.log(), atol=1e-5)
 
 
-def test_uniform_is_splitmix_and_uniform():
+def test_random_numbers_are_splitmix_and_uniform():
     """The finalizer against plain Python integers, and the stream's mean, spread and lag correlation."""
 
     def finalize(x):
@@ -281,10 +281,10 @@ def test_uniform_is_splitmix_and_uniform():
     for seed, position in ((0, 0), (1, 5), (-3, 1000), (2**63 - 1, 7)):
         expected = finalize((finalize(seed % 2**64) + position * 0x9E3779B97F4A7C15) % 2**64) >> 11
         assert (
-            rollout.uniform(torch.tensor([seed]), torch.tensor([position])).item()
+            rollout.random_numbers(torch.tensor([seed]), torch.tensor([position])).item()
             == expected / 2**53
         )
-    u = rollout.uniform(torch.arange(400)[:, None], torch.arange(100)[None])
+    u = rollout.random_numbers(torch.arange(400)[:, None], torch.arange(100)[None])
     assert (
         abs(u.mean() - 0.5) < 0.01
         and abs(u.var() - 1 / 12) < 0.002
@@ -444,8 +444,9 @@ def count_calls(monkeypatch, name):
 def test_a_prompt_is_prefilled_once(monkeypatch):
     calls = count_calls(monkeypatch, "prefill")
     Sampler(model_of("qwen2"), ENDS).sample(PROMPTS, 8, 20, 1.0, seed=15)
-    assert [sorted(prompts) for _, _, prompts, _ in calls] == [sorted({tuple(p) for p in PROMPTS})]
-    assert sum(len(to) for to in calls[0][3]) == 8 * len(PROMPTS)
+    [[_, _, targets]] = calls
+    assert targets.keys() == {tuple(prompt) for prompt in PROMPTS}
+    assert sum(map(len, targets.values())) == 8 * len(PROMPTS)
 
 
 def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
@@ -454,11 +455,16 @@ def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
         Sampler(model_of("qwen2"), set(), max_rows=4),
     )
     sampler.sample([PROMPTS[1]], 6, [5, 9, 9, 9, 9, 9], 1.0, seed=16)
-    assert [to for *_, to in calls if to] == [[[0, 1, 2, 3]]]
+    prompt = tuple(PROMPTS[1])
+    assert [targets for *_, targets in calls if targets] == [{prompt: [0, 1, 2, 3]}]
+    calls.clear()
     sampler.sample(
         [PROMPTS[1]], 6, [5, 5, 5, 5, 9, 9], 1.0, seed=16
     )  # four leave at once: nothing to copy from
-    assert [to for *_, to in calls if to][1:] == [[[0, 1, 2, 3]], [[0, 1]]]
+    assert [targets for *_, targets in calls if targets] == [
+        {prompt: [0, 1, 2, 3]},
+        {prompt: [0, 1]},
+    ]
 
 
 def test_finished_rows_are_not_computed(monkeypatch):
@@ -572,17 +578,17 @@ def test_max_rows_is_the_most_at_a_time_also_when_it_is_lowered(name, monkeypatc
     sampler.fixed = True  # of no meaning to gpt2
     expected = ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5))
     sampler.max_rows = 2
-    decode, forward, again = rollout.decode, rollout._forward, rollout._recompute
+    decode, forward, again = rollout.decode, rollout.next_logits, rollout.recompute_logits
     monkeypatch.setattr(
         rollout, "decode", lambda m, s, r, rows: (seen.append(len(s.rows)), decode(m, s, r, rows))
     )
     monkeypatch.setattr(
         rollout,
-        "_forward",
+        "next_logits",
         lambda m, ids, *rest: (seen.append(len(ids)), forward(m, ids, *rest))[1],
     )
     monkeypatch.setattr(
-        rollout, "_recompute", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1]
+        rollout, "recompute_logits", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1]
     )
     sampler.graphs.clear()  # the steps hold the decode of before
     assert ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5)) == expected
