@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from entropy import check_output_layer, default_chunk, logprob_entropy, mean_entropy
+from engine.outputlayer import check_output_layer
+from entropy import default_chunk, logprob_entropy, mean_entropy
 
 N, H, V = 7, 16, 101
 
