@@ -85,7 +85,8 @@ class _LogprobEntropy(torch.autograd.Function):
         for i, (start, stop, end) in enumerate(blocks):
             logits = mm_wide(hidden, weight[start:end].T)[:, : stop - start]
             index, inside = _position(targets, start, stop)
-            target_logit += logits.gather(1, index[:, None])[:, 0] * inside
+            of_target = logits.gather(1, index[:, None])[:, 0]
+            target_logit += of_target * inside
             # Divide by T and subtract the largest, in place.
             top = logits.amax(1) / temperature
             torch.add(-top[:, None], logits, alpha=1 / temperature, out=logits)
@@ -132,7 +133,8 @@ class _LogprobEntropy(torch.autograd.Function):
                 slope = slope - g_entropy[:, None] * (logp + entropy[:, None])
             g_logits = logp.exp_().mul_(slope)
             index, inside = _position(targets, start, stop)
-            g_logits.scatter_add_(1, index[:, None], (g_logp * inside)[:, None])
+            of_target = g_logp * inside
+            g_logits.scatter_add_(1, index[:, None], of_target[:, None])
             block[:, stop - start :] = 0  # rows of no token have no gradient
             block = block.to(hidden.dtype)
             if g_hidden is not None:
