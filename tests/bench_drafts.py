@@ -5,9 +5,9 @@
     python tests/bench_drafts.py RUN                 # a run's samples.jsonl, without them
 
 In each step every live row looks up its last n tokens (3, then 2) in its own text, then in the
-texts of the other rows with the same prompt, as far as these have come, then in the reference. The k
-tokens that followed there last are its draft. It keeps those that equal its next tokens, and gets
-one more. A token depends only on the row's random stream, so the tokens are those of plain sampling.
+texts of the other rows with the same prompt, as far as these have come, then in the reference. The
+k tokens that followed there last are its draft. It keeps those that equal its next tokens, and gets
+one more. A token depends only on the row's random stream, so the tokens are the plain sampler's.
 
     tokens a row-step: how many tokens a live row gets in a step, on average.
     group, 8 groups: the lock-step factor, plain steps over steps with drafts. A batch takes as many
@@ -146,9 +146,7 @@ def main() -> None:
                 f"\n{folder}, {name}: {len(groups)} groups, {len(lengths)} rows, "
                 f"{statistics.mean(lengths):.0f} tokens on average, {max(lengths)} at most"
             )
-            print(
-                f"{'source':24}{'n':>6}{'k':>4}{'tokens a row-step':>19}{'group':>8}{'8 groups':>10}"
-            )
+            print(f"{'source':24}{'n':>6}{'k':>4}{'tokens a row-step':>19}   group  8 groups")
             for source in SOURCES[: 3 if any(reference for *_, reference in groups) else 2]:
                 for sizes in TOKENS_LOOKED_UP:
                     for k in DRAFT_LENGTHS:
