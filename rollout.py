@@ -1,16 +1,25 @@
-"""Batched sampling with a KV cache: token ids in, sampled token ids out. Nothing here knows of text or rewards.
+"""Batched sampling with a KV cache: token ids in, sampled token ids out. Nothing here knows of text
+or rewards.
 
-Sampling is most of a GRPO step, so this replaces `model.generate()`. It is exact: a row's tokens depend on the weights,
-its prompt, its seed and its limit, not on which rows share the batch (up to the rounding of matrix products, whose last
-bit may change with the number of rows). In five parts: sampling (logits -> one token a row), prefill (the keys and
-values of a prompt), decode (one token more for every live row), slots (where rows lie, come and go) and graphs (the
-decode step, recorded on a GPU). What each trick in them brings is measured by tests/bench_rollout.py.
+Sampling is most of a GRPO step, so this replaces `model.generate()`. The cache has slots, one for
+each row that is being sampled, and sampling is one loop (`Sampler.sample_in_slots`):
 
-The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) are run straight from the model's own modules: an
-optimizer step is seen at the next call, and no weight is copied but, on a GPU, those of queries, keys and values. Every
-other causal language model of transformers goes through its own forward (`sample_by_forward`): same distribution, same
-random streams, less speed.
+    admit     waiting rows take free slots; each prompt is run once (prefill) for all its rows
+    decode    every live row gets one more token
+    drop      finished rows leave, and rows from the end of the cache move into their slots
+
+Sampling is exact. Every row has its own stream of random numbers, so its tokens depend on the
+weights, its prompt, its seed and its limit, and not on the rows beside it (up to the rounding of
+matrix products, whose last bit may change with the number of rows).
+
+The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) run straight from the model's own
+modules, so the next call sees an optimizer step. Other causal language models of transformers run
+through their own forward (part 6): slower, but with the same distribution and random streams. On a
+GPU the same decode step is recorded as a CUDA graph (part 7). tests/bench_rollout.py measures what
+each technique brings.
 """
+
+from __future__ import annotations
 
 import functools
 import gc
@@ -19,34 +28,28 @@ import inspect
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from entropy import mm_wide
 
-# On an H100 torch >= 2.11 gives scaled_dot_product_attention to cuDNN first, here and in the training forward. That
-# builds a plan for each new (rows, length), 0.1 s each on an H200, kept for ever; in 2.9 it reads out of bounds.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows that a CUDA graph is recorded for
-STEPS_PER_LOOK = (
-    16  # on a GPU the host looks for finished rows this often, so that no token waits for it
-)
-PREFILL_TOKENS = 8192  # most prompt tokens in one forward, padding included
-CAPACITY = 2048  # on a GPU a row has room for so many tokens, if that costs no row: a new cache is new graphs
-GROWTH = (
-    16  # on a CPU the cache gets this many positions more at a time, or an eighth if that is more
-)
+PREFILL_TOKENS = 8192  # tokens in one forward of a prefill, padding included
+GROWTH = 16  # on a CPU a cache grows by this many positions, or by an eighth if that is more
 
 
 @dataclass
 class Sample:
-    """ids: the sampled tokens, with the end id if one was drawn; logprobs: of each token, natural logarithm, under the
-    distribution it was drawn from; finished: an end id was drawn before the limit was reached; entropies: at each token
-    that of softmax(logits / temperature), in nats, over the whole vocabulary whatever top_p is."""
+    """One sampled response.
+
+    ids: its tokens, including the end token if one was drawn.
+    logprobs: natural logarithm of each token's probability under the distribution it was drawn
+    from.
+    finished: whether an end token was drawn before the limit was reached.
+    entropies: of softmax(logits / temperature) at each token, in nats, whatever top_p is.
+    """
 
     ids: list[int]
     logprobs: list[float]
@@ -56,278 +59,844 @@ class Sample:
 
 @dataclass
 class Row:
-    """One sample to be drawn. Rows of the same prompt share its prefill."""
+    """A sample in the making. `seed` names its stream of random numbers."""
 
     prompt: tuple[int, ...]
     limit: int
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], False))
 
-
-# ---- 1. Sampling ----------------------------------------------------------------------------------------------------
-
-
-def _splitmix64(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 (Steele et al. 2014) on int64, where products wrap and shifts need a mask."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
-    return x ^ ((x >> 31) & (2**33 - 1))
+    def longest(self) -> int:
+        """How long prompt and response can become together."""
+        return len(self.prompt) + self.limit
 
 
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """seeds (B,), positions (B,) int64 -> (B,) float64 in [0, 1), 53 bits. A hash and not a generator: no state, equal
-    on CPU and GPU, and a position's number does not depend on what was drawn before it or beside it."""
-    bits = _splitmix64(_splitmix64(seeds) + positions * (0x9E3779B97F4A7C15 - 2**64))
-    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+# ---- 1. The sampler ------------------------------------------------------------------------------
 
 
-def _pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF. weights (B, K) float64 >= 0, u (B,) -> index (B,), and what is left of u within it, in [0, 1).
-    Only an index of positive weight is ever picked, also where a parallel cumulative sum is not quite monotone."""
-    cdf = weights.cumsum(-1).masked_fill(weights <= 0, -1.0)
-    target = u * cdf.amax(-1)  # below the largest, because u < 1
-    index = (
-        (cdf > target[:, None]).to(torch.uint8).argmax(-1, keepdim=True)
-    )  # the first one above the target
-    left = 1 - (cdf.gather(-1, index)[:, 0] - target) / weights.gather(-1, index)[:, 0]
-    return index[:, 0], left.clamp(0, 1 - 2.0**-53)
+class Sampler:
+    """Draws samples from a causal language model of transformers, with the weights it has now.
 
+    end_ids: any of these tokens ends a sample.
+    vocab_size: ids from here on are padding of the embedding and are never drawn.
+    max_rows: how many rows are sampled at a time; the others wait. By default this is all rows, or
+        on a GPU as many as fit.
 
-def _invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """p (B, V) float32 >= 0, u (B,) -> ids (B,), logprobs (B,) of p normalised. The cumulative sum is over blocks and
-    then within one, not over the vocabulary: with 152k ids that takes a fiftieth of the time."""
-    width = 128
-    if p.shape[1] % width:
-        p = F.pad(p, (0, -p.shape[1] % width))
-    blocks = p.unflatten(-1, (-1, width))  # (B, V/128, 128)
-    sums = blocks.sum(-1).double()  # (B, V/128)
-    block, left = _pick(sums, u)
-    inside = blocks[torch.arange(len(p), device=p.device), block].double()  # (B, 128)
-    token, _ = _pick(inside, left)
-    chosen = inside.gather(-1, token[:, None])[:, 0]
-    return block * width + token, (chosen / sums.sum(-1)).log().float()
+    Raises ValueError if an end id can never be drawn.
+    """
 
-
-@dataclass
-class Rule:
-    """How a token is drawn. knobs holds 1/temperature and top_p on the device, where a recorded graph reads them."""
-
-    greedy: bool
-    nucleus: bool
-    knobs: Tensor
-    vocab_size: int
-
-    def draw(self, logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits (B, V), which may be overwritten; u (B,) in [0, 1) -> ids, logprobs and entropies, each (B,)."""
-        logits = logits.float()
-        logits[:, self.vocab_size :] = -torch.inf  # rows of the embedding that belong to no token
-        if self.greedy:
-            best, ids = logits.max(-1)
-            return (
-                ids,
-                best - best,
-                best - best,
-            )  # 0, a point mass; NaN if the logits are not finite
-        logp = torch.log_softmax(logits.mul_(self.knobs[0]), -1)
-        p = logp.exp()
-        entropies = -torch.linalg.vecdot(p[:, : self.vocab_size], logp[:, : self.vocab_size])
-        return *_invert(self._cut(p) if self.nucleus else p, u), entropies
-
-    def _cut(self, p: Tensor) -> Tensor:
-        """p (B, V) with 0 for all but the fewest most likely tokens that hold top_p."""
-        sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
-        outside = (
-            sorted_p.cumsum(-1) - sorted_p >= self.knobs[1]
-        )  # those before it already hold top_p
-        outside[:, 0] = False
-        return p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
-
-
-# ---- The layers of the Llama family, shared by prefill and decode ---------------------------------------------------
-
-LLAMA_FAMILY = {
-    f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ForCausalLM"
-    for name in ("Llama", "Qwen2", "Qwen3", "Mistral")
-}
-
-
-def has_llama_layers(model: nn.Module) -> bool:
-    """Whether `run_layers` computes what this model's forward computes: one of these very classes (no subclass), full
-    attention in every layer, rotations that depend on the position alone, all weights on one device."""
-    if f"{type(model).__module__}.{type(model).__qualname__}" not in LLAMA_FAMILY or hasattr(
-        model, "_hf_hook"
+    def __init__(
+        self,
+        model: nn.Module,
+        end_ids: set[int],
+        vocab_size: int | None = None,
+        max_rows: int | None = None,
     ):
-        return False
-    kinds = getattr(model.config, "layer_types", None)
-    full = (
-        set(kinds) == {"full_attention"}
-        if kinds
-        else getattr(model.config, "sliding_window", None) is None
-    )
-    plain_rope = getattr(model.model.rotary_emb, "rope_type", None) in (
-        "default",
-        "linear",
-        "llama3",
-        "yarn",
-    )
-    return full and plain_rope and len({p.device for p in model.parameters()}) == 1
+        self.model = model
+        self.end_ids = set(end_ids)
+        self.max_rows = max_rows
+        device = model.device
+        self.embeddings = len(model.get_input_embeddings().weight)
+        self.vocab_size = min(vocab_size or self.embeddings, self.embeddings)
+        outside = sorted(i for i in self.end_ids if not 0 <= i < self.vocab_size)
+        if outside:
+            raise ValueError(
+                f"end ids {outside} are outside the {self.vocab_size} ids that can be drawn"
+            )
+        self.is_end = torch.zeros(self.embeddings, dtype=torch.bool, device=device)
+        self.is_end[list(self.end_ids)] = True
+        self.knobs = torch.ones(2, device=device)  # 1 / temperature and top_p
+        # A GPU needs a cache at fixed addresses (part 7). Tests turn it on on a CPU too.
+        self.fixed = device.type == "cuda"
+        self.last_slots = None  # how many slots the last fixed cache had
+        self.release()
 
+    def sample(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int | list[int],
+        temperature: float,
+        seed: int | list[int],
+        top_p: float = 1.0,
+    ) -> list[list[Sample]]:
+        """Draws n samples for each prompt and returns a list for each prompt.
 
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.rms_norm(
-        x, norm.weight.shape, norm.weight, norm.variance_epsilon
-    )  # on a GPU one kernel instead of six
+        max_new_tokens: one limit, or one for each row, prompt by prompt; 0 gives an empty sample.
+        temperature: 0 is greedy, and log-probabilities are then 0. Otherwise tokens are drawn from
+            softmax(logits / temperature), and log-probabilities are those of this distribution.
+        top_p: below 1, only the fewest most likely tokens that together have this probability are
+            drawn, and log-probabilities are those of the renormalised distribution.
+        seed: an int: each row's stream is a hash of it, the prompt, and how many earlier rows had
+            the same prompt. A list: one stream for each row. A token's random number depends on its
+            position in prompt and response, so a row that is cut anywhere and continued with its
+            own stream goes on as before.
 
-
-def fused(function):
-    """The function, but for one token a row on a GPU as few kernels (torch.compile): each small kernel takes some 2
-    microseconds, however little it does. Where that cannot be had, for want of a C compiler say, it runs as written.
-    The first argument is (B, S, ...); weights come detached, or each change of requires_grad would compile it again."""
-
-    @functools.cache
-    def compiled():
-        torch._dynamo.config.suppress_errors, torch._dynamo.config.recompile_limit = True, 64
+        Raises ValueError if an argument makes no sense or the model's logits are not finite.
+        """
+        if not (n >= 1 and temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError(
+                "n must be at least 1, temperature at least 0 and top_p in (0, 1]; "
+                f"got {n}, {temperature}, {top_p}"
+            )
+        prompts = [tuple(prompt) for prompt in prompts]
+        rows = self._make_rows(prompts, n, max_new_tokens, seed)
+        samples = [row.sample for row in rows]
+        waiting = deque(row for row in rows if row.limit > 0)
+        greedy = temperature == 0
+        if not greedy:
+            self.knobs[0] = 1 / temperature
+        self.knobs[1] = top_p
+        nucleus = not greedy and top_p < 1
+        rule = Rule(greedy, nucleus, self.knobs, self.vocab_size)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()  # dropout off
         try:
-            return torch.compile(function)
-        except RuntimeError:  # this Python is too new for this torch
-            return function
+            if has_llama_layers(self.model):
+                self.sample_in_slots(waiting, rule)
+            else:
+                self.sample_in_waves(waiting, rule)
+            for sample in samples:
+                if any(map(math.isnan, sample.logprobs)):
+                    raise ValueError(
+                        "the model's logits are not finite: nothing to sample from; "
+                        "check its weights"
+                    )
+                sample.finished = bool(sample.ids) and sample.ids[-1] in self.end_ids
+        except BaseException:
+            self.release()  # the next call must find neither these rows nor their cache
+            raise
+        finally:
+            for module in training:
+                module.training = True
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
 
-    @functools.wraps(function)
-    def run(x: Tensor, *others):
-        return (compiled() if x.is_cuda and x.shape[1] == 1 else function)(x, *others)
+    @torch.inference_mode()
+    def sample_in_slots(self, waiting, rule):
+        """Fills the waiting rows, each in a slot of its own as soon as one is free."""
+        if not waiting:
+            return
+        if self.fixed:
+            slots = open_fixed_slots(self, waiting, rule)
+        else:
+            slots = self._open_slots(waiting)
+        max_rows = min(len(slots.index), self.max_rows or len(slots.index))
+        # One large prefill is faster than many small ones, so wait until an eighth is free.
+        eighth = max(1, max_rows // 8)
+        while waiting or slots.rows:
+            free = min(max_rows - len(slots.rows), len(waiting))
+            if free and (free >= eighth or free == len(waiting)):
+                slots.admit([waiting.popleft() for _ in range(free)])
+            if self.fixed:
+                replay(slots, self.graphs[rule.greedy, rule.nucleus])
+            else:
+                slots.make_room(max_rows if waiting else len(slots.rows))
+                decode(self.model, slots, rule, len(slots.rows))
+            slots.drop_finished()
 
-    return run
+    @torch.no_grad()  # and not inference mode: a model's forward may keep tensors for training
+    def sample_in_waves(self, waiting, rule):
+        """Fills the waiting rows through the model's own forward, max_rows at a time."""
+        while waiting:
+            count = min(self.max_rows or len(waiting), len(waiting))
+            rows = [waiting.popleft() for _ in range(count)]
+            sample_by_forward(self.model, rows, rule, self.end_ids)
+
+    def release(self) -> None:
+        """Frees the cache and the graphs, on a GPU back to the device. The next call makes them
+        anew."""
+        self.slots = None
+        self.graphs = {}  # by (greedy, nucleus)
+        if self.model.device.type == "cuda":
+            gc.collect()  # the traceback of a failed call may hold them
+            torch.cuda.empty_cache()
+
+    def _open_slots(self, waiting):
+        """A cache with room for the prompts, which grows with its rows."""
+        count = min(len(waiting), self.max_rows or len(waiting))
+        prompt = max(len(row.prompt) for row in waiting)
+        longest = max(row.longest() for row in waiting)
+        return Slots(self.model, self.is_end, count, prompt + GROWTH, longest)
+
+    def _make_rows(self, prompts, n, limits, seeds):
+        """The rows of a call, prompt by prompt, with their limits and random streams."""
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty")
+            if min(prompt) < 0 or max(prompt) >= self.embeddings:
+                raise ValueError(f"prompt {i} has an id outside 0 to {self.embeddings - 1}")
+        count = len(prompts) * n
+        if isinstance(limits, int):
+            limits = [limits] * count
+        if isinstance(seeds, int):
+            seeds = row_seeds(seeds, prompts, n)
+        for name, values in (("max_new_tokens", limits), ("seed", seeds)):
+            if len(values) != count:
+                raise ValueError(
+                    f"{name} has {len(values)} entries for {len(prompts)} prompts x {n} samples"
+                )
+        if min(limits, default=0) < 0:
+            raise ValueError(f"max_new_tokens must not be negative; got {min(limits)}")
+        rows = []
+        for i, (limit, seed) in enumerate(zip(limits, seeds)):
+            as_int64 = (seed + 2**63) % 2**64 - 2**63
+            rows.append(Row(prompts[i // n], limit, as_int64))
+        return rows
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: the halves (a, b) of each head become (a cos - b sin, b cos + a sin). x (B, S, heads,
-    D); cos and sin (B, S, 1, D), sin negative in its first half."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+def row_seeds(seed, prompts, n):
+    """Each row's stream: 64 bits of a hash of the seed, the prompt, and how many earlier rows had
+    the same prompt."""
+    seeds = []
+    earlier = Counter()
+    for prompt in prompts:
+        for _ in range(n):
+            key = repr((seed, prompt, earlier[prompt])).encode()
+            digest = hashlib.blake2b(key, digest_size=8).digest()
+            seeds.append(int.from_bytes(digest, "little"))
+            earlier[prompt] += 1
+    return seeds
 
 
-@fused
-def rotate_and_store(q, k, v, cos, sin, keys, values, at, position) -> Tensor:
-    """Queries, keys and values of one token a row, (B, 1, heads, D): keys and values go to `position` (B,) of slots
-    `at` (B,) of a layer's cache, keys rotated; returns the rotated queries."""
+# ---- 2. Slots: where rows are, how they come and go ----------------------------------------------
+
+
+class Slots:
+    """The state of all live rows. Slot i of each tensor holds row i: its tokens, keys and values,
+    from position 0 on. Live rows fill the first slots without a gap, so a decode step works on
+    `tensor[:rows]`: it computes no finished row and concatenates nothing."""
+
+    def __init__(self, model, is_end, count, capacity, longest):
+        """Makes `count` slots, with room for `capacity` tokens at first and `longest` at most."""
+        base = model.model
+        device = is_end.device
+        self.model = model
+        self.is_end = is_end
+        self.device = device
+        self.longest = longest
+        self.dtype = base.embed_tokens.weight.dtype
+        head_dim = base.layers[0].self_attn.head_dim
+        self.flash = flash_takes(device, self.dtype, head_dim)
+        self.joined = None  # see join_projections
+        self.rows = []  # the live Rows; rows[i] is in slot i
+        self.lengths = []  # theirs, as the host last saw them
+        self.index = torch.arange(count, device=device)
+        self.length = torch.ones_like(self.index)
+        self.stop = torch.zeros_like(self.index)  # a row lives while its length is below this
+        size = (count, longest + 1)
+        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(size, device=device)
+        self.entropies = torch.zeros(size, device=device)
+        # What depends only on the position is computed once: random numbers and rotations.
+        self.uniforms = torch.zeros(size, dtype=torch.float64, device=device)
+        self.positions = torch.arange(longest + 1, device=device)
+        cos, sin = base.rotary_emb(base.embed_tokens.weight, self.positions[None])
+        self.cos = cos[0, :, None]  # (longest + 1, 1, D)
+        self.sin = sin[0, :, None]
+        half = self.sin.shape[-1] // 2
+        self.sin[..., :half].neg_()  # as `rotate` takes it
+        self.keys = [None] * len(base.layers)
+        self.values = [None] * len(base.layers)
+        self.reserve(count, capacity)
+
+    def reserve(self, count, capacity):
+        """Moves the cache to new memory for `count` rows of `capacity` tokens, layer by layer.
+
+        Each tensor is (count, kv heads, capacity, D), with zeros where it is unused, because a NaN
+        would survive the mask. In memory, a GPU's flash kernel needs the heads of a position side
+        by side, and a CPU reads fastest when the positions of a head are side by side."""
+        capacity = min(capacity, self.longest)
+        used = min(count, len(self.rows))
+        attn = self.model.model.layers[0].self_attn
+        heads = attn.config.num_key_value_heads
+        gpu = self.device.type == "cuda"
+        if gpu:
+            shape = (count, capacity, heads, attn.head_dim)
+        else:
+            shape = (count, heads, capacity, attn.head_dim)
+        for i in range(len(self.keys)):
+            for cache in (self.keys, self.values):
+                new = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                if gpu:
+                    new = new.transpose(1, 2)
+                if used:
+                    new[:used, :, : self.capacity] = cache[i][:used]
+                cache[i] = new
+        self.capacity = capacity
+
+    def make_room(self, count):
+        """Grows the cache if the longest row needs it, and then keeps `count` slots. It grows in
+        small steps: a decode step reads the whole cache, and reading gaps takes time too."""
+        longest = max(self.lengths)
+        if longest > self.capacity:
+            self.reserve(count, longest + max(GROWTH, longest // 8))
+
+    def admit(self, rows):
+        """Puts rows into free slots. The keys and values of a prompt are copied from a live row
+        with the same prompt if there is one. Otherwise they are prefilled, once for all rows."""
+        first = len(self.rows)
+        new = slice(first, first + len(rows))
+        holders = {row.prompt: slot for slot, row in enumerate(self.rows)}
+        copies = []
+        targets = {}  # prompt -> the slots that it is prefilled for
+        state = []
+        for slot, row in enumerate(rows, first):
+            length = len(row.prompt)
+            state.append((length, row.longest(), row.prompt[-1], row.seed))
+            self.rows.append(row)
+            self.lengths.append(length)
+            if row.prompt in holders:
+                copies.append((holders[row.prompt], slot))
+            else:
+                targets.setdefault(row.prompt, []).append(slot)
+        prefill(self.model, self, targets)
+        self.copy(copies, max(self.lengths[new]))
+        length, stop, last, seeds = torch.tensor(state).T.to(self.device)
+        self.length[new] = length
+        self.stop[new] = stop
+        self.ids[self.index[new], length - 1] = last  # the first decode step feeds it
+        self.uniforms[new] = random_numbers(seeds[:, None], self.positions)
+
+    def drop_finished(self):
+        """Reads finished rows out and moves the last live rows into their slots."""
+        count = len(self.rows)
+        state = torch.stack((self.length[:count], self.stop[:count]))
+        self.lengths, stop = state.tolist()
+        finished = [i for i in range(count) if self.lengths[i] >= stop[i]]
+        if not finished:
+            return
+        self.read_out(finished)
+        live = count - len(finished)
+        movers = [i for i in range(live, count) if i not in finished]
+        moves = list(zip(movers, finished))  # the first finished slots are the ones below `live`
+        self.copy(moves, max(self.lengths))
+        for source, target in moves:
+            self.rows[target] = self.rows[source]
+            self.lengths[target] = self.lengths[source]
+        del self.rows[live:], self.lengths[live:]
+        self.stop[live:count] = 0
+
+    def read_out(self, finished):
+        """Copies what was sampled in these slots to their rows' samples."""
+        longest = max(self.lengths[slot] for slot in finished)
+        at = torch.tensor(finished, device=self.device)
+        for name in ("ids", "logprobs", "entropies"):
+            values = getattr(self, name)[at, :longest].tolist()
+            for slot, of_row in zip(finished, values):
+                row = self.rows[slot]
+                response = of_row[len(row.prompt) : self.lengths[slot]]
+                setattr(row.sample, name, response)
+
+    def copy(self, moves, length):
+        """Copies slots, (from, to) for each move: all they hold, and the first `length` keys and
+        values."""
+        if not moves:
+            return
+        source, target = torch.tensor(moves, device=self.device).T
+        tensors = [self.length, self.stop, self.ids]
+        tensors += [self.uniforms, self.logprobs, self.entropies]
+        tensors += [cache[:, :, :length] for cache in self.keys + self.values]
+        for tensor in tensors:
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+
+# ---- 3. Prefill and decode -----------------------------------------------------------------------
+# Shapes: B is the number of rows of a step, L the capacity of the cache, D the size of a head, V
+# the vocabulary, H the hidden size.
+
+
+def prefill(model, slots, targets):
+    """Writes the keys and values of each prompt to all its slots, with one forward for all of them.
+
+    targets: prompt -> its slots. The last token of a prompt is left to the first decode step."""
+    todo = sorted(targets, key=len, reverse=True)  # similar lengths share a forward
+    while todo and len(todo[0]) > 1:
+        count = max(1, PREFILL_TOKENS // (len(todo[0]) - 1))
+        batch, todo = todo[:count], todo[count:]
+        # Padding is on the right, where a causal model never looks, so no mask is needed.
+        ids = pad([prompt[:-1] for prompt in batch], slots.device)
+        source, target = [], []
+        for i, prompt in enumerate(batch):
+            source += [i] * len(targets[prompt])
+            target += targets[prompt]
+        source = torch.tensor(source, device=slots.device)
+        target = torch.tensor(target, device=slots.device)
+        prefill_batch(model, slots, ids, source, target)
+
+
+def prefill_batch(model, slots, ids, source, target):
+    """Runs prompts, ids (prompts, S), and writes the keys and values of prompt source[i] to slot
+    target[i]."""
+    length = ids.shape[1]
+    cos = slots.cos[None, :length]
+    sin = slots.sin[None, :length]
+
+    def attend(layer, q, k, v, scale):
+        q = rotate(q, cos, sin).transpose(1, 2)  # (prompts, heads, S, D)
+        k = rotate(k, cos, sin).transpose(1, 2)
+        v = v.transpose(1, 2)
+        keys = slots.keys[layer][:, :, :length]
+        values = slots.values[layer][:, :, :length]
+        keys.index_copy_(0, target, k.index_select(0, source))
+        values.index_copy_(0, target, v.index_select(0, source))
+        if layer == len(slots.keys) - 1:
+            return None  # nobody needs the output of the last layer
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
+
+    run_layers(model, ids, slots.joined, attend)
+
+
+def decode(model, slots, rule, rows):
+    """Draws one more token for each live row among the first `rows` slots, on the device and in
+    place. Rows that have finished are computed too but do not advance."""
+    at = slots.index[:rows]
+    length = slots.length[:rows]
+    stop = slots.stop[:rows]
+    position = length - 1  # of the last token, whose keys and values are not in the cache yet
+    cos = slots.cos[position, None]
+    sin = slots.sin[position, None]
+    if slots.flash:
+        attention = attend_flash
+        starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
+        valid = length.int(), starts, starts * slots.capacity
+    else:
+        attention = attend_masked
+        beyond = slots.positions[: slots.capacity] >= length[:, None]  # (B, L)
+        mask = torch.zeros_like(beyond, dtype=slots.dtype)
+        valid = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+
+    def attend(layer, q, k, v, scale):
+        keys, values = slots.keys[layer], slots.values[layer]
+        q = fused(rotate_and_store, q, k, v, cos, sin, keys, values, at, position)
+        return attention(q, keys[:rows], values[:rows], valid, scale)
+
+    tokens = slots.ids[at, position, None]  # (B, 1)
+    hidden = run_layers(model, tokens, slots.joined, attend)  # (B, 1, H)
+    logits = mm_wide(hidden[:, 0], model.lm_head.weight.T)  # (B, V)
+    ids, logprobs, entropies = rule.draw(logits, slots.uniforms[at, length])
+    # A finished row writes behind its end, where nobody reads.
+    slots.ids[at, length] = ids
+    slots.logprobs[at, length] = logprobs
+    slots.entropies[at, length] = entropies
+    length += length < stop
+    stop.copy_(torch.where(slots.is_end[ids], length, stop))
+
+
+def attend_masked(q, keys, values, mask, scale):
+    """Attention of one query in each row. q (B, 1, heads, D), keys and values (B, kv heads, L, D),
+    mask (B, 1, 1, L) to be added -> (B, 1, heads, D).
+
+    The query heads that share keys are treated as several queries of one head, so keys and values
+    are not expanded. For single queries, two matrix products are faster than PyTorch's
+    attention."""
+    grouped = (scale * q).view(len(q), keys.shape[1], -1, q.shape[3])  # (B, kv heads, group, D)
+    weights = (grouped @ keys.mT + mask).softmax(-1)  # (B, kv heads, group, L)
+    return (weights @ values).view(q.shape)
+
+
+def pad(sequences, device, side="right"):
+    """Sequences of token ids -> (B, S) int64, padded with 0 on this side."""
+    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    return pad_sequence(tensors, batch_first=True, padding_side=side).to(device)
+
+
+# ---- 4. The layers of the Llama family -----------------------------------------------------------
+
+LLAMA_FAMILY = (
+    "transformers.models.llama.modeling_llama.LlamaForCausalLM",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM",
+    "transformers.models.mistral.modeling_mistral.MistralForCausalLM",
+)
+
+
+def has_llama_layers(model):
+    """Whether `run_layers` computes what the model's forward computes: it is one of these very
+    classes (no subclass), with full attention in every layer, rotations that depend on the position
+    alone, and all weights on one device."""
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if name not in LLAMA_FAMILY or hasattr(model, "_hf_hook"):
+        return False
+    layer_types = getattr(model.config, "layer_types", None)
+    if layer_types:
+        full_attention = set(layer_types) == {"full_attention"}
+    else:
+        full_attention = getattr(model.config, "sliding_window", None) is None
+    rope = getattr(model.model.rotary_emb, "rope_type", None)
+    plain_rope = rope in ("default", "linear", "llama3", "yarn")
+    devices = {p.device for p in model.parameters()}
+    return full_attention and plain_rope and len(devices) == 1
+
+
+def run_layers(model, ids, joined, attend):
+    """Runs ids (B, S) through all layers -> the last hidden state (B, S, H), after the last norm.
+
+    attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) rotates queries and keys,
+    uses the cache, and returns (B, S, heads, D), or None to stop there. joined: see
+    join_projections."""
+    base = model.model
+    x = base.embed_tokens(ids)  # (B, S, H)
+    h = rms_norm(base.layers[0].input_layernorm, x)
+    # An addition and the norm behind it are one kernel on a GPU, so each layer ends with the first
+    # norm of the next one.
+    norms = [layer.input_layernorm for layer in base.layers]
+    norms.append(base.norm)
+    for i, layer in enumerate(base.layers):
+        attn = layer.self_attn
+        projections = attn.q_proj, attn.k_proj, attn.v_proj
+        if joined:
+            sizes = [projection.out_features for projection in projections]
+            q, k, v = F.linear(h, *joined[i]).split(sizes, -1)
+        else:
+            q, k, v = (projection(h) for projection in projections)
+        heads = (-1, attn.head_dim)
+        q = q.unflatten(-1, heads)
+        k = k.unflatten(-1, heads)
+        v = v.unflatten(-1, heads)
+        if hasattr(attn, "q_norm"):  # Qwen3
+            q = rms_norm(attn.q_norm, q)
+            k = rms_norm(attn.k_norm, k)
+        out = attend(i, q, k, v, attn.scaling)
+        if out is None:
+            return None
+        out = attn.o_proj(out.flatten(2))
+        x, h = add_to_residual(x, out, layer.post_attention_layernorm)
+        x, h = add_to_residual(x, layer.mlp(h), norms[i + 1])
+    return h
+
+
+def add_to_residual(x, y, norm):
+    """x, y (B, S, H) -> x + y, and its norm."""
+    # A change of requires_grad would compile the function again, so the weight is detached.
+    return fused(add_and_norm, x, y, norm.weight.detach(), norm.variance_epsilon)
+
+
+def add_and_norm(x, y, weight, eps):
+    x = x + y
+    return x, F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rms_norm(norm, x):
+    """What the norm's own forward computes, on a GPU in one kernel instead of six."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: the halves (a, b) of each head become (a cos - b sin, b cos + a
+    sin). x (B, S, heads, D); cos and sin (B, S, 1, D), where the first half of sin is negated."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+
+def rotate_and_store(q, k, v, cos, sin, keys, values, at, position):
+    """Takes queries, keys and values of one token in each row, (B, 1, heads, D). Writes the rotated
+    keys and the values to `position` (B,) of the slots `at` (B,) of a layer's cache, and returns
+    the rotated queries."""
     keys[at, :, position] = rotate(k, cos, sin)[:, 0]
     values[at, :, position] = v[:, 0]
     return rotate(q, cos, sin)
 
 
-@fused
-def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, and its RMS norm."""
-    x = x + y
-    return x, F.rms_norm(x, weight.shape, weight, eps)
+# ---- 5. Drawing a token --------------------------------------------------------------------------
 
 
-def join_projections(model: nn.Module, into: list | None = None) -> list | None:
-    """Query, key and value matrices of each layer as one, (weight, bias or None): at 8 rows the product of the few keys
-    takes as long as that of the queries, and one does for all three. None if one is no plain Linear (an adapter). into:
-    what an earlier call returned, to write to."""
+@dataclass
+class Rule:
+    """How a token is drawn. knobs holds 1 / temperature and top_p, on the device, because recorded
+    graphs read them there."""
 
-    def join(kind: str, parts: list[nn.Module], out: Tensor | None) -> Tensor | None:
-        tensors = [getattr(part, kind) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, out=out)
+    greedy: bool
+    nucleus: bool  # top_p < 1
+    knobs: Tensor
+    vocab_size: int
 
-    layers = [
-        [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"] for layer in model.model.layers
-    ]
-    if {type(part) for parts in layers for part in parts} != {nn.Linear}:
-        return None
-    return [
-        (join("weight", parts, weight), join("bias", parts, bias))
-        for parts, (weight, bias) in zip(layers, into or [(None, None)] * len(layers))
-    ]
+    def draw(self, logits, u):
+        """logits (B, V), which may be overwritten, and u (B,) in [0, 1) -> ids, log-probabilities
+        and entropies, each (B,)."""
+        logits = logits.float()
+        logits[:, self.vocab_size :] = -torch.inf
+        if self.greedy:
+            best, ids = logits.max(-1)
+            zeros = best - best  # NaN if the logits are not finite
+            return ids, zeros, zeros
+        logp = torch.log_softmax(logits.mul_(self.knobs[0]), -1)
+        p = logp.exp()
+        real = slice(self.vocab_size)  # beyond it, 0 times -inf would be NaN
+        entropies = -torch.linalg.vecdot(p[:, real], logp[:, real])
+        if self.nucleus:
+            p = self.keep_nucleus(p)
+        ids, logprobs = invert_cdf(p, u)
+        return ids, logprobs, entropies
 
-
-def run_layers(model: nn.Module, ids: Tensor, joined: list | None, attend) -> Tensor | None:
-    """ids (B, S) -> last hidden state (B, S, H), after the last norm. joined: see join_projections; None: not joined.
-    attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) -> (B, S, heads, D), or None to stop there;
-    the rotation is its part."""
-    base = model.model
-    x = base.embed_tokens(ids)  # (B, S, H)
-    h = rms_norm(base.layers[0].input_layernorm, x)
-    norms = [layer.input_layernorm for layer in base.layers][1:] + [
-        base.norm
-    ]  # what comes after each layer
-    for i, (layer, norm) in enumerate(zip(base.layers, norms)):
-        attn, after = layer.self_attn, layer.post_attention_layernorm
-        parts = attn.q_proj, attn.k_proj, attn.v_proj
-        qkv = (
-            F.linear(h, *joined[i]).split([p.out_features for p in parts], -1)
-            if joined
-            else [p(h) for p in parts]
-        )
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv)
-        if "q_norm" in attn._modules:  # Qwen3
-            q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
-        out = attend(i, q, k, v, attn.scaling)
-        if out is None:
-            return None
-        x, h = add_and_norm(
-            x, attn.o_proj(out.flatten(2)), after.weight.detach(), after.variance_epsilon
-        )
-        x, h = add_and_norm(x, layer.mlp(h), norm.weight.detach(), norm.variance_epsilon)
-    return h
+    def keep_nucleus(self, p):
+        """p (B, V), with 0 for all but the fewest most likely tokens that together have top_p."""
+        sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
+        before = sorted_p.cumsum(-1) - sorted_p  # the probability of all more likely tokens
+        outside = before >= self.knobs[1]
+        outside[:, 0] = False
+        unsorted = torch.zeros_like(outside).scatter(-1, order, outside)
+        return p.masked_fill(unsorted, 0.0)
 
 
-# ---- 2. Prefill -----------------------------------------------------------------------------------------------------
+def invert_cdf(p, u):
+    """Draws a token by the inverse CDF. p (B, V) float32 >= 0, u (B,) -> ids (B,) and
+    log-probabilities (B,) of p normalised.
+
+    It draws a block of 128 tokens first, and then a token in this block. With a vocabulary of 152k
+    this takes a fiftieth of the time of one cumulative sum."""
+    width = 128
+    if p.shape[1] % width:
+        p = F.pad(p, (0, -p.shape[1] % width))
+    blocks = p.unflatten(-1, (-1, width))  # (B, V/128, 128)
+    sums = blocks.sum(-1).double()  # (B, V/128)
+    block, rest = pick(sums, u)
+    rows = torch.arange(len(p), device=p.device)
+    inside = blocks[rows, block].double()  # (B, 128)
+    token, _ = pick(inside, rest)
+    probability = inside[rows, token] / sums.sum(-1)
+    return block * width + token, probability.log().float()
 
 
-def prefill(
-    model: nn.Module, slots: "Slots", prompts: list[tuple[int, ...]], targets: list[list[int]]
-) -> None:
-    """Writes the keys and values of each prompt, but for its last token, which the first decode step feeds, into all of
-    its target slots: one forward for all samples of a prompt. Padding is on the right, where a causal model never
-    looks, so no mask is needed. The last layer stops at its keys and values."""
-    left = sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))
-    while left and (width := len(prompts[left[0]]) - 1):  # of the longest of them
-        count = max(1, PREFILL_TOKENS // width)
-        chunk, left = left[:count], left[count:]
-        ids = torch.tensor(
-            [prompts[j][:-1] + (0,) * (width + 1 - len(prompts[j])) for j in chunk],
-            device=slots.device,
-        )
-        to = torch.tensor([slot for j in chunk for slot in targets[j]], device=slots.device)
-        source = torch.tensor(
-            [c for c, j in enumerate(chunk) for _ in targets[j]], device=slots.device
-        )
+def pick(weights, u):
+    """weights (B, K) float64 >= 0, u (B,) in [0, 1) -> the index (B,) whose share of [0, 1)
+    contains u, and how far u is into this share, again in [0, 1).
 
-        def attend(i, q, k, v, scale):
-            q, k = (rotate(t, slots.cos[None, :width], slots.sin[None, :width]) for t in (q, k))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (prompts, heads, S, D)
-            slots.keys[i][:, :, :width].index_copy_(0, to, k.index_select(0, source))
-            slots.values[i][:, :, :width].index_copy_(0, to, v.index_select(0, source))
-            if i == len(slots.keys) - 1:
-                return None
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            ).transpose(1, 2)
-
-        run_layers(model, ids, slots.joined, attend)
+    An index of weight 0 is never picked, even where a parallel sum is not quite monotone."""
+    cdf = weights.cumsum(-1).masked_fill(weights <= 0, -1.0)
+    target = u * cdf.amax(-1)  # below the largest, because u < 1
+    above = cdf > target[:, None]
+    index = above.to(torch.uint8).argmax(-1, keepdim=True)  # the first one
+    upper = cdf.gather(-1, index)[:, 0]
+    weight = weights.gather(-1, index)[:, 0]
+    rest = 1 - (upper - target) / weight
+    return index[:, 0], rest.clamp(0, 1 - 2.0**-53)
 
 
-# ---- 3. Decode ------------------------------------------------------------------------------------------------------
+def random_numbers(seeds, positions):
+    """seeds (B,), positions (B,) int64 -> (B,) float64 in [0, 1), with 53 random bits.
+
+    This is a hash and not a generator: it has no state, it is the same on CPU and GPU, and a number
+    does not depend on those drawn before it or beside it."""
+    bits = splitmix64(splitmix64(seeds) + positions * (0x9E3779B97F4A7C15 - 2**64))
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
-def attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q (B, 1, heads, D), keys and values (B, kv heads, L, D), mask (B, 1, 1, L) to be added -> (B, 1, heads, D).
-    The heads that share keys stand as so many queries, so keys and values are not expanded. Two matrix products are
-    faster here than PyTorch's attention, which is made for long queries."""
-    grouped = (scale * q).view(len(q), keys.shape[1], -1, q.shape[3])  # (B, kv heads, group, D)
-    scores = grouped @ keys.mT + mask  # (B, kv heads, group, L)
-    return (scores.softmax(-1) @ values).view(q.shape)
+def splitmix64(x):
+    """The finalizer of splitmix64 (Steele et al. 2014) on int64. Products wrap as they should, and
+    shifts need a mask because int64 is signed."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: float) -> Tensor:
-    """The same by the FlashAttention that PyTorch ships. valid: each row's number of valid positions (B,), which lies
-    on the device and bounds what is read; 0, 1 … B; and 0, L … B L (B + 1,), all int32. L is the whole cache's."""
+# ---- 6. Any other model: its own forward and cache -----------------------------------------------
+
+
+def sample_by_forward(model, rows, rule, end_ids):
+    """Fills the rows through the model's own forward, called as generate() calls it: prompts padded
+    on the left, and the cache that the model makes for itself. Each prompt is run once, and
+    finished rows leave the cache. A model without such a cache runs whole sequences for every
+    token."""
+    device = model.device
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    ids = pad(prompts, device, "left")
+    mask = pad([[1] * len(prompt) for prompt in prompts], device, "left")
+    logits, cache = next_logits(model, ids, mask, None)
+    if cache is not None:  # give each row a copy of its prompt's
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        source = [place[row.prompt] for row in rows]
+        source = torch.tensor(source, device=device)
+        cache.reorder_cache(source)
+        logits, mask = logits[source], mask[source]
+    while rows:
+        if cache is None:
+            logits = recompute_logits(model, rows)
+        positions = [len(row.prompt) + len(row.sample.ids) for row in rows]
+        seeds = [row.seed for row in rows]
+        u = random_numbers(*torch.tensor([seeds, positions], device=device))
+        ids, logprobs, entropies = rule.draw(logits, u)
+        keep = []
+        drawn = zip(rows, ids.tolist(), logprobs.tolist(), entropies.tolist())
+        for i, (row, token, logprob, entropy) in enumerate(drawn):
+            row.sample.ids.append(token)
+            row.sample.logprobs.append(logprob)
+            row.sample.entropies.append(entropy)
+            if token not in end_ids and len(row.sample.ids) < row.limit:
+                keep.append(i)
+        rows = [rows[i] for i in keep]
+        if rows and cache is not None:
+            if len(keep) < len(ids):
+                cache.reorder_cache(torch.tensor(keep, device=device))
+                ids, mask = ids[keep], mask[keep]
+            mask = F.pad(mask, (0, 1), value=1)
+            logits, cache = next_logits(model, ids[:, None], mask, cache)
+
+
+def next_logits(model, ids, mask, cache):
+    """ids (B, S), mask (B, all so far) -> logits of the last position (B, V) and the cache, or None
+    and None if the model has no cache that can be used here."""
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" not in parameters or "position_ids" not in parameters:
+        return None, None  # without position_ids it might count the padding
+    options = {}
+    if "logits_to_keep" in parameters:
+        options["logits_to_keep"] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+        **options,
+    )
+    cache = getattr(out, "past_key_values", None)
+    if not hasattr(cache, "reorder_cache"):
+        return None, None
+    return out.logits[:, -1], cache
+
+
+def recompute_logits(model, rows):
+    """Logits of each row's next token (B, V), from whole sequences, padded on the right."""
+    sequences = [row.prompt + tuple(row.sample.ids) for row in rows]
+    last = [len(sequence) - 1 for sequence in sequences]
+    logits = model(input_ids=pad(sequences, model.device)).logits
+    return logits[range(len(rows)), last]
+
+
+# ---- 7. What only a GPU needs --------------------------------------------------------------------
+# A decode step launches about a thousand small kernels, and launching them takes longer than
+# running them. So the step is recorded once as a CUDA graph, and a replay is a single launch. A
+# graph reads and writes fixed addresses, so the cache has its full length from the start and serves
+# later calls. Fused functions and joined projections make the kernels fewer and larger.
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # numbers of rows that have a graph
+STEPS_PER_LOOK = 16  # the host looks for finished rows this often, so that no token waits for it
+CAPACITY = 2048  # room of a row, if this costs no row: a longer cache would need new graphs
+
+# On an H100 torch >= 2.11 prefers cuDNN's attention, here and in the training forward. That builds
+# a plan for each new (rows, length), in 0.1 s on an H200, and keeps it for ever; in torch 2.9 it
+# reads out of bounds.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def open_fixed_slots(sampler, waiting, rule):
+    """The sampler's cache at fixed addresses, with graphs for this rule. The earlier one serves
+    again if it is large enough and the weights are where they were: graphs see an update in place.
+    A new one is never smaller than the one before."""
+    model = sampler.model
+    slots = sampler.slots
+    count = min(len(waiting), sampler.max_rows or len(waiting))
+    length = max(row.longest() for row in waiting)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    if (
+        slots is None
+        or sampler.addresses != addresses
+        or slots.capacity < length
+        or sampler.enough_for < count
+    ):
+        if slots is not None:
+            length = max(length, slots.capacity)
+            count = max(count, min(len(slots.index), sampler.max_rows or math.inf))
+            slots = None  # so that its memory is free
+        sampler.release()
+        length = math.ceil(length / 128) * 128
+        room = tokens_that_fit(model, count * length)
+        capacity = max(length, min(CAPACITY, room // count // 128 * 128))
+        sampler.last_slots = max(1, min(count, room // capacity))
+        sampler.addresses = addresses
+        sampler.enough_for = count
+        if sampler.last_slots < count:
+            sampler.enough_for = math.inf  # memory has no room for more slots
+        slots = Slots(model, sampler.is_end, sampler.last_slots, capacity, capacity)
+        slots.joined = join_projections(model)
+        sampler.slots = slots
+    elif slots.joined:
+        join_projections(model, slots.joined)
+    kind = rule.greedy, rule.nucleus
+    if kind not in sampler.graphs:
+        sampler.graphs[kind] = record(model, slots, rule)
+    return slots
+
+
+def tokens_that_fit(model, wanted):
+    """How many tokens' keys and values fit into four fifths of the free GPU memory. Activations get
+    the rest."""
+    if model.device.type != "cuda":
+        return wanted
+    layers = model.model.layers
+    attn = layers[0].self_attn
+    numbers = 2 * len(layers) * attn.config.num_key_value_heads * attn.head_dim
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(0.8 * free) // (numbers * model.dtype.itemsize)
+
+
+def record(model, slots, rule):
+    """The decode step as CUDA graphs: number of rows -> a function to call. Graphs share one memory
+    pool, and the largest comes first, so that the others fit into what it left. No row may be
+    alive, so that the dry runs change nothing. On a CPU nothing is recorded, which is how tests get
+    here."""
+    count = len(slots.index)
+    sizes = {*BUCKETS, *range(384, count, 128), count}
+    steps = {}
+    for rows in sorted(sizes, reverse=True):
+        if rows <= count:
+            steps[rows] = functools.partial(decode, model, slots, rule, rows)
+    if slots.device.type != "cuda":
+        return steps
+    # The stream is their own, because torch >= 2.12 destroys a graph together with the cuBLAS
+    # workspaces of its stream, which another sampler's graphs may still use.
+    stream = torch.cuda.Stream()
+    pool = torch.cuda.graph_pool_handle()
+    for rows, step in steps.items():
+        step()  # libraries allocate at their first call
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL makes CUDA calls in a thread of its own.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
+        steps[rows] = graph.replay
+    return steps
+
+
+def replay(slots, steps):
+    """Runs several decode steps, with the smallest graph that covers all live rows."""
+    rows = min(size for size in steps if size >= len(slots.rows))
+    left = 0  # tokens until every row has reached its limit
+    for row, length in zip(slots.rows, slots.lengths):
+        left = max(left, row.longest() - length)
+    for _ in range(min(STEPS_PER_LOOK, left)):
+        steps[rows]()
+
+
+def flash_takes(device, dtype, head_dim):
+    """Whether the flash kernel can run: half precision, Ampere or newer, heads of 8, 16, ...
+    256."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim in range(8, 257, 8)
+        and torch.cuda.get_device_capability(device)[0] >= 8
+    )
+
+
+def attend_flash(q, keys, values, valid, scale):
+    """What `attend_masked` computes, by the FlashAttention that PyTorch ships.
+
+    valid, all int32: the number of valid positions of each row (B,), which is read on the device;
+    0, 1, ... B; and 0, L, ... B L (B + 1,)."""
     used, starts, starts_in_cache = valid
-    keys, values = (
-        t.transpose(1, 2).flatten(0, 1) for t in (keys, values)
-    )  # (B * L, kv heads, D), no copy
-    return torch.ops.aten._flash_attention_forward(
+    keys = keys.transpose(1, 2).flatten(0, 1)  # (B * L, kv heads, D), no copy
+    values = values.transpose(1, 2).flatten(0, 1)
+    out = torch.ops.aten._flash_attention_forward(
         q[:, 0],
         keys,
         values,
@@ -340,469 +909,45 @@ def attend_flash(q: Tensor, keys: Tensor, values: Tensor, valid: tuple, scale: f
         False,
         scale=scale,
         seqused_k=used,
-    )[0][:, None]
-
-
-def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel can be asked: half precision, Ampere or newer, heads of 8, 16, ... 256."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim in range(8, 257, 8)
-        and torch.cuda.get_device_capability(device)[0] >= 8
     )
+    return out[0][:, None]
 
 
-def decode(model: nn.Module, slots: "Slots", rule: Rule, rows: int) -> None:
-    """One token more in each of the first `rows` slots that is alive; everything happens on the device and in place.
-    Rows that have finished are computed with the others but do not advance."""
-    at, length, stop = slots.index[:rows], slots.length[:rows], slots.stop[:rows]
-    position = length - 1  # of the last token, which has no keys and values yet
-    if slots.flash:
-        starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
-        attention, valid = attend_flash, (length.int(), starts, starts * slots.capacity)
-    else:
-        beyond = slots.positions[: slots.capacity] >= length[:, None]  # (B, L)
-        attention = attend_masked
-        valid = torch.zeros_like(beyond, dtype=slots.dtype).masked_fill_(beyond, -torch.inf)[
-            :, None, None
-        ]
-
-    def attend(i, q, k, v, scale):
-        q = rotate_and_store(q, k, v, cos, sin, slots.keys[i], slots.values[i], at, position)
-        return attention(q, slots.keys[i][:rows], slots.values[i][:rows], valid, scale)
-
-    cos, sin = slots.cos[position, None], slots.sin[position, None]
-    hidden = run_layers(model, slots.ids[at, position, None], slots.joined, attend)
-    ids, logprobs, entropies = rule.draw(
-        mm_wide(hidden[:, 0], model.lm_head.weight.T), slots.uniforms[at, length]
-    )
-    slots.ids[at, length] = ids  # a finished row writes behind its end, where nobody reads
-    slots.logprobs[at, length], slots.entropies[at, length] = logprobs, entropies
-    length += length < stop
-    stop.copy_(torch.where(slots.is_end[ids], length, stop))
+def fused(function, x, *others):
+    """function(x, *others), x (B, S, ...). For one token a row on a GPU, torch.compile makes it as
+    few kernels as it can: a small kernel takes about 2 microseconds, however little it does."""
+    if x.is_cuda and x.shape[1] == 1:
+        function = compiled(function)
+    return function(x, *others)
 
 
-# ---- 4. Slots -------------------------------------------------------------------------------------------------------
+@functools.cache
+def compiled(function):
+    """The compiled function, or the function itself where it cannot be compiled."""
+    torch._dynamo.config.suppress_errors = True  # there may be no C compiler
+    torch._dynamo.config.recompile_limit = 64
+    try:
+        return torch.compile(function)
+    except RuntimeError:  # this Python is too new for this torch
+        return function
 
 
-class Slots:
-    """Row i's tokens, keys and values lie in slot i of each tensor, from position 0 on. Live rows are contiguous from
-    slot 0, so a step works on `tensor[:rows]`: nothing is concatenated, no finished row computed."""
+def join_projections(model, joined=None):
+    """The query, key and value matrices of each layer as one, a list of (weight, bias or None). At
+    8 rows the product for the few keys takes as long as the one for the queries, so one product for
+    all three is faster.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        is_end: Tensor,
-        slots: int,
-        capacity: int,
-        longest: int,
-        join: bool = False,
-    ):
-        """capacity: tokens of a row that the cache has room for at first; longest: the most that a row can come to;
-        join: run joined projections, made here and in need of `join_projections(model, self.joined)` at each update."""
-        self.model, self.is_end, self.device, self.longest = model, is_end, is_end.device, longest
-        self.joined = join_projections(model) if join else None
-        self.dtype = model.model.embed_tokens.weight.dtype
-        self.flash = flash_takes(self.device, self.dtype, model.model.layers[0].self_attn.head_dim)
-        self.rows: list[Row] = []  # the live ones; rows[i] is in slot i
-        self.lengths: list[int] = []  # theirs, as the host last saw them
-        self.index = torch.arange(slots, device=self.device)
-        self.length = torch.ones_like(self.index)
-        self.stop = torch.zeros_like(
-            self.index
-        )  # the length that ends a row: it is alive while below
-        self.ids = torch.zeros(slots, longest + 1, dtype=torch.int64, device=self.device)
-        self.logprobs, self.entropies = torch.zeros(2, slots, longest + 1, device=self.device)
-        # What depends on a position alone is computed once, not at every step: rotations, and the rows' random numbers.
-        self.positions = torch.arange(longest + 1, device=self.device)
-        self.uniforms = torch.zeros(slots, longest + 1, dtype=torch.float64, device=self.device)
-        base = model.model
-        self.cos, self.sin = (
-            t[0, :, None] for t in base.rotary_emb(base.embed_tokens.weight, self.positions[None])
-        )
-        self.sin[..., : self.sin.shape[-1] // 2].neg_()  # as `rotate` takes it
-        self.keys, self.values = [None] * len(base.layers), [None] * len(base.layers)
-        self.reserve(slots, capacity)
-
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Moves the cache to new memory for `slots` rows of `capacity` tokens, one layer after the other: (slots, kv
-        heads, capacity, D), zeros because NaN survives a mask. In memory a position's heads lie together on a GPU, as
-        the flash kernel needs them, and a head's positions lie together on a CPU."""
-        used, capacity, gpu = (
-            min(slots, len(self.rows)),
-            min(capacity, self.longest),
-            self.device.type == "cuda",
-        )
-        attn = self.model.model.layers[0].self_attn
-        heads = attn.config.num_key_value_heads
-        shape = (
-            (slots, capacity, heads, attn.head_dim)
-            if gpu
-            else (slots, heads, capacity, attn.head_dim)
-        )
-        for i in range(len(self.keys)):
-            for cache in (self.keys, self.values):
-                new = torch.zeros(shape, dtype=self.dtype, device=self.device).transpose(
-                    1, 2 if gpu else 1
-                )
-                if used:
-                    new[:used, :, : self.capacity] = cache[i][:used]
-                cache[i] = new
-        self.capacity = capacity
-
-    def make_room(self, slots: int) -> None:
-        """Grows in steps when the longest row needs it, and keeps only that many slots then. Small steps: each decode
-        step reads the whole cache as one stream, which gaps behind the rows would slow down."""
-        if (reach := max(self.lengths)) > self.capacity:
-            self.reserve(slots, reach + max(GROWTH, reach // 8))
-
-    def admit(self, rows: list[Row]) -> None:
-        """Puts rows into free slots. A prompt that a live row holds is copied from it, any other is prefilled once."""
-        first = len(self.rows)
-        holder = {row.prompt: slot for slot, row in enumerate(self.rows)}
-        copies = [
-            (holder[row.prompt], slot)
-            for slot, row in enumerate(rows, first)
-            if row.prompt in holder
-        ]
-        fresh = {row.prompt: [] for row in rows if row.prompt not in holder}
-        for slot, row in enumerate(rows, first):
-            fresh.get(row.prompt, []).append(slot)
-        prefill(self.model, self, list(fresh), list(fresh.values()))
-        self._copy(copies, max(len(row.prompt) for row in rows))
-        here, lengths = slice(first, first + len(rows)), [len(row.prompt) for row in rows]
-        state = [(n, n + row.limit, row.prompt[-1], row.seed) for n, row in zip(lengths, rows)]
-        self.length[here], self.stop[here], last, seeds = torch.tensor(state).T.to(self.device)
-        self.ids[self.index[here], self.length[here] - 1] = last  # what the first step feeds
-        self.uniforms[here] = uniform(seeds[:, None], self.positions)
-        self.rows += rows
-        self.lengths += lengths
-
-    def _copy(self, moves: list[tuple[int, int]], reach: int) -> None:
-        """Copies rows from slot to slot, their first `reach` keys and values and all else."""
-        if moves:
-            source, to = torch.tensor(moves, device=self.device).T
-            of_rows = self.length, self.stop, self.uniforms, self.ids, self.logprobs, self.entropies
-            for tensor in (
-                *of_rows,
-                *(cache[:, :, :reach] for cache in (*self.keys, *self.values)),
-            ):
-                tensor.index_copy_(0, to, tensor.index_select(0, source))
-
-    def drop_finished(self) -> None:
-        """Reads the finished rows out and moves rows from the tail into their holes."""
-        count = len(self.rows)
-        stop, self.lengths = torch.stack((self.stop[:count], self.length[:count])).tolist()
-        done = [slot for slot in range(count) if self.lengths[slot] >= stop[slot]]
-        if not done:
-            return
-        at, reach = torch.tensor(done, device=self.device), max(self.lengths[slot] for slot in done)
-        told = (t[at, :reach].tolist() for t in (self.ids, self.logprobs, self.entropies))
-        for slot, *of_row in zip(done, *told):
-            row, own = self.rows[slot], slice(len(self.rows[slot].prompt), self.lengths[slot])
-            row.sample.ids, row.sample.logprobs, row.sample.entropies = (t[own] for t in of_row)
-        left = count - len(done)
-        moves = list(
-            zip([slot for slot in range(left, count) if slot not in done], done)
-        )  # into the first of them
-        self._copy(moves, max(self.lengths))
-        for source, to in moves:
-            self.rows[to], self.lengths[to] = self.rows[source], self.lengths[source]
-        del self.rows[left:], self.lengths[left:]
-        self.stop[left:count] = 0
-
-
-# ---- 5. Graphs ------------------------------------------------------------------------------------------------------
-
-
-def record(model: nn.Module, slots: Slots, rule: Rule) -> dict:
-    """The decode step as CUDA graphs, one per number of rows in BUCKETS, in one memory pool: the largest first, so that
-    the others fit into what it left. A replay is one launch instead of some thousand. Made while no row is alive, so
-    that the dry runs change nothing. On a CPU the steps are called as they are, which is how tests get here."""
-    most = len(slots.index)
-    buckets = sorted(
-        {min(most, bucket) for bucket in (*BUCKETS, *range(384, most, 128), most)}, reverse=True
-    )
-    steps = {rows: partial(decode, model, slots, rule, rows) for rows in buckets}
-    if slots.device.type == "cuda":
-        # A stream of their own: where graphs are destroyed, torch >= 2.12 frees the cuBLAS workspaces of the stream
-        # they were recorded on, also those that another sampler's graphs still use.
-        place = dict(pool=torch.cuda.graph_pool_handle(), stream=torch.cuda.Stream())
-        for rows, step in steps.items():
-            step()  # libraries allocate at their first call
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, capture_error_mode="thread_local", **place
-            ):  # NCCL has its own thread
-                step()
-            steps[rows] = graph.replay
-    return steps
-
-
-def tokens_that_fit(model: nn.Module, wanted: int) -> int:
-    """For how many tokens' keys and values four fifths of the free GPU memory have room; activations get the rest."""
-    if model.device.type != "cuda":
-        return wanted
-    attn = model.model.layers[0].self_attn
-    per_token = (
-        2
-        * len(model.model.layers)
-        * attn.config.num_key_value_heads
-        * attn.head_dim
-        * model.dtype.itemsize
-    )
-    free = (
-        torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    )
-    return int(0.8 * free) // per_token
-
-
-# ---- Any other model: its own forward and cache ---------------------------------------------------------------------
-
-
-def sample_by_forward(model: nn.Module, rows: list[Row], rule: Rule, end_ids: set[int]) -> None:
-    """Fills the rows through the model's own forward, called as generate() calls it: prompts padded on the left, and
-    the cache that the model makes for itself. Each prompt is run once, and finished rows leave the cache. A model
-    without a transformers cache is run over the whole sequences at every token."""
-    device, live = model.device, list(rows)
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-    width = max(map(len, place))
-    ids = torch.tensor([(0,) * (width - len(p)) + p for p in place], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=device)
-    held = [place[row.prompt] for row in rows]  # where in the cache each live row's keys are
-    logits, cache = _forward(model, ids, mask, None)
-    while live:
-        logits = logits[held] if cache is not None else _recompute(model, live)
-        state = torch.tensor(
-            [(row.seed, len(row.prompt) + len(row.sample.ids)) for row in live], device=device
-        )
-        ids, logprobs, entropies = rule.draw(logits, uniform(*state.T))
-        for row, id_, logprob, entropy in zip(
-            live, ids.tolist(), logprobs.tolist(), entropies.tolist()
-        ):
-            row.sample.ids.append(id_)
-            row.sample.logprobs.append(logprob)
-            row.sample.entropies.append(entropy)
-        going = [
-            i
-            for i, r in enumerate(live)
-            if len(r.sample.ids) < r.limit and r.sample.ids[-1] not in end_ids
-        ]
-        live, held = [live[i] for i in going], [held[i] for i in going]
-        if live and cache is not None:
-            if held != list(range(len(mask))):
-                cache.reorder_cache(torch.tensor(held, device=device))
-            mask = torch.cat((mask[held], torch.ones_like(mask[held, :1])), 1)
-            logits, cache = _forward(model, ids[going, None], mask, cache)
-            held = list(range(len(live)))
-
-
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache) -> tuple[Tensor | None, object]:
-    """ids (B, S), mask (B, all so far) -> logits of the last position (B, V) and the cache; None, None without one."""
-    takes = inspect.signature(model.forward).parameters
-    if (
-        not {"past_key_values", "position_ids"} <= takes.keys()
-    ):  # it may count positions from the padding on
-        return None, None
-    more = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-    cache = getattr(out, "past_key_values", None)
-    return (out.logits[:, -1], cache) if hasattr(cache, "reorder_cache") else (None, None)
-
-
-def _recompute(model: nn.Module, rows: list[Row]) -> Tensor:
-    """Logits of each row's next token (B, V), from the whole sequences, padded on the right."""
-    sequences = [row.prompt + tuple(row.sample.ids) for row in rows]
-    width = max(map(len, sequences))
-    ids = torch.tensor([s + (0,) * (width - len(s)) for s in sequences], device=model.device)
-    return model(input_ids=ids).logits[range(len(rows)), [len(s) - 1 for s in sequences]]
-
-
-# ---- The sampler ----------------------------------------------------------------------------------------------------
-
-
-class Sampler:
-    """Draws samples from a causal language model of transformers, with the weights that it has at that moment.
-
-    end_ids: any of them ends a sample. vocab_size: ids from there on (padding of the embedding) are outside the
-    distribution. max_rows: most rows in the cache at a time (default: as many as are asked for, on a GPU as fit); more
-    rows than that wait in a queue for a free slot. Raises ValueError if an end id can never be drawn."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        end_ids: set[int],
-        vocab_size: int | None = None,
-        max_rows: int | None = None,
-    ):
-        self.model, self.end_ids, self.max_rows = model, set(end_ids), max_rows
-        self.embeddings = model.get_input_embeddings().weight.shape[0]
-        self.vocab_size = min(vocab_size or self.embeddings, self.embeddings)
-        if strange := sorted(i for i in self.end_ids if not 0 <= i < self.vocab_size):
-            raise ValueError(
-                f"end ids {strange} are outside the {self.vocab_size} ids that can be drawn"
-            )
-        self.is_end = torch.zeros(self.embeddings, dtype=torch.bool, device=model.device)
-        self.is_end[list(self.end_ids)] = True
-        self.knobs = torch.ones(2, device=model.device)
-        self.last_slots: int | None = None  # of the last cache with fixed addresses
-        self.fixed = (
-            model.device.type == "cuda"
-        )  # fixed addresses and graphs; tests set it on a CPU too
-        self.release()
-
-    def sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int | list[int],
-        temperature: float,
-        seed: int | list[int],
-        top_p: float = 1.0,
-    ) -> list[list[Sample]]:
-        """n samples per prompt, as a list per prompt.
-
-        max_new_tokens: one limit, or one per row, prompt-major; 0 gives an empty sample. temperature: 0 is greedy, with
-        log-probabilities of 0.0, those of the point mass that was drawn from; otherwise they belong to softmax(logits /
-        temperature), with top_p < 1 cut to the fewest most likely tokens that hold top_p, and renormalised. seed: an
-        int, which with a prompt's ids and the number of rows that had them before makes a row's stream; or one stream
-        per row. A stream's number for a token depends on the position in the whole sequence: a row cut anywhere and
-        continued with its own stream goes on as it did. Raises ValueError for arguments or logits of no sense."""
-        if not (n >= 1 and temperature >= 0 and 0 < top_p <= 1):
-            raise ValueError(
-                "n must be at least 1, temperature at least 0 and top_p in (0, 1]; "
-                f"got {n}, {temperature}, {top_p}"
-            )
-        rows = self._rows(prompts, n, max_new_tokens, seed)
-        waiting = deque(row for row in rows if row.limit > 0)
-        self.knobs.copy_(torch.tensor([1 / temperature if temperature else 1.0, top_p]))
-        rule = Rule(temperature == 0, 0 < temperature and top_p < 1, self.knobs, self.vocab_size)
-        fast = has_llama_layers(
-            self.model
-        )  # any other forward may keep tensors that training needs
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()  # dropout off
-        try:
-            with torch.inference_mode() if fast else torch.no_grad():
-                if fast and waiting:
-                    self._sample_in_slots(waiting, rule)
-                while waiting:
-                    wave = [
-                        waiting.popleft()
-                        for _ in range(min(self.max_rows or len(rows), len(waiting)))
-                    ]
-                    sample_by_forward(self.model, wave, rule, self.end_ids)
-            if any(math.isnan(logprob) for row in rows for logprob in row.sample.logprobs):
-                raise ValueError(
-                    "the model's logits are not finite: nothing to sample from; check its weights"
-                )
-        except (
-            BaseException
-        ):  # the next call must find neither these rows nor their cache, with NaN or the like
-            self.release()
-            raise
-        finally:
-            for module in training:  # every module's mode as it was
-                module.training = True
-        for sample in (row.sample for row in rows):
-            sample.finished = bool(sample.ids) and sample.ids[-1] in self.end_ids
-        return [[row.sample for row in rows[i : i + n]] for i in range(0, len(rows), n)]
-
-    def _rows(self, prompts, n: int, limits, seeds) -> list[Row]:
-        count = len(prompts) * n
-        for i, prompt in enumerate(prompts):
-            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.embeddings:
-                what = f"has an id outside 0 to {self.embeddings - 1}" if prompt else "is empty"
-                raise ValueError(f"prompt {i} {what}")
-        limits = [limits] * count if isinstance(limits, int) else limits
-        for name, value in (("max_new_tokens", limits), ("seed", seeds)):
-            if not isinstance(value, int) and len(value) != count:
-                raise ValueError(
-                    f"{name} has {len(value)} entries for {len(prompts)} prompts x {n} samples"
-                )
-        if min(limits, default=0) < 0:
-            raise ValueError(f"max_new_tokens must not be negative; got {min(limits)}")
-        rows, seen = [], Counter()
-        for i, prompt in enumerate(tuple(prompt) for prompt in prompts for _ in range(n)):
-            # From one seed: 64 bits of it, of the prompt and of how many rows had that prompt before.
-            key = repr((seeds, prompt, seen[prompt])).encode() if isinstance(seeds, int) else b""
-            seed = (
-                int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-                if key
-                else seeds[i]
-            )
-            rows.append(Row(prompt, limits[i], (seed + 2**63) % 2**64 - 2**63))  # as an int64
-            seen[prompt] += 1
-        return rows
-
-    def _sample_in_slots(self, waiting: deque[Row], rule: Rule) -> None:
-        """Draws the waiting rows, each in a slot of its own as soon as one is free."""
-        slots = self._open(waiting, rule)
-        most = min(len(slots.index), self.max_rows or len(slots.index))
-        while waiting or slots.rows:
-            free = most - len(slots.rows)
-            if waiting and free >= min(
-                len(waiting), max(1, most // 8)
-            ):  # an eighth at a time: larger prefills
-                slots.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-            if self.fixed:
-                steps, live = self.graphs[rule.greedy, rule.nucleus], len(slots.rows)
-                left = max(
-                    len(row.prompt) + row.limit - length
-                    for row, length in zip(slots.rows, slots.lengths)
-                )
-                for _ in range(min(STEPS_PER_LOOK, left)):
-                    steps[min(bucket for bucket in steps if bucket >= live)]()
-            else:
-                slots.make_room(most if waiting else len(slots.rows))
-                decode(self.model, slots, rule, len(slots.rows))
-            slots.drop_finished()
-
-    def _open(self, waiting: deque[Row], rule: Rule) -> Slots:
-        """On a CPU a cache of the prompts' length that grows. On a GPU addresses must not change, so it has its full
-        length from the start and as many slots as fit, and serves later calls as long as it is large enough and the
-        weights lie where they lay (an update in place leaves the graphs valid). It only grows."""
-        wanted = min(len(waiting), self.max_rows or len(waiting))
-        needed = max(len(row.prompt) + row.limit for row in waiting)
-        if not self.fixed:
-            return Slots(
-                self.model,
-                self.is_end,
-                wanted,
-                max(len(row.prompt) for row in waiting) + GROWTH,
-                needed,
-            )
-        weights = [p.data_ptr() for p in self.model.parameters()]
-        if (
-            self.slots is None
-            or self.weights != weights
-            or self.slots.capacity < needed
-            or self.most < wanted
-        ):
-            if self.slots is not None:
-                needed = max(needed, self.slots.capacity)
-                wanted = max(wanted, min(len(self.slots.index), self.max_rows or math.inf))
-            self.release()
-            needed = -(-needed // 128) * 128
-            room = tokens_that_fit(self.model, wanted * needed)
-            capacity = max(needed, min(CAPACITY, room // wanted // 128 * 128))
-            self.last_slots = max(1, min(wanted, room // capacity))
-            self.weights, self.most = (
-                weights,
-                wanted if self.last_slots == wanted else math.inf,
-            )  # no more fit
-            self.slots = Slots(self.model, self.is_end, self.last_slots, capacity, capacity, True)
-        elif self.slots.joined:
-            join_projections(self.model, self.slots.joined)
-        if (rule.greedy, rule.nucleus) not in self.graphs:
-            self.graphs[rule.greedy, rule.nucleus] = record(self.model, self.slots, rule)
-        return self.slots
-
-    def release(self) -> None:
-        """Gives the cache and the graphs back, on a GPU to the device. The next call makes them anew."""
-        self.slots, self.graphs = None, {}  # graphs by rule: greedy or not, nucleus or not
-        if self.model.device.type == "cuda":
-            gc.collect()  # the traceback of a failed call may have held them
-            torch.cuda.empty_cache()
+    joined: what an earlier call returned, to be overwritten with the weights of now. Returns None
+    if a projection is not a plain Linear, such as an adapter."""
+    layers = []
+    for i, layer in enumerate(model.model.layers):
+        attn = layer.self_attn
+        parts = attn.q_proj, attn.k_proj, attn.v_proj
+        if any(type(part) is not nn.Linear for part in parts):
+            return None
+        weight, bias = joined[i] if joined else (None, None)
+        weight = torch.cat([part.weight for part in parts], out=weight)
+        if attn.q_proj.bias is not None:
+            bias = torch.cat([part.bias for part in parts], out=bias)
+        layers.append((weight, bias))
+    return layers

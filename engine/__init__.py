@@ -3,6 +3,7 @@
 processes.py    one process or several under torchrun: who am I, give everyone everything
 models.py       weights, tokenizer, prompts and end tokens of a model: the Policy
 modelfiles.py   where a model's files are, and what is saved beside trained weights
+outputlayer.py  whether logits are hidden states times the output matrix, as entropy.py assumes
 forward.py      the training forward: packed micro-batches -> log-probabilities and entropies
 trainer.py      gradients and AdamW on fp32 master weights, sharded (FSDP2) or offloaded
 sharding.py     a model cut over several processes

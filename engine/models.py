@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engine.console import say, try_with_less
 from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
+from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
-from entropy import check_output_layer
 from errors import UserError
 from rollout import Sample, Sampler
 

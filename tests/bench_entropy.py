@@ -1,21 +1,24 @@
 """
-Time and memory of log-probabilities and entropies: plain autograd, TRL's ways if trl is installed, and entropy.py.
+Time and memory of log-probabilities and entropies: plain autograd, TRL's ways if trl is installed,
+and entropy.py.
 
-    OMP_NUM_THREADS=1 python tests/bench_entropy.py                                 # 2048 x 151,936, fp32, CPU
+    OMP_NUM_THREADS=1 python tests/bench_entropy.py                # 2048 x 151,936, fp32, CPU
     python tests/bench_entropy.py --device cuda --dtype bfloat16 --hidden 3584
 
-Each measurement is one forward and backward pass in a process of its own; the variants take turns, and a speed is the
-median of the ratios within a round. Extra memory is the growth of the process's highest resident set (ru_maxrss) during
-the passes, or of the GPU's highest allocation, less the size of the two gradients, which every variant returns.
+Each measurement is one forward and backward pass in a process of its own; the variants take turns,
+and a speed is the median of the ratios within a round. Extra memory is the growth of the process's
+highest resident set (ru_maxrss) during the passes, or of the GPU's highest allocation, less the
+size of the two gradients, which every variant returns.
 
-entropy.py needs four matrix products of tokens x vocabulary x hidden (logits, logits again, two gradients) against
-three in plain autograd, and far fewer passes over memory: 2.1x as fast with 73x less memory beyond the gradients at
-hidden size 256 (2048 tokens x 151,936, fp32, one CPU core), 1.2x with 50x less at 896, where the fourth product weighs
-more; on an H200 (bf16, 8192 tokens, hidden size 3584) 0.75x as fast with 26x less. Tried and left out: the "fused"
-form, which makes the gradient in the forward pass and needs three products. It has to know each token's factor in the
-loss beforehand, so it fits only one update per rollout with entropies known by then; and it must go through the tokens
-in blocks and add up the weight's gradient in fp32. It took 9.1 s where this took 9.3 (hidden size 256,
-blocks of 256 tokens), with 5 times the memory.
+entropy.py needs four matrix products of tokens x vocabulary x hidden (logits, logits again, two
+gradients) against three in plain autograd, and far fewer passes over memory: 2.1x as fast with 73x
+less memory beyond the gradients at hidden size 256 (2048 tokens x 151,936, fp32, one CPU core),
+1.2x with 50x less at 896, where the fourth product weighs more; on an H200 (bf16, 8192 tokens,
+hidden size 3584) 0.75x as fast with 26x less. Tried and left out: the "fused" form, which makes the
+gradient in the forward pass and needs three products. It has to know each token's factor in the
+loss beforehand, so it fits only one update per rollout with entropies known by then; and it must go
+through the tokens in blocks and add up the weight's gradient in fp32. It took 9.1 s where this took
+9.3 (hidden size 256, blocks of 256 tokens), with 5 times the memory.
 """
 
 import argparse
@@ -44,7 +47,8 @@ def naive(hidden, weight, targets, temperature):
 
 
 def trl_logits(hidden, weight, targets, temperature):
-    """TRL's functions on whole logits: log-probabilities row by row, entropies 128 rows at a time."""
+    """TRL's functions on whole logits: log-probabilities row by row, entropies 128 rows at a
+    time."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     logits = (hidden @ weight.T)[None]
@@ -95,7 +99,8 @@ def clock(device: str) -> float:
 
 
 def measure(variant: str, tokens: int, hidden: int, vocab: int, device: str, dtype: str) -> dict:
-    """One variant in this process: seconds (CPU time on a CPU) and extra bytes of a forward and backward pass."""
+    """One variant in this process: seconds (CPU time on a CPU) and extra bytes of a forward and
+    backward pass."""
     if variant.startswith("trl"):
         import trl.kernels  # noqa: E401, F401  takes seconds, which are not the variant's
     torch.manual_seed(0)
@@ -161,8 +166,9 @@ def report(runs: dict, args) -> None:
     size = torch.finfo(getattr(torch, args.dtype)).bits // 8
     gradients = (args.vocab + args.tokens) * args.hidden * size
     print(
-        f"{args.tokens} tokens x {args.vocab} vocabulary, hidden {args.hidden}, {args.dtype}, {args.device}, "
-        f"{args.rounds} rounds, {torch.get_num_threads()} threads; gradients of {gradients / MIB:.0f} MiB"
+        f"{args.tokens} tokens x {args.vocab} vocabulary, hidden {args.hidden}, {args.dtype}, "
+        f"{args.device}, {args.rounds} rounds, {torch.get_num_threads()} threads; "
+        f"gradients of {gradients / MIB:.0f} MiB"
     )
     print(
         f"{'':20}{'seconds':>9}{'speed':>8}{'extra MiB':>11}{'less':>8}{'largest difference':>20}"
@@ -175,8 +181,8 @@ def report(runs: dict, args) -> None:
         )
         off = max(abs(a / b - 1) for a, b in zip(mine[0]["sums"], base[0]["sums"]))
         print(
-            f"{name:20}{statistics.median(r['seconds'] for r in mine):9.2f}{speed:7.2f}x{extra / MIB:11.0f}"
-            f"{base_extra / extra:7.1f}x{off:20.1e}"
+            f"{name:20}{statistics.median(r['seconds'] for r in mine):9.2f}"
+            f"{speed:7.2f}x{extra / MIB:11.0f}{base_extra / extra:7.1f}x{off:20.1e}"
         )
 
 

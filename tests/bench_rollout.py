@@ -1,20 +1,22 @@
-"""How fast rollout.Sampler is, against `model.generate()` on the same work. Not a test: nothing here passes or fails.
+"""How fast rollout.Sampler is, against `model.generate()` on the same work. Not a test: nothing
+here passes or fails.
 
-    OMP_NUM_THREADS=1 python tests/bench_rollout.py                      # CPU: two models, pairs, memory, ablations
+    OMP_NUM_THREADS=1 python tests/bench_rollout.py      # CPU: two models, pairs, memory, ablations
     python tests/bench_rollout.py --device cuda --shape 7b --rows 8,64,256
 
-The work is 64 prompts x 8 samples of up to 128 tokens, with lengths fixed in advance (an exponential cut at 128, mean
-40%), so that both draw the same number of tokens from the same number of rows. generate() gets left padding, its own
-cache, all samples of a prompt through num_return_sequences, sampling without filters, and a stopping criterion that
-ends each row at its length. Runs alternate in one process; a ratio is always of two neighbours. Weights are random.
-Then each trick of rollout.py is replaced by the plain way. Not worth keeping there: fewer rows at a time so that their
-cache fits the processor's, keys and values side by side in one tensor.
+The work is 64 prompts x 8 samples of up to 128 tokens, with lengths fixed in advance (an
+exponential cut at 128, mean 40%), so that both draw the same number of tokens from the same number
+of rows. generate() gets left padding, its own cache, all samples of a prompt through
+num_return_sequences, sampling without filters, and a stopping criterion that ends each row at its
+length. Runs alternate in one process; a ratio is always of two neighbours. Weights are random. Then
+each trick of rollout.py is replaced by the plain way. Not worth keeping there: fewer rows at a time
+so that their cache fits the processor's, keys and values side by side in one tensor.
 
-With --device cuda it prints milliseconds a decode step (the difference of two runs, so without prefill), and of its
-recorded graph replayed alone (of rows that have ended, at their last length), tokens/s, the bytes a step must read as a
-share of what a copy on the device reaches, and the ratio to generate() on the work above.
-Without a CUDA device it says so and runs the same code with a tiny model on the CPU, graphs off: no number of that
-means anything.
+With --device cuda it prints milliseconds a decode step (the difference of two runs, so without
+prefill), and of its recorded graph replayed alone (of rows that have ended, at their last length),
+tokens/s, the bytes a step must read as a share of what a copy on the device reaches, and the ratio
+to generate() on the work above. Without a CUDA device it says so and runs the same code with a tiny
+model on the CPU, graphs off: no number of that means anything.
 """
 
 import argparse
@@ -96,7 +98,8 @@ def build(shape: str, device="cpu", dtype=torch.float32) -> Qwen2ForCausalLM:
 def work(
     shape: str, questions=64, samples=8, limit=128, prompt=(16, 48), share=0.4
 ) -> tuple[list, list[int]]:
-    """Ragged prompts, and a length for each row: exponential, cut at the limit, `share` of the limit on average."""
+    """Ragged prompts, and a length for each row: exponential, cut at the limit, `share` of the
+    limit on average."""
     draw = random.Random(0)
     prompts = [
         [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(draw.randint(*prompt))]
@@ -155,7 +158,7 @@ def cpu_seconds(run, *args) -> float:
     return time.process_time() - start
 
 
-# ---- what each trick brings: the sampler with that trick replaced by the plain way --------------------------------
+# ---- what each trick brings: the sampler with that trick replaced by the plain way ---------------
 
 
 def keep_finished(self):
@@ -193,15 +196,14 @@ def draw_one_level(p, u):
     return ids[:, 0], p.gather(-1, ids)[:, 0].log()
 
 
-def one_prefill_a_row(model, slots, prompts, targets):
-    each = [(prompt, [slot]) for prompt, to in zip(prompts, targets) for slot in to]
-    prefill(model, slots, [prompt for prompt, _ in each], [to for _, to in each])
+def one_prefill_a_row(model, slots, ids, source, target):
+    prefill_batch(model, slots, ids[source], torch.arange(len(source)), target)
 
 
-drop_finished, attend_masked, prefill = (
+drop_finished, attend_masked, prefill_batch = (
     rollout.Slots.drop_finished,
     rollout.attend_masked,
-    rollout.prefill,
+    rollout.prefill_batch,
 )
 ABLATIONS = [
     (
@@ -211,7 +213,7 @@ ABLATIONS = [
     ),
     ("finished rows dropped -> kept to the end", "rollout.Slots.drop_finished", keep_finished),
     ("static cache -> a longer one every step", "rollout.Slots.make_room", concatenate),
-    ("one prefill a prompt -> one a sample", "rollout.prefill", one_prefill_a_row),
+    ("one prefill a prompt -> one a sample", "rollout.prefill_batch", one_prefill_a_row),
     ("grouped heads -> keys and values expanded", "rollout.attend_masked", expand_heads),
     (
         "attention as two products -> scaled_dot_product_attention",
@@ -219,13 +221,13 @@ ABLATIONS = [
         attend_by_sdpa,
     ),
     ("cache without gaps -> room for 64 positions more", "rollout.GROWTH", 64),
-    ("inverse CDF -> torch.multinomial", "rollout._invert", draw_multinomial),
-    ("CDF over blocks -> over the vocabulary", "rollout._invert", draw_one_level),
+    ("inverse CDF -> torch.multinomial", "rollout.invert_cdf", draw_multinomial),
+    ("CDF over blocks -> over the vocabulary", "rollout.invert_cdf", draw_one_level),
     ("fused RMSNorm -> the model's module", "rollout.rms_norm", lambda norm, x: norm(x)),
 ]
 
 
-# ---- measurements --------------------------------------------------------------------------------------------------
+# ---- measurements --------------------------------------------------------------------------------
 
 
 def peak_memory(shape: str, run) -> float:
@@ -254,8 +256,9 @@ def bench_cpu(shape: str, rounds: int) -> None:
     model, (prompts, lengths) = build(shape), work(shape)
     tokens, millions = sum(lengths), sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"\n{shape}: Qwen2, {millions:.1f}M parameters, {len(prompts)} prompts x {len(lengths) // len(prompts)}, "
-        f"{tokens} tokens, mean {tokens / len(lengths):.1f}, max {max(lengths)}; {torch.get_num_threads()} thread(s)"
+        f"\n{shape}: Qwen2, {millions:.1f}M parameters, {len(prompts)} prompts x "
+        f"{len(lengths) // len(prompts)}, {tokens} tokens, mean {tokens / len(lengths):.1f}, "
+        f"max {max(lengths)}; {torch.get_num_threads()} thread(s)"
     )
     cpu_seconds(run_sampler, model, prompts[:2], lengths[:16], 0)
     pairs = [
@@ -271,7 +274,8 @@ def bench_cpu(shape: str, rounds: int) -> None:
     print(f"{'generate()':58}{tokens / theirs:12.0f} {peak_memory(shape, run_generate):10.0f}")
     print(f"{'rollout.Sampler':58}{tokens / ours:12.0f} {peak_memory(shape, run_sampler):10.0f}")
     print(
-        f"ratio: median {statistics.median(ratios):.2f}, {rounds} pairs from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        f"ratio: median {statistics.median(ratios):.2f}, "
+        f"{rounds} pairs from {ratios[0]:.2f} to {ratios[-1]:.2f}"
     )
     for name, target, plain in ABLATIONS:
         factors = []
@@ -280,7 +284,8 @@ def bench_cpu(shape: str, rounds: int) -> None:
             with mock.patch(target, plain):
                 factors.append(cpu_seconds(run_sampler, model, prompts, lengths, i) / base)
         print(
-            f"  {name:58} x{statistics.median(factors):.2f}  ({min(factors):.2f} to {max(factors):.2f})"
+            f"  {name:58} x{statistics.median(factors):.2f}  "
+            f"({min(factors):.2f} to {max(factors):.2f})"
         )
 
 
@@ -321,10 +326,12 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         else "CPU, graphs off, a smoke test: not a measurement"
     )
     print(
-        f"{shape} on {where}; copy {bandwidth / 1e12:.2f} TB/s; context {prompt + short} to {prompt + long}"
+        f"{shape} on {where}; copy {bandwidth / 1e12:.2f} TB/s; "
+        f"context {prompt + short} to {prompt + long}"
     )
     print(
-        "rows  ms/step  replay  tokens/s  share of copy bandwidth  useful tokens/s  generate()  ratio  peak GiB"
+        "rows  ms/step  replay  tokens/s  share of copy bandwidth  "
+        "useful tokens/s  generate()  ratio  peak GiB"
     )
     for rows in rows_list:
         sampler = Sampler(model, set())
@@ -356,8 +363,8 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         run_generate(model, ragged, [2] * len(lengths), 0)
         theirs = sum(lengths) / seconds(lambda: run_generate(model, ragged, lengths, 1))
         print(
-            f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} {ours:16.0f} "
-            f"{theirs:11.0f} {ours / theirs:6.2f} {peak:9.1f}"
+            f"{rows:4} {1000 * step:8.2f} {1000 * replay:7.2f} {rows / step:9.0f} {share:24.2f} "
+            f"{ours:16.0f} {theirs:11.0f} {ours / theirs:6.2f} {peak:9.1f}"
         )
 
 
@@ -378,7 +385,8 @@ def main() -> None:
         bench_device(flags.shape or "7b", [int(rows) for rows in flags.rows.split(",")], "cuda")
     else:
         print(
-            "There is no CUDA device here, so nothing is measured; the same code with a tiny model, graphs off:"
+            "There is no CUDA device here, so nothing is measured; "
+            "the same code with a tiny model, graphs off:"
         )
         bench_device("tiny", [8, 16], "cpu")
 

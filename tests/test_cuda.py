@@ -1,5 +1,5 @@
-"""What only a GPU can show: python -m pytest --cuda. Without that flag all of it is skipped. Bounds are those of bf16;
-what is exact is pinned on the CPU by the other files."""
+"""What only a GPU can show: python -m pytest --cuda. Without that flag all of it is skipped. Bounds
+are those of bf16; what is exact is pinned on the CPU by the other files."""
 
 import json
 import math
@@ -42,7 +42,8 @@ def bf16_model(seed=0, kind="qwen2"):
 @pytest.mark.parametrize("heads, shared, dim", [(28, 4, 128), (12, 2, 128), (32, 8, 64)])
 @pytest.mark.parametrize("rows, length", [(1, 1664), (8, 1792), (96, 3584)])
 def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, rows, length):
-    """Recorded once, replayed with other lengths: the numbers on the device count, not those at recording."""
+    """Recorded once, replayed with other lengths: the numbers on the device count, not those at
+    recording."""
     like = dict(device=DEVICE, dtype=torch.bfloat16)
     keys, values = (
         torch.randn(rows, length, shared, dim, **like).transpose(1, 2) for _ in range(2)
@@ -52,9 +53,11 @@ def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, 
         torch.ones(rows, dtype=torch.int32, device=DEVICE),
     )
     starts = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
-    attend = lambda: rollout.attend_flash(
-        q, keys, values, (used, starts, starts * length), dim**-0.5
-    )
+
+    def attend():
+        valid = used, starts, starts * length
+        return rollout.attend_flash(q, keys, values, valid, dim**-0.5)
+
     attend()
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -70,8 +73,8 @@ def test_flash_attention_in_a_graph_equals_masked_attention(heads, shared, dim, 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_samples_fit_the_model_and_come_again(kind):
-    """Graphs, slots fewer than rows, padded vocabulary: the numbers are those of the model's own forward, also after
-    its weights were changed in place."""
+    """Graphs, slots fewer than rows, padded vocabulary: the numbers are those of the model's own
+    forward, also after its weights were changed in place."""
     model, prompts = bf16_model(kind=kind), random_rows(12, vocab=480)[0]
     sampler = Sampler(model, {0}, vocab_size=480, max_rows=20)
     assert sampler.fixed
@@ -105,7 +108,8 @@ def test_samples_fit_the_model_and_come_again(kind):
 @pytest.mark.parametrize("heads, shared, dim", [(28, 4, 128), (12, 2, 128), (32, 8, 64)])
 @pytest.mark.parametrize("rows, length", [(8, 1163), (1, 37)])
 def test_attention_of_prefill_and_training_is_flash_and_not_cudnn(heads, shared, dim, rows, length):
-    """cuDNN's builds a plan for each new shape. Lengths are such that it could not be asked before torch 2.11."""
+    """cuDNN's builds a plan for each new shape. Lengths are such that it could not be asked before
+    torch 2.11."""
     like = dict(device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     q = torch.randn(rows, heads, length, dim, **like)
     k, v = (torch.randn(rows, shared, length, dim, **like) for _ in range(2))
@@ -115,13 +119,15 @@ def test_attention_of_prefill_and_training_is_flash_and_not_cudnn(heads, shared,
 
 
 def test_products_of_bf16_are_not_rounded_to_bf16():
-    """Neither the sampler's logits nor the trainer's: within what summation in fp32 leaves of float64."""
+    """Neither the sampler's logits nor the trainer's: within what summation in fp32 leaves of
+    float64."""
     a, b = (torch.randn(n, 256, device=DEVICE, dtype=torch.bfloat16) for n in (8, 500))
     assert (mm_wide(a, b.T).double() - a.double() @ b.double().T).abs().max() < 1e-3
 
 
 def test_sampler_and_trainer_tell_nearly_the_same_log_probabilities_and_entropies():
-    """Rounding inside the layers is left, which depends on the number of rows; at T = 0.6 it weighs more."""
+    """Rounding inside the layers is left, which depends on the number of rows; at T = 0.6 it weighs
+    more."""
     model, prompts = bf16_model(), random_rows(12, vocab=480)[0]
     drawn = [s for row in Sampler(model, {0}).sample(prompts, 4, 60, 0.6, seed=1) for s in row]
     scored = response_logprobs(
@@ -199,7 +205,8 @@ def test_a_packed_batch_scores_and_learns_as_its_rows_alone():
 
 
 def test_offload_trains_as_without():
-    """CPU and GPU AdamW round differently, and gradients reach the CPU while the backward pass runs."""
+    """CPU and GPU AdamW round differently, and gradients reach the CPU while the backward pass
+    runs."""
     masters = []
     for offload in (False, True):
         model = bf16_model()
@@ -224,8 +231,8 @@ def test_offload_trains_as_without():
 
 def test_a_run_on_the_gpu_and_its_resume(tmp_path):
     argv = (
-        f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 --max-new-tokens 40 "
-        f"--eval-limit 8 --out {tmp_path / 'run'}"
+        f"--device {DEVICE} --steps 4 --save-every 2 --keep 2 --questions-per-step 2 "
+        f"--max-new-tokens 40 --eval-limit 8 --out {tmp_path / 'run'}"
     ).split()
     assert edge_grpo.main(argv) == 0
     before = [
@@ -246,7 +253,8 @@ def test_a_run_on_the_gpu_and_its_resume(tmp_path):
 
 
 def test_running_out_of_memory_in_the_update_is_survived():
-    """The first try fails as the allocator does; the second, with half the budget, gives the whole gradient."""
+    """The first try fails as the allocator does; the second, with half the budget, gives the whole
+    gradient."""
     model = bf16_model()
     policy = engine.Policy(
         model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen"

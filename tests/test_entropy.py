@@ -1,9 +1,11 @@
-"""entropy.py against log_softmax and softmax in float64: values, gradients, any block size, every edge."""
+"""entropy.py against log_softmax and softmax in float64: values, gradients, any block size, every
+edge."""
 
 import pytest
 import torch
 
-from entropy import check_output_layer, default_chunk, logprob_entropy, mean_entropy
+from engine.outputlayer import check_output_layer
+from entropy import default_chunk, logprob_entropy, mean_entropy
 
 N, H, V = 7, 16, 101
 
@@ -109,7 +111,8 @@ def test_a_target_may_occur_twice_and_rows_do_not_mix():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(dtype):
-    """Against float64 of the same rounded numbers: values as exact as fp32, gradients as exact as their own dtype."""
+    """Against float64 of the same rounded numbers: values as exact as fp32, gradients as exact as
+    their own dtype."""
     hidden, weight, targets = inputs(dtype, scale=0.1)
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     got = gradients(

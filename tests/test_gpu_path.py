@@ -1,4 +1,5 @@
-"""What a CPU can show of the path that a GPU takes: offload, fused norms, out of memory in CUDA's words, capacity."""
+"""What a CPU can show of the path that a GPU takes: offload, fused norms, out of memory in CUDA's
+words, capacity."""
 
 import copy
 
@@ -40,7 +41,8 @@ def test_offload_fetches_gradients_that_the_last_micro_batch_did_not_touch():
 
 @pytest.mark.parametrize("name", [name for name, (_, _, packed) in MODELS.items() if packed])
 def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
-    """Also in a copy of the model, which has weights of its own: the KL penalty's, or the sharded one."""
+    """Also in a copy of the model, which has weights of its own: the KL penalty's, or the sharded
+    one."""
     kind, config, _ = MODELS[name]
     torch.manual_seed(0)
     model, told = kind(config).eval(), []
@@ -133,10 +135,11 @@ def test_an_adapter_is_not_passed_by(name):
 
 
 def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
-    """Whole, for any number of rows, writing into the cache in place: traced here, but not made into kernels."""
+    """Whole, for any number of rows, writing into the cache in place: traced here, but not made
+    into kernels."""
 
     def compiled(function):
-        return torch.compile(function.__wrapped__, backend="aot_eager", fullgraph=True)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
 
     store, add = compiled(rollout.rotate_and_store), compiled(rollout.add_and_norm)
     with torch.inference_mode():

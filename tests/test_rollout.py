@@ -1,4 +1,5 @@
-"""Contract 1 of the design: the sampler is exact. Random weights, fp32, CPU, small models of several architectures."""
+"""Contract 1 of the design: the sampler is exact. Random weights, fp32, CPU, small models of
+several architectures."""
 
 import copy
 import math
@@ -85,7 +86,8 @@ FAST = {"qwen2", "llama", "qwen3", "mistral"}
 
 @cache
 def model_of(name: str):
-    """Weights large enough that the distributions are far from flat and the samples far from a repetition."""
+    """Weights large enough that the distributions are far from flat and the samples far from a
+    repetition."""
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
     with torch.no_grad():
@@ -96,8 +98,8 @@ def model_of(name: str):
 
 @pytest.fixture(params=["growing", "fixed"])
 def qwen(request):
-    """(model, make its Sampler): once as on a CPU; once as on a GPU, with fixed addresses, buckets, rare looks and
-    projections that are joined."""
+    """(model, make its Sampler): once as on a CPU; once as on a GPU, with fixed addresses, buckets,
+    rare looks and projections that are joined."""
     model = model_of("qwen2")
 
     def sampler(*args, **kwargs):
@@ -117,7 +119,8 @@ def flat(samples):
 
 
 def forward_logprobs(model, prompt, ids, temperature=1.0, vocab_size=V):
-    """What training computes, by one forward over prompt and response: log-probabilities and entropies."""
+    """What training computes, by one forward over prompt and response: log-probabilities and
+    entropies."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[
             0, len(prompt) - 1 : -1, :vocab_size
@@ -134,7 +137,7 @@ def check_numbers(sample, model, prompt, *rest):
     assert sample.entropies == pytest.approx(entropies, abs=1e-4)
 
 
-# ---- exactness -------------------------------------------------------------------------------------------------------
+# ---- exactness -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -183,7 +186,8 @@ def test_samples_do_not_depend_on_batch_slots_or_order(name):
 
 
 def test_fixed_addresses_buckets_and_rare_looks_give_the_same(qwen):
-    """With fewer slots than rows: finished rows advance no further, holes are filled, slots are used again."""
+    """With fewer slots than rows: finished rows advance no further, holes are filled, slots are
+    used again."""
     model, sampler = qwen
     expected = Sampler(model, ENDS).sample(PROMPTS, 4, 30, 1.0, seed=4)
     for rows in (None, 3):
@@ -197,7 +201,8 @@ def test_fixed_addresses_buckets_and_rare_looks_give_the_same(qwen):
 
 
 def test_a_cut_row_continues_as_it_was(qwen):
-    """A corrected row: its kept prefix is part of the prompt. The same alone, in a batch, and as before the cut."""
+    """A corrected row: its kept prefix is part of the prompt. The same alone, in a batch, and as
+    before the cut."""
     model, sampler = qwen
     seeds = [11, 12, 13, 14]
     whole = flat(sampler(ENDS).sample(PROMPTS[:4], 1, 20, 1.0, seed=seeds))
@@ -219,11 +224,12 @@ def test_random_streams_belong_to_seed_prompt_and_occurrence():
     assert listed[0].ids == listed[2].ids != listed[1].ids
 
 
-# ---- the distribution ------------------------------------------------------------------------------------------------
+# ---- the distribution ----------------------------------------------------------------------------
 
 
 def chi_square_is_plausible(ids, p):
-    """Pearson's statistic over the tokens expected at least five times, the others pooled; within five sigma."""
+    """Pearson's statistic over the tokens expected at least five times, the others pooled; within
+    five sigma."""
     counts, expected = (
         torch.bincount(torch.tensor(ids), minlength=len(p)).double(),
         len(ids) * p.double(),
@@ -263,15 +269,16 @@ def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
     p[:, ::3] = 0  # more than one block, some entries zero
     u = torch.rand(50, dtype=torch.float64)
     u[0], u[1] = 0.0, 1 - 2.0**-53
-    ids, logprobs = rollout._invert(p, u)
+    ids, logprobs = rollout.invert_cdf(p, u)
     cdf = p.double().cumsum(-1) / p.double().sum(-1, keepdim=True)
     chosen, upper = (p / p.sum(-1, keepdim=True))[range(50), ids], cdf[range(50), ids]
     assert (upper > u - 1e-6).all() and (upper - chosen < u + 1e-6).all() and (chosen > 0).all()
     assert torch.allclose(logprobs, chosen.log(), atol=1e-5)
 
 
-def test_uniform_is_splitmix_and_uniform():
-    """The finalizer against plain Python integers, and the stream's mean, spread and lag correlation."""
+def test_random_numbers_are_splitmix_and_uniform():
+    """The finalizer against plain Python integers, and the stream's mean, spread and lag
+    correlation."""
 
     def finalize(x):
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -281,10 +288,10 @@ def test_uniform_is_splitmix_and_uniform():
     for seed, position in ((0, 0), (1, 5), (-3, 1000), (2**63 - 1, 7)):
         expected = finalize((finalize(seed % 2**64) + position * 0x9E3779B97F4A7C15) % 2**64) >> 11
         assert (
-            rollout.uniform(torch.tensor([seed]), torch.tensor([position])).item()
+            rollout.random_numbers(torch.tensor([seed]), torch.tensor([position])).item()
             == expected / 2**53
         )
-    u = rollout.uniform(torch.arange(400)[:, None], torch.arange(100)[None])
+    u = rollout.random_numbers(torch.arange(400)[:, None], torch.arange(100)[None])
     assert (
         abs(u.mean() - 0.5) < 0.01
         and abs(u.var() - 1 / 12) < 0.002
@@ -295,7 +302,7 @@ def test_uniform_is_splitmix_and_uniform():
         assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
 
 
-# ---- ends, limits, vocabulary ----------------------------------------------------------------------------------------
+# ---- ends, limits, vocabulary --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -372,7 +379,7 @@ def test_logits_that_are_not_finite_are_told(temperature):
         Sampler(model, ENDS).sample([[1]], 1, 4, temperature, seed=1)
 
 
-# ---- the model around it ---------------------------------------------------------------------------------------------
+# ---- the model around it -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
@@ -432,7 +439,7 @@ def test_dynamic_rope_takes_its_own_forward():
     assert not has_llama_layers(tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, rope_parameters=rope)))
 
 
-# ---- what makes it fast does happen ----------------------------------------------------------------------------------
+# ---- what makes it fast does happen --------------------------------------------------------------
 
 
 def count_calls(monkeypatch, name):
@@ -444,8 +451,9 @@ def count_calls(monkeypatch, name):
 def test_a_prompt_is_prefilled_once(monkeypatch):
     calls = count_calls(monkeypatch, "prefill")
     Sampler(model_of("qwen2"), ENDS).sample(PROMPTS, 8, 20, 1.0, seed=15)
-    assert [sorted(prompts) for _, _, prompts, _ in calls] == [sorted({tuple(p) for p in PROMPTS})]
-    assert sum(len(to) for to in calls[0][3]) == 8 * len(PROMPTS)
+    [[_, _, targets]] = calls
+    assert targets.keys() == {tuple(prompt) for prompt in PROMPTS}
+    assert sum(map(len, targets.values())) == 8 * len(PROMPTS)
 
 
 def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
@@ -454,11 +462,16 @@ def test_a_waiting_row_copies_a_living_prompt(monkeypatch):
         Sampler(model_of("qwen2"), set(), max_rows=4),
     )
     sampler.sample([PROMPTS[1]], 6, [5, 9, 9, 9, 9, 9], 1.0, seed=16)
-    assert [to for *_, to in calls if to] == [[[0, 1, 2, 3]]]
+    prompt = tuple(PROMPTS[1])
+    assert [targets for *_, targets in calls if targets] == [{prompt: [0, 1, 2, 3]}]
+    calls.clear()
     sampler.sample(
         [PROMPTS[1]], 6, [5, 5, 5, 5, 9, 9], 1.0, seed=16
     )  # four leave at once: nothing to copy from
-    assert [to for *_, to in calls if to][1:] == [[[0, 1, 2, 3]], [[0, 1]]]
+    assert [targets for *_, targets in calls if targets] == [
+        {prompt: [0, 1, 2, 3]},
+        {prompt: [0, 1]},
+    ]
 
 
 def test_finished_rows_are_not_computed(monkeypatch):
@@ -471,7 +484,8 @@ def test_finished_rows_are_not_computed(monkeypatch):
 
 
 def test_the_longest_row_moves_into_a_hole(qwen, monkeypatch):
-    """The host's length of a moved row decides when the cache must grow: here at the very next step."""
+    """The host's length of a moved row decides when the cache must grow: here at the very next
+    step."""
     monkeypatch.setattr(rollout, "GROWTH", 0)
     sampler = qwen[1](set())
     moved = sampler.sample([PROMPTS[2], PROMPTS[1]], 1, [1, 12], 1.0, seed=19)[1][0]
@@ -497,9 +511,14 @@ def test_the_cache_grows_with_the_rows_and_is_given_back():
 
 
 def test_a_cache_that_grew_goes_on_with_the_same_rows(monkeypatch):
-    """Through several growths, rows finishing on the way: the tokens, numbers and random streams of a roomy cache."""
+    """Through several growths, rows finishing on the way: the tokens, numbers and random streams of
+    a roomy cache."""
     limits = [20, 90, 150, 240] * len(PROMPTS)
-    draw = lambda: flat(Sampler(model_of("qwen2"), set()).sample(PROMPTS, 4, limits, 1.5, seed=19))
+
+    def draw():
+        sampler = Sampler(model_of("qwen2"), set())
+        return flat(sampler.sample(PROMPTS, 4, limits, 1.5, seed=19))
+
     roomy, tight = [], []
     for growth, out in ((1000, roomy), (8, tight)):
         monkeypatch.setattr(rollout, "GROWTH", growth)
@@ -572,17 +591,17 @@ def test_max_rows_is_the_most_at_a_time_also_when_it_is_lowered(name, monkeypatc
     sampler.fixed = True  # of no meaning to gpt2
     expected = ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5))
     sampler.max_rows = 2
-    decode, forward, again = rollout.decode, rollout._forward, rollout._recompute
+    decode, forward, again = rollout.decode, rollout.next_logits, rollout.recompute_logits
     monkeypatch.setattr(
         rollout, "decode", lambda m, s, r, rows: (seen.append(len(s.rows)), decode(m, s, r, rows))
     )
     monkeypatch.setattr(
         rollout,
-        "_forward",
+        "next_logits",
         lambda m, ids, *rest: (seen.append(len(ids)), forward(m, ids, *rest))[1],
     )
     monkeypatch.setattr(
-        rollout, "_recompute", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1]
+        rollout, "recompute_logits", lambda m, rows: (seen.append(len(rows)), again(m, rows))[1]
     )
     sampler.graphs.clear()  # the steps hold the decode of before
     assert ids_of(sampler.sample(PROMPTS, 3, 8, 1.0, seed=5)) == expected
@@ -652,7 +671,8 @@ def test_a_call_that_failed_midway_leaves_nothing_to_the_next(monkeypatch):
 def plain_flash(
     q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k
 ):
-    """A plain reading of the arguments of PyTorch's flash kernel, which needs a GPU: packed rows, each's used part."""
+    """A plain reading of the arguments of PyTorch's flash kernel, which needs a GPU: packed rows,
+    each's used part."""
     assert (max_q, dropout, causal, debug) == (1, 0.0, False, False)
     assert k.shape == v.shape == (len(q) * max_k, *k.shape[1:]) and starts_q.tolist() == list(
         range(len(q) + 1)
@@ -724,7 +744,8 @@ def test_flash_attention_is_asked_only_where_the_kernel_can_answer(monkeypatch):
 
 
 def test_flash_attention_still_takes_these_arguments():
-    """The operator is private to PyTorch: its schema must keep the names and the order that attend_flash relies on."""
+    """The operator is private to PyTorch: its schema must keep the names and the order that
+    attend_flash relies on."""
     arguments = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     assert arguments[:10] == [
         "query",
