@@ -16,7 +16,8 @@ import engine
 from engine.checkpoints import save_final, save_model
 from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
-from engine.models import CannotSample, load_config, prompt_text
+from engine.models import CannotSample, load_config
+from engine.prompts import prompt_text
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -400,7 +401,7 @@ def test_a_config_of_transformers_4_stays_as_it_is_but_for_its_dtype(tmp_path):
     )
     save_model(policy, tmp_path / "saved")
     after = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert after == before | dict(dtype="float32", torch_dtype="float32")
+    assert after == before | dict(dtype="float32", torch_dtype="float32", eos_token_id=[256, 257])
 
 
 def test_all_that_stands_beside_the_weights_is_saved_byte_for_byte(tmp_path):
