@@ -240,6 +240,10 @@ def load_tokenizer(
                     f"--model {name}: transformers {transformers.__version__} gives other token "
                     "ids than its tokenizer.json; use another version of transformers"
                 )
+            say(
+                f"note: transformers {transformers.__version__} would give other token ids than "
+                "the model's tokenizer.json, which is used as it is"
+            )
         own_template = folder / "chat_template.json"  # where multimodal models keep it
         if tokenizer.chat_template is None and own_template.is_file():
             tokenizer.chat_template = json.loads(own_template.read_bytes())["chat_template"]

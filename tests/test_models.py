@@ -1,4 +1,4 @@
-"""engine/models.py and prompts.py: prompts, end tokens, names, fingerprints, sampling with less memory."""
+"""engine/models.py and prompts.py: prompts, end tokens, names, fingerprints, less memory."""
 
 import json
 from pathlib import Path
