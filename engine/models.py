@@ -200,7 +200,10 @@ def check_ids(name: str, highest: int, rows: int) -> None:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    """Returns the model's config. Raises UserError if there is none, or weights are quantized."""
+    """Returns the model's config.
+
+    Raises UserError if there is none, if the weights are quantized or far too small for it.
+    """
     advice = "; give a local folder, or a hub id while the hub can be reached"
     with from_model(name, "no usable config.json", advice):
         config = AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
@@ -209,8 +212,20 @@ def load_config(name: str, trust_remote_code: bool = False) -> transformers.Pret
             raise UserError(
                 f"--model {name}: its weights are quantized; use the model they were made from"
             )
+    check_embedding(name, config.get_text_config())
     config._attn_implementation = None  # load_model chooses, whatever the file asks for
     return config
+
+
+def check_embedding(name: str, config: transformers.PretrainedConfig) -> None:
+    """Raises UserError if a local model's weights are too small to hold the embedding alone."""
+    weight_bytes = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    embedding = config.vocab_size * getattr(config, "hidden_size", 1)
+    if 0 < weight_bytes < embedding:
+        raise UserError(
+            f"--model {name}: config.json describes an embedding of {embedding:,} numbers, but the "
+            f"weights have only {weight_bytes:,} bytes; it belongs to another model"
+        )
 
 
 def load_tokenizer(
@@ -269,7 +284,7 @@ def load_model(
     """Returns the model with all of its weights, in eval mode on `device`. Raises UserError."""
     config = load_config(name, trust_remote_code)
     with from_model(name, "its weights cannot be loaded", memory=True):
-        check_weight_files(name, config.get_text_config())
+        check_weight_files(name)
         load = functools.partial(
             AutoModelForCausalLM.from_pretrained,
             **where(name),
@@ -290,11 +305,10 @@ def load_model(
         return model.to(device).eval()
 
 
-def check_weight_files(name: str, config: transformers.PretrainedConfig) -> None:
-    """Raises UserError unless weights are in safetensors files that can hold such a model."""
+def check_weight_files(name: str) -> None:
+    """Raises UserError unless the weights are in safetensors files."""
     folder = folder_of(name)
-    weight_files = list(folder.glob("*.safetensors"))
-    if Path(find_model(name)).is_dir() and not weight_files:
+    if Path(find_model(name)).is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(
             f"--model {name}: the folder has no *.safetensors weights (pickles are not loaded)"
         )
@@ -308,13 +322,6 @@ def check_weight_files(name: str, config: transformers.PretrainedConfig) -> None
                 f"--model {name}: its weights are in {file}; pickled weights are not loaded, so "
                 "convert them to safetensors"
             )
-    weight_bytes = sum(file.stat().st_size for file in weight_files)
-    embedding = config.vocab_size * getattr(config, "hidden_size", 1)
-    if 0 < weight_bytes < embedding:
-        raise UserError(
-            f"--model {name}: config.json describes an embedding of {embedding:,} numbers, but the "
-            f"weights have only {weight_bytes:,} bytes; it belongs to another model"
-        )
 
 
 def check_all_weights_used(name: str, model: nn.Module, info: dict, whole: bool) -> None:
