@@ -419,6 +419,7 @@ def load_policy(
         template,
     )
     check_prompt(policy, name)
+    policy.response_header = usable_header(policy)
     eos_token = saved_eos_token(tokenizer, template, end_id)
     ordered = [end_id, *sorted(end_ids - {end_id})]  # readers that use one id use the first
     policy.files = files_beside_weights(name, model, config, ordered, eos_token)
@@ -437,35 +438,40 @@ def choose_template(config: transformers.PretrainedConfig, tokenizer) -> str:
 
 
 def check_prompt(policy: Policy, name: str) -> None:
-    """Tries the chat template, and sets the header that it puts before a response.
-
-    Raises UserError if the template fails or loses the question. Prints a note where a response
-    stands anywhere but right behind the prompt.
-    """
+    """Raises UserError if the chat template fails or loses the question."""
     policy.prompt_ids(QUESTION)
-    prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
-    if QUESTION not in prompt:
+    if QUESTION not in prompt_text(policy.tokenizer, QUESTION, policy.template):
         raise UserError(
             f"--model {name}: its chat template leaves the question out; correct it, or try "
             "another --template"
         )
+
+
+def usable_header(policy: Policy) -> str:
+    """Returns the response header, "" if references cannot begin with it.
+
+    Prints a note unless responses stand right behind the prompt, as in most templates.
+    """
+    prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
     if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
         say(
             "note: the chat template opens <think>: responses begin inside it, and injected text "
             "ends the turn there"
         )
-        return
+        return ""
     header = response_header(policy.tokenizer, policy.template)
     if header is None:
         say(
             "note: the chat template does not show how a response follows the prompt: references "
             "are put right behind the prompt"
         )
-    elif policy.end_ids & set(policy.encode(header)):
+        return ""
+    if policy.end_ids & set(policy.encode(header)):
         say(
             f"note: the chat template puts {header!r}, which holds an end token, before a "
             "response: references are put right behind the prompt"
         )
-    elif header:
-        policy.response_header = header
+        return ""
+    if header:
         say(f"note: the chat template puts {header!r} before a response: references begin with it")
+    return header
