@@ -646,12 +646,12 @@ def direct_answer(policy: Policy, group: Group, i: int, u: float) -> list[int]:
 
 
 def reference(policy: Policy, group: Group, i: int, u: float) -> list[int]:
-    return policy.encode(group.problem.solution)
+    return policy.encode_response(group.problem.solution)
 
 
 def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int]:
     """The first quarter, half or three quarters of the reference solution."""
-    ids = policy.encode(group.problem.solution)
+    ids = policy.encode_response(group.problem.solution)
     return ids[: math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
 
 

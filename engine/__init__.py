@@ -1,7 +1,8 @@
 """What training needs and no paper describes. A reader of the method can skip this folder.
 
 processes.py    one process or several under torchrun: who am I, give everyone everything
-models.py       weights, tokenizer, prompts and end tokens of a model: the Policy
+models.py       weights, tokenizer, end tokens and sampler of a model: the Policy
+prompts.py      chat templates: prompts, where a response stands, what ends it
 modelfiles.py   where a model's files are, and what is saved beside trained weights
 outputlayer.py  whether logits are hidden states times the output matrix, as entropy.py assumes
 forward.py      the training forward: packed micro-batches -> log-probabilities and entropies

@@ -1,4 +1,4 @@
-"""A model's files: found by its name, here or on the hub, and what is saved beside the weights after training."""
+"""A model's files: found by name, here or on the hub, and what is saved beside its weights."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from engine.console import first_line, is_out_of_memory
 from errors import UserError
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny_model"
-BESIDE_WEIGHTS = (
+FILES_BESIDE_WEIGHTS = (
     "*.json",
     "*.jinja",
     "additional_chat_templates/*.jinja",
@@ -30,51 +30,68 @@ BESIDE_WEIGHTS = (
 
 
 @contextmanager
-def from_model(name: str, problem: str, advice: str = "") -> Iterator[None]:
-    """Around whatever comes from a model's folder: all that it raises becomes one sentence that names the model.
-    (BaseException, because of a panic in the Rust tokenizer.)"""
+def from_model(name: str, problem: str, advice: str = "", memory: bool = False) -> Iterator[None]:
+    """Turns whatever a model's folder raises into one sentence that names the model.
+
+    memory: whether running out of memory is no fault of the folder, and passes as it is.
+    """
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
+    except BaseException as error:  # also a panic in the Rust tokenizer
+        if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+            raise
+        if memory and is_out_of_memory(error):
             raise
         raise UserError(f"--model {name}: {problem} ({first_line(error)}){advice}") from error
 
 
 def find_model(name: str) -> str:
-    """`tiny`, a local folder, a hub id, or a bare Qwen or Llama name -> what from_pretrained takes."""
+    """Returns what from_pretrained takes for `tiny`, a folder, a hub id, or a bare Qwen or Llama.
+
+    Raises UserError if the name is none of these, or the folder holds no model.
+    """
     path = TINY_MODEL if name == "tiny" else Path(name)
     if path.is_dir():
-        saved = [
-            f
-            for f in (path / "final", *path.glob("checkpoints/step-*"))
-            if (f / "config.json").is_file()
-        ]
-        if saved and not list(path.glob("*.safetensors")):
-            raise UserError(
-                f"--model {name}: this is the folder of a run; give a model in it, such as {saved[0]}"
-            )
-        if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"--model {name}: the folder holds an adapter (LoRA); merge it into its base model first"
-            )
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"--model {name}: the folder has no config.json; give a Hugging Face model folder"
-            )
+        check_folder(name, path)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: there is no such folder")
-    if "/" not in name and not name.startswith(("Qwen", "Llama")):
+    if "/" in name:
+        return name
+    if name.startswith("Qwen"):
+        return f"Qwen/{name}"
+    if name.startswith("Llama"):
+        return f"meta-llama/{name}"
+    raise UserError(
+        f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`"
+    )
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises UserError if a folder holds a run or an adapter, or no model at all."""
+    if not list(folder.glob("*.safetensors")):
+        for saved in (folder / "final", *folder.glob("checkpoints/step-*")):
+            if (saved / "config.json").is_file():
+                raise UserError(
+                    f"--model {name}: this is the folder of a run; give a model in it, such as "
+                    f"{saved}"
+                )
+    if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"--model {name}: neither a local folder, nor a hub id (owner/name), nor `tiny`"
+            f"--model {name}: the folder holds an adapter (LoRA); merge it into its base model"
         )
-    return name if "/" in name else f"{'Qwen' if name.startswith('Qwen') else 'meta-llama'}/{name}"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model {name}: the folder has no config.json; give a Hugging Face model folder"
+        )
 
 
 @functools.cache
 def hub_is_away() -> bool:
-    """Asked once: then files come from the cache at once, or not at all, instead of after 20 s of retries each."""
+    """Returns whether the hub cannot be reached, asking once.
+
+    Files then come from the cache at once, or not at all, instead of after 20 s of retries each.
+    """
     try:
         urllib.request.urlopen(ENDPOINT, timeout=10).close()
     except OSError as error:
@@ -83,83 +100,130 @@ def hub_is_away() -> bool:
 
 
 def where(name: str) -> dict:
-    """What every from_pretrained is given to find `name`."""
+    """Returns the arguments that tell any from_pretrained where to find `name`."""
     path = find_model(name)
-    return dict(
-        pretrained_model_name_or_path=path, local_files_only=Path(path).is_dir() or hub_is_away()
-    )
+    local = Path(path).is_dir() or hub_is_away()
+    return dict(pretrained_model_name_or_path=path, local_files_only=local)
 
 
 @functools.cache
 def folder_of(name: str) -> Path:
-    """The folder, here or in the hub's cache, that holds what stands beside a model's weights."""
+    """Returns the folder, given or in the hub's cache, with the files beside a model's weights."""
     path = find_model(name)
     if Path(path).is_dir():
         return Path(path)
-    return (
-        Path(hf_hub_download(path, "config.json", local_files_only=True)).parent
-        if hub_is_away()
-        else Path(snapshot_download(path, allow_patterns=BESIDE_WEIGHTS))
-    )
+    if hub_is_away():
+        return Path(hf_hub_download(path, "config.json", local_files_only=True)).parent
+    return Path(snapshot_download(path, allow_patterns=FILES_BESIDE_WEIGHTS))
 
 
-def beside_weights(
-    name: str, model: nn.Module, config: transformers.PretrainedConfig
+def files_beside_weights(
+    name: str,
+    model: nn.Module,
+    config: transformers.PretrainedConfig,
+    end_ids: list[int],
+    eos_token: str | None,
 ) -> dict[str, bytes]:
-    """What is saved beside the trained weights, by name: the files that the model came with, byte for byte, and its
-    config.json in the words of transformers 4 and of 5. What can fail in saving, but for the disk, fails here."""
+    """Returns what is saved beside trained weights, by file name, so that every reader loads the
+    same model and stops where the sampler stops.
+
+    The files that the model came with stay byte for byte, but for config.json and for the end
+    tokens, which each file names as far as it can. Whatever may fail in saving fails here; raises
+    UserError.
+    """
     with from_model(name, "it cannot be saved again"), TemporaryDirectory() as scratch:
         model.config.save_pretrained(scratch)  # as will be done with the weights
         folder = folder_of(name)
-        files = {
-            str(f.relative_to(folder)): f.read_bytes()
-            for pattern in BESIDE_WEIGHTS
-            for f in folder.glob(pattern)
-            if not f.name.endswith((".index.json", "checkpoint.json"))
-        }
-        content = json.loads(files["config.json"])
-        if type(model.config) is not type(config):  # the text part of a larger model
-            content = json.loads(config.get_text_config().to_json_string())
-        content["architectures"] = [type(model).__name__]
-        content.pop("transformers_weights", None)  # they get their usual name
-        files["config.json"] = json.dumps(
-            for_both(content, str(model.dtype)[6:]), indent=2
-        ).encode()
-        return {"generation_config.json": model.generation_config.to_json_string().encode()} | files
+        files = {"generation_config.json": model.generation_config.to_json_string().encode()}
+        for pattern in FILES_BESIDE_WEIGHTS:
+            for file in folder.glob(pattern):
+                if not file.name.endswith((".index.json", "checkpoint.json")):
+                    files[str(file.relative_to(folder))] = file.read_bytes()
+        files["config.json"] = saved_config(files["config.json"], model, config)
+        for file in ("config.json", "generation_config.json"):
+            files[file] = with_end_ids(files[file], end_ids)
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if file in files:
+                files[file] = with_eos_token(files[file], eos_token)
+        return files
 
 
-def for_both(config: dict, dtype: str) -> dict:
-    """A config.json with the keys of transformers 5 and, beside them, those that transformers 4, and engines built on
-    it, read instead: without them they would take other rotations in silence."""
-    config = {
-        k: for_both(v, dtype) if isinstance(v, dict) and "model_type" in v else v
-        for k, v in config.items()
-    }
-    config |= {"dtype": dtype, "torch_dtype": dtype}
-    rope = config.get("rope_parameters") or {}
-    rope, local = (
-        rope.get("full_attention") or rope,
-        rope.get("sliding_attention"),
-    )  # Gemma 3 has one for each
-    neox = str(config.get("model_type")).startswith("gpt_neox")  # whose names were its own
-    old = {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}
+def saved_config(original: bytes, model: nn.Module, config) -> bytes:
+    """Returns config.json as it came, with what training changed and keys for all readers."""
+    content = json.loads(original)
+    if type(model.config) is not type(config):  # the text part of a larger model
+        content = json.loads(config.get_text_config().to_json_string())
+    content["architectures"] = [type(model).__name__]
+    for key in ("transformers_weights", "_attn_implementation"):  # of the source's own machine
+        content.pop(key, None)
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied != config.get_text_config().tie_word_embeddings:
+        content["tie_word_embeddings"] = tied
+    dtype = str(model.dtype).removeprefix("torch.")
+    return json.dumps(with_old_keys(content, dtype), indent=2).encode()
+
+
+def with_end_ids(file: bytes, end_ids: list[int]) -> bytes:
+    """Returns a JSON file whose eos_token_id names every id that ends a response."""
+    content = json.loads(file)
+    named = content.get("eos_token_id")
+    if set(named if isinstance(named, list) else [named]) == set(end_ids):
+        return file
+    content["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
+    return json.dumps(content, indent=2).encode()
+
+
+def with_eos_token(file: bytes, eos_token: str | None) -> bytes:
+    """Returns a tokenizer's JSON file, where it names an eos_token, with this one."""
+    content = json.loads(file)
+    named = content.get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    if text in (None, eos_token):
+        return file
+    return json.dumps(content | {"eos_token": eos_token}, indent=2, ensure_ascii=False).encode()
+
+
+def with_old_keys(config: dict, dtype: str) -> dict:
+    """Returns a config.json with the keys of transformers 5 and, beside them, those of version 4.
+
+    Engines built on version 4 would otherwise use other rotations without saying so.
+    """
+    new = {}
+    for key, value in config.items():
+        is_config = isinstance(value, dict) and "model_type" in value
+        new[key] = with_old_keys(value, dtype) if is_config else value
+    new |= {"dtype": dtype, "torch_dtype": dtype}
+    old = old_rope_keys(config.get("rope_parameters") or {}, str(config.get("model_type")))
+    if "num_local_experts" in config:
+        old["num_experts"] = config["num_local_experts"]
+    return old | new
+
+
+def old_rope_keys(rope: dict, model_type: str) -> dict:
+    """Returns transformers 4's keys for the rotations that version 5 keeps in rope_parameters."""
+    old = {}
+    local = rope.get("sliding_attention")  # Gemma 3 has one for each type of layer
     if local:
         old["rope_local_base_freq"] = local["rope_theta"]
+    rope = rope.get("full_attention") or rope
+    theta_key, partial_key = "rope_theta", "partial_rotary_factor"
+    if model_type.startswith("gpt_neox"):  # this family had its own names
+        theta_key, partial_key = "rotary_emb_base", "rotary_pct"
     if "rope_theta" in rope:
-        old |= {
-            "rotary_emb_base" if neox else "rope_theta": rope["rope_theta"],
-            "rope_scaling": None,
-        }
+        old |= {theta_key: rope["rope_theta"], "rope_scaling": None}
     if "partial_rotary_factor" in rope:
-        old["rotary_pct" if neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if rope.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {
-            k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
-        }
-    if rope.get("rope_type") == "longrope":  # Phi-3 takes these three alone
+        old[partial_key] = rope["partial_rotary_factor"]
+    rope_type = rope.get("rope_type", "default")
+    if rope_type == "longrope":  # Phi-3 takes these three alone
         old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         old["rope_scaling"] = {
             "type": "longrope",
-            **{f: rope[f] for f in ("short_factor", "long_factor")},
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
         }
-    return old | config
+    elif rope_type != "default":
+        scaling = dict(rope)
+        scaling.pop("rope_theta", None)
+        scaling.pop("partial_rotary_factor", None)
+        old["rope_scaling"] = scaling
+    return old

