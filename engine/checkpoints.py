@@ -113,10 +113,8 @@ def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
     if free < need:
         raise UserError(
             f"{folder.parent}: {new} checkpoints to come and the final model need "
-            f"{need / GIB:.2f} GiB, "
-            f"the disk has {free / GIB:.2f} GiB left; free some, or set --keep lower, "
-            "--save-every 0 (only "
-            "at the end) or another --out"
+            f"{need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free some, or set "
+            "--keep lower, --save-every 0 (only at the end) or another --out"
         )
 
 

@@ -12,7 +12,6 @@ from engine.console import say
 from engine.modelfiles import from_model
 from engine.models import load_config
 from engine.processes import world_size
-from errors import UserError
 
 GIB = 2**30
 ADVICE = (
@@ -22,11 +21,11 @@ ADVICE = (
 
 
 def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | None:
-    """Print what a run of these flags will need in memory, if that is much, and what this machine
-    has.
+    """Print what a run of these flags will need in memory, if that is much, and what is there.
 
-    rows: sampled in a step, each of at most row_tokens tokens. Returns how many to sample at a
-    time (None: any number). Raises UserError if not even the weights fit."""
+    rows: sampled in a step, each of at most row_tokens tokens. Returns how many to sample at a time
+    (None: any number).
+    """
     cuda = device.type == "cuda"
     rows = -(-rows // world_size())
     rows = min(rows, flags.max_rows or rows)
@@ -43,14 +42,7 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
     )
     if flags.kl:
         plan["reference"] = plan["weights"]
-    free, total = available(device)
-    if plan["weights"] > total:
-        raise UserError(
-            f"--model {flags.model}: its weights alone are {plan['weights'] / GIB:.1f} GiB, and "
-            f"{device} has "
-            f"{total / GIB:.1f}; use a smaller model, or correct the sizes in its config.json"
-        )
-    fit = rows_that_fit(plan, rows, free) if cuda and rows else rows
+    fit = rows_that_fit(plan, rows, available(device)[0]) if cuda and rows else rows
     plan["cache"] *= fit / max(rows, 1)
     line = describe(plan, device)
     if fit < rows:

@@ -66,8 +66,7 @@ def choose_device(device: str) -> torch.device:
         raise UserError(
             f"--device {device}: this machine has no CUDA GPU of that number that torch "
             f"{torch.__version__} can use, but {gpus} in all; use --device cpu, another number, "
-            "or as "
-            "many processes as GPUs"
+            "or as many processes as GPUs"
         )
     torch.cuda.set_device(chosen)
     return chosen
@@ -81,10 +80,9 @@ def join_processes(backend: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but the other processes did not join "
-            "within "
-            f"{JOINING.seconds} s at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; "
-            "start all "
-            "of them under torchrun, or unset WORLD_SIZE"
+            f"within {JOINING.seconds} s at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; start all of them under "
+            "torchrun, or unset WORLD_SIZE"
         ) from error
     store.set_timeout(WAITING)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAITING)

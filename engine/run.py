@@ -100,8 +100,7 @@ class Run(AbstractContextManager):
             if self.bad_steps >= flags.max_bad_steps:
                 raise CannotSample(
                     f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; "
-                    "look at "
-                    f"--eda-clamp and the end of {self.out / 'samples.jsonl'}"
+                    f"look at --eda-clamp and the end of {self.out / 'samples.jsonl'}"
                 )
             due = made % save_every == 0 and not self.bad_steps
             if stopping or due or made == flags.steps:
@@ -176,8 +175,7 @@ class Run(AbstractContextManager):
         elif not flags.resume and any((out / name).exists() for name in RUN_FILES):
             raise UserError(
                 f"--out {out}: holds a run already; give --resume to go on with it, --overwrite "
-                "to delete "
-                "it, or another --out"
+                "to delete it, or another --out"
             )
         checkpoint = self._find_checkpoint() if flags.resume else None
         for unfinished in (out / "checkpoints").glob(".step-*.unfinished"):
@@ -210,15 +208,13 @@ class Run(AbstractContextManager):
         if changed:
             raise UserError(
                 f"--resume {out}: the run was started otherwise ({'; '.join(changed)}); give the "
-                "same, or "
-                "another --out"
+                "same, or another --out"
             )
         found = newest_checkpoint(out / "checkpoints")
         if not found and checkpoint_folders(out / "checkpoints"):
             raise UserError(
                 f"--resume {out}: no whole checkpoint is left to go on from; put one back, or "
-                "start again "
-                "with --overwrite"
+                "start again with --overwrite"
             )
         return found
 
@@ -263,8 +259,8 @@ class Run(AbstractContextManager):
         differing = " ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none"
         prompt = policy.decode_raw(policy.prompt_ids(self.problems[0].question))
         say(
-            f"{flags.model} ({facts['parameters'] / 1e6:.1f}M parameters) on {policy.device}, "
-            f"CPU threads: {torch.get_num_threads()}; {flags.data}: {len(self.problems)} "
+            f"{flags.model} ({facts['parameters'] / 1e6:.1f}M parameters) on {policy.device}, CPU "
+            f"threads: {torch.get_num_threads()}; {flags.data}: {len(self.problems)} "
             f"problems{note}"
         )
         say(f"flags other than the defaults: {differing} (all are in {self.out / 'config.json'})")
@@ -272,8 +268,7 @@ class Run(AbstractContextManager):
 
 
 def cpu_name() -> str:
-    """The processor's model name. The last digits of a run, and so its later samples, depend on
-    it."""
+    """The processor's model name: the last digits of a run depend on it, and so its samples."""
     info = Path("/proc/cpuinfo")  # Linux
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.machine()

@@ -25,11 +25,14 @@ def shard(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh(param.device.type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
     # Copy the modules without their weights, which then come layer by layer.
-    empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
+    empty = {}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(p.new_empty(0, dtype=torch.float32))
     scorer = Scorer(copy.deepcopy(model, empty))
     del empty  # it would keep every layer whole
     originals = dict(zip(scorer.parameters(), model.parameters()))
-    layers = [m for m in scorer.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    kinds = model._no_split_modules or ()
+    layers = [m for m in scorer.modules() if type(m).__name__ in kinds]
     for module in [*layers, scorer]:
         for p in list(module.parameters()):
             if p in originals:
@@ -48,7 +51,8 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     rows = -(-len(tensor) // world_size())
-    return tensor[rank() * rows : (rank() + 1) * rows]
+    first = rank() * rows
+    return tensor[first : first + rows]
 
 
 def whole(tensor: Tensor, like: Tensor) -> Tensor:

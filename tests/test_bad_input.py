@@ -144,7 +144,6 @@ tiny => unrecognized arguments: tiny
 --model {tmp}/config-unknown-type => nonesuch
 --model {tmp}/config-impossible-sizes => --model
 --model {tmp}/config-text-for-a-number => --model
---model {tmp}/config-huge-vocabulary => its weights alone are
 --model {tmp}/no-tokenizer => no tokenizer
 --model {tmp}/tokenizer-broken => tokenizer
 --model {tmp}/tokenizer-not-json => tokenizer
@@ -171,11 +170,11 @@ eval.py --model tiny --n x => x
 eval.py --model tiny --temperature -1 => --temperature
 eval.py --model tiny --limit 0 => --limit 0
 eval.py --model tiny --stepz => --stepz
-eval.py --model {tmp}/nothing --tasks tiny:1:test => no such folder
+eval.py --model {tmp}/nothing --tasks tiny:3:validation => no such folder
 eval.py --model tiny --tasks nonsense => nonsense
 eval.py --model tiny --tasks {tmp}/null.json => null.json:1
-eval.py --model tiny --tasks tiny:1:test --out {tmp}/file => file
-eval.py --model tiny --tasks tiny:1:test --device tpu => --device tpu
+eval.py --model tiny --tasks tiny:3:validation --out {tmp}/file => file
+eval.py --model tiny --tasks tiny:3:validation --device tpu => --device tpu
 eval.py compare =>
 eval.py compare {tmp}/nothing => nothing
 eval.py compare {tmp} => {tmp}
@@ -295,7 +294,6 @@ MODELS = {
     "config-unknown-type": config(model_type="nonesuch"),
     "config-impossible-sizes": config(num_attention_heads=7),
     "config-text-for-a-number": config(hidden_size="big"),
-    "config-huge-vocabulary": config(vocab_size=10**12),
     "no-tokenizer": delete("tokenizer.json", "tokenizer_config.json"),
     "tokenizer-broken": write("tokenizer.json", '{"version": "1.0"}'),
     "tokenizer-not-json": write("tokenizer.json", "x"),

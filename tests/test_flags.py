@@ -51,7 +51,7 @@ OUTS = {
     "--kl 0.2": "tiny-edge-grpo-kl-0.2-seed42",
     "--method grpo": "tiny-grpo-seed42",
     "--method grpo --eda": "tiny-grpo-eda-True-seed42",
-    "--eda-clamp 0.5 2": "tiny-edge-grpo-eda_clamp-0.5-2-seed42",
+    "--eda-clamp 0.5 2": "tiny-edge-grpo-eda_clamp-0.5-2.0-seed42",
     "--eval-tasks": "tiny-edge-grpo-eval_tasks-seed42",
     "--model Qwen/Qwen2.5-Math-7B": "Qwen2.5-Math-7B-edge-grpo-seed42",
     "--model .": f"{Path().resolve().name}-edge-grpo-seed42",
