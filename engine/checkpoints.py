@@ -50,8 +50,8 @@ def save_final(policy: Policy, folder: Path) -> None:
         publish(unfinished, folder)
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, step: int, logs: dict) -> None:
-    """Write folder/step-N. logs: the bytes that each log has now. (A collective.)"""
+def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -> None:
+    """Write folder/step-N; newest_checkpoint gives `progress` back. (A collective.)"""
     unfinished = folder / f".step-{step}.unfinished"
     hashes = {}
     with ThreadPoolExecutor() as pool:  # a file is hashed while the next one is written
@@ -60,7 +60,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, logs: dict) -> No
     if not is_main():
         return
     files = {name: hash.result() for name, hash in hashes.items()}
-    manifest = dict(step=step, adam_steps=trainer.adam_steps, logs=logs, files=files)
+    manifest = dict(step=step, adam_steps=trainer.adam_steps, **progress, files=files)
     (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
     for other in checkpoint_folders(folder):
         if step_of(other) > step:  # damaged, so the run went on from an earlier one
@@ -150,7 +150,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 def verified(path: Path) -> dict:
     """A checkpoint's manifest. Raises UserError or FileNotFoundError for damage, OSError for what
     cannot be read."""
-    manifest = read_json(path / "checkpoint.json", step=int, adam_steps=int, logs=dict, files=dict)
+    manifest = read_json(
+        path / "checkpoint.json",
+        step=int,
+        adam_steps=int,
+        logs=dict,
+        bad_steps=int,
+        good=int,
+        files=dict,
+    )
     for name, size in manifest["logs"].items():
         if (path.parents[1] / name).stat().st_size < size:
             raise UserError(f"{name} is shorter than when the checkpoint was saved")
