@@ -63,7 +63,7 @@ def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: typ
         line += getattr(error, "lineno", 1) - 1
         content = None
     if not isinstance(content, dict):
-        problem = "not a valid JSON object"
+        problem = "not valid JSON, or no object"
     else:
         wrong = [k for k, kind in kinds.items() if not isinstance(content.get(k), kind)]
         problem = ", ".join(f"no usable {key}" for key in wrong)

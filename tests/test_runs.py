@@ -431,7 +431,7 @@ def other_fingerprint(out):
         (None, "", "--overwrite"),  # a run is there
         (no_whole_checkpoint, "--resume", "no whole checkpoint is left"),
         (lambda out: os.remove(out / "config.json"), "--resume", "config.json"),
-        (write_config(""), "--resume", "config.json:1: not a valid JSON object; restore"),
+        (write_config(""), "--resume", "config.json:1: not valid JSON, or no object; restore"),
         (write_config("[]"), "--resume", "config.json:1: "),
         (write_config('{"flags": 3}'), "--resume", "config.json:1: "),
         (other_fingerprint, "--resume", "has other weights or another chat template now"),
