@@ -59,12 +59,11 @@ def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: typ
         text = path.read_bytes()
     try:
         content = json.loads(text)
+        problem = "" if isinstance(content, dict) else "no JSON object"
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        content = None
-    if not isinstance(content, dict):
-        problem = "not valid JSON, or no object"
-    else:
+        problem = "not valid JSON"
+    if not problem:
         wrong = [k for k, kind in kinds.items() if not isinstance(content.get(k), kind)]
         problem = ", ".join(f"no usable {key}" for key in wrong)
     if problem:

@@ -431,7 +431,7 @@ def other_fingerprint(out):
         (None, "", "--overwrite"),  # a run is there
         (no_whole_checkpoint, "--resume", "no whole checkpoint is left"),
         (lambda out: os.remove(out / "config.json"), "--resume", "config.json"),
-        (write_config(""), "--resume", "config.json:1: not valid JSON, or no object; restore"),
+        (write_config(""), "--resume", "config.json:1: not valid JSON; restore"),
         (write_config("[]"), "--resume", "config.json:1: "),
         (write_config('{"flags": 3}'), "--resume", "config.json:1: "),
         (other_fingerprint, "--resume", "has other weights or another chat template now"),
@@ -1022,8 +1022,8 @@ def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, capsys, qwen,
     text = capsys.readouterr().out.splitlines()
     [prompt] = [line for line in text if line.startswith("prompt of the first problem")]
     assert (
-        r"<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
-        r"<|im_end|>\n<|im_start|>user\n"
+        r"<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        r"\\boxed{}.<|im_end|>\n<|im_start|>user\n"
     ) in prompt
     assert prompt.endswith(r"<|im_end|>\n<|im_start|>assistant\n'")
     if method == "edge-grpo":
