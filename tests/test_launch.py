@@ -40,7 +40,8 @@ RUNS = {  # G = 8 unless it says otherwise
     "base": "--steps 3 --save-every 2 --keep 9",
     "one row": "--method sft --questions-per-step 1",  # fewer rows than processes
     "two rows": "--questions-per-step 1 --group-size 2 --steps 4",  # at times none of them goes on
-    "nothing to correct": "--method grpo --data tiny:1-3 --group-size 7 --loss token",
+    "nothing to correct": "--method grpo --data tiny:1-3 --group-size 7 --loss token "
+    "--format-weight 1",
     "eda-grad": "--eda-grad",
     "kl": "--kl 3 --lr 5e-4",
     "two updates": "--updates-per-rollout 2 --loss constant",
