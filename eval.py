@@ -29,7 +29,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
 import data
@@ -55,43 +54,50 @@ say_once = functools.cache(say)
 
 @dataclass
 class Flags:
-    model: str = flag("", "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name")
+    model: str = flag(
+        "",
+        "`tiny`, a folder (runs/X/final), a hub id, or a bare Qwen or Llama name",
+        section="everyday flags",
+    )
     tasks: list[str] = flag(
         list(TASKS), "benchmarks, tiny:STEPS[:SPLIT], JSON or JSONL files", names="TASK"
     )
-    limit: int = flag(None, "evaluate only the first problems of each task; None: all", 1)
+    limit: int = flag(None, "evaluate only the first problems of each task; None: all", low=1)
+    n: int = flag(1, "responses per problem", low=1)
+    temperature: list[float] = flag(
+        [0.1], "sampling temperature, or several to evaluate in turn; 0: greedy", low=0, names="T"
+    )
+    max_new_tokens: int = flag(
+        MAX_NEW_TOKENS, "tokens per response; what exceeds 3000 is added to the context", low=1
+    )
+    seed: int = flag(0, "seed of the sampling", low=0)
     out: str = flag(
         "",
         "folder of the results, in which an interrupted evaluation continues; "
         "default: runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED",
     )
-    n: int = flag(1, "responses per problem", 1)
-    temperature: list[float] = flag(
-        [0.1],
-        "sampling temperature, or several to evaluate in turn; 0: greedy",
-        0,
-        names="T",
-    )
-    top_p: float = flag(1.0, "nucleus sampling", 1e-6, 1)
-    max_new_tokens: int = flag(
-        MAX_NEW_TOKENS, "tokens per response; what exceeds 3000 is added to the context", 1
-    )
-    context: int = flag(
-        None,
-        "tokens of prompt and response together, at most the model's own maximum; "
-        "None: the paper's 4096, and more if --max-new-tokens is above 3000",
-        1,
-    )
-    seed: int = flag(0, "seed of the sampling", 0)
     compare: str = flag("", "show a published row beside the results", choices=["", *PUBLISHED])
-    entropy: bool = flag(False, "Figure 3: entropy of right and of wrong responses")
+
+    entropy: bool = flag(
+        False, "Figure 3: entropy of right and of wrong responses", section="the paper's analyses"
+    )
     reflect: bool = flag(False, "Figure 2: self-reflection, and one forced on each wrong response")
     exclude_contaminated: bool = flag(
         False, "leave out the problems that also stand in the paper's training set"
     )
+
+    top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1, section="everything else")
+    context: int = flag(
+        None,
+        "tokens of prompt and response together, at most the model's own maximum; "
+        "None: the paper's 4096, and more if --max-new-tokens is above 3000",
+        low=1,
+    )
     template: str = flag("auto", "form of the prompt", choices=["auto", "qwen", "llama"])
-    batch: int = flag(256, "responses to sample between two writes to --out", 1)
-    max_rows: int = flag(None, "responses sampled at a time; None: as many as fit the memory", 1)
+    batch: int = flag(256, "responses to sample between two writes to --out", low=1)
+    max_rows: int = flag(
+        None, "responses sampled at a time; None: as many as fit the memory", low=1
+    )
     mirror: str = flag("", "folder or base address to fetch the downloads from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
@@ -589,7 +595,7 @@ def run(flags: Flags) -> None:
         context=flags.total_tokens(),
         top_p=flags.top_p,
         entropy=flags.entropy,
-        weights=fingerprint(policy),
+        weights=policy.fingerprint(),
         prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
     )
     for task in tasks:
@@ -621,14 +627,6 @@ def run(flags: Flags) -> None:
         summary = dict(model=flags.model, seed=flags.seed, n=flags.n, limit=flags.limit)
         write_json(out / "summary.json", summary | dict(settings=settings, results=results))
         lock.close()
-
-
-def fingerprint(policy: engine.Policy) -> str:
-    """A hash of the first 4096 numbers of every weight, which tells models apart."""
-    hashed = blake2b(digest_size=8)
-    for p in policy.model.parameters():
-        hashed.update(p.detach().flatten()[:4096].float().cpu().numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def analyse(records: list[Record], forced: list[Record], flags: Flags) -> dict:

@@ -1,9 +1,11 @@
-"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors (masters, moments)
-and checkpoint.json (step, log positions, sha256 of every file). It is written beside and renamed: a folder named step-N
-is whole or damaged, never half-written. Nothing in it is unpickled."""
+"""Checkpoints: checkpoints/step-N/ holds the model in Hugging Face format, optimizer-*.safetensors
+(fp32 masters and moments) and checkpoint.json (the step, the sizes of the logs, the sha256 of
+every file).
+
+A checkpoint is written beside its place and renamed: a folder named step-N is whole or damaged,
+never half-written. Nothing in it is unpickled."""
 
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -17,25 +19,24 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from engine.console import first_line
-from engine.folder import flush, publish, read_json, remove
+from engine.folder import publish, read_json, remove
 from engine.memory import GIB
 from engine.models import Policy
 from engine.processes import is_main
 from engine.trainer import Trainer
 from errors import UserError
 
-SHARD_BYTES = 4 * GIB
+SHARD_BYTES = 4 * GIB  # a file is gathered in memory before it is written
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """The weights in Hugging Face format, and beside them all else that the model came with."""
+    """Write the weights in Hugging Face format, and beside them everything else that the model
+    came with."""
     model = policy.model
-    model.generation_config, kept = (
-        GenerationConfig(),
-        model.generation_config,
-    )  # some are refused in saving
-    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)  # a file is gathered in memory
-    model.generation_config = kept
+    generation_config = model.generation_config
+    model.generation_config = GenerationConfig()  # transformers refuses to save some
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    model.generation_config = generation_config
     for name, content in policy.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -50,124 +51,133 @@ def save_final(policy: Policy, folder: Path) -> None:
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -> None:
-    """Write folder/step-N whole. `progress` comes back from newest_checkpoint."""
+    """Write folder/step-N; newest_checkpoint gives `progress` back. (A collective.)"""
     unfinished = folder / f".step-{step}.unfinished"
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # a file is hashed, from the page cache, while the next ones are written
-        hashes = {file: pool.submit(sha256, file) for file in write(trainer, unfinished)}
-    if is_main():
-        files = {str(f.relative_to(unfinished)): {"sha256": h.result()} for f, h in hashes.items()}
-        manifest = {"step": step, "adam_steps": trainer.adam_steps, **progress, "files": files}
-        manifest["sha256"] = digest(manifest)
-        (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
-        for later in [f for f in checkpoint_folders(folder) if int(f.name[5:]) > step]:
-            remove(later)  # found damaged when the run went on
-        publish(unfinished, folder / f"step-{step}")
-        flush(folder.parent)
+    hashes = {}
+    with ThreadPoolExecutor() as pool:  # a file is hashed while the next one is written
+        for path in write(trainer, unfinished):
+            hashes[str(path.relative_to(unfinished))] = pool.submit(sha256, path)
+    if not is_main():
+        return
+    files = {name: hash.result() for name, hash in hashes.items()}
+    manifest = dict(step=step, adam_steps=trainer.adam_steps, **progress, files=files)
+    (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
+    for other in checkpoint_folders(folder):
+        if step_of(other) > step:  # damaged, so the run went on from an earlier one
+            remove(other)
+    publish(unfinished, folder / f"step-{step}")
 
 
 def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
-    """Write model, masters and moments; yields each file when it is whole, on the main process. No file of masters and
-    moments is much larger than 4 GiB, since that is gathered at a time."""
+    """Write the model, then masters and moments in files of about 4 GiB; on the main process,
+    yield each file."""
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         save_model(trainer.policy, folder)
-        yield from sorted(
-            f for f in folder.rglob("*") if f.is_file()
-        )  # some tokenizers write a folder
-    state = trainer.state()
-    for part in itertools.count():
-        held = {}
-        for name, tensor in state:  # goes on where the last part ended
-            held |= {name: tensor.contiguous()} if is_main() else {}
-            if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
-                break
-        if not held:
-            return
-        save_file(held, file := folder / f"optimizer-{part}.safetensors")
-        yield file
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                yield path
+    part, number = {}, 0
+    for name, tensor in trainer.state():
+        if is_main():
+            part[name] = tensor.contiguous()
+        if sum(t.nbytes for t in part.values()) > SHARD_BYTES:
+            yield save_part(part, folder, number)
+            part, number = {}, number + 1
+    if part:
+        yield save_part(part, folder, number)
 
 
-def prune(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints up to a step."""
-    for old in (
-        [f for f in checkpoint_folders(folder) if int(f.name[5:]) <= step][keep:]
-        if is_main()
-        else ()
-    ):
-        remove(old)
+def save_part(tensors: dict, folder: Path, number: int) -> Path:
+    path = folder / f"optimizer-{number}.safetensors"
+    save_file(tensors, path)
+    return path
 
 
-def digest(manifest: dict) -> str:
-    """sha256 of a checkpoint.json but for the digest in it."""
-    others = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    if is_main():
+        for old in checkpoint_folders(folder)[keep:]:
+            remove(old)
 
 
 def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
-    """UserError if the disk cannot hold the checkpoints to come, of which `keep` stay, and the final model."""
-    count = sum(p.numel() for p in trainer.policy.model.parameters())
-    weights = count * next(trainer.policy.model.parameters()).element_size()
-    one = weights + count * (8 if weights == 4 * count and not trainer.sharded else 12) + 32 * 2**20
-    more = max(
-        1, min(keep + 1 - len(checkpoint_folders(folder)), saves)
-    )  # an old one goes after a new one
-    need, free = weights + more * one, shutil.disk_usage(folder.parent).free
+    """Raise UserError if the disk has no room for the final model and the checkpoints to come,
+    `keep` of which stay."""
+    parameters = list(trainer.policy.model.parameters())
+    weights = sum(p.nbytes for p in parameters)
+    state = 12 * sum(p.numel() for p in parameters)  # masters and moments
+    new = keep + 1 - len(checkpoint_folders(folder))  # an old one is deleted after a new one
+    new = max(1, min(new, saves))
+    need = weights + new * (weights + state)
+    free = shutil.disk_usage(folder.parent).free
     if free < need:
         raise UserError(
-            f"{folder.parent}: {more} checkpoints to come and the final model need {need / GIB:.2f} GiB, "
-            f"the disk has {free / GIB:.2f} GiB left; free some, or set --keep lower, --save-every 0 (only "
-            "at the end) or another --out"
+            f"{folder.parent}: {new} checkpoints to come and the final model need "
+            f"{need / GIB:.2f} GiB, the disk has {free / GIB:.2f} GiB left; free some, or set "
+            "--keep lower, --save-every 0 (only at the end) or another --out"
         )
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first. OSError if the folder cannot be read: that is not an empty one."""
-    found = [
-        f
-        for f in (folder.iterdir() if folder.is_dir() else ())
-        if re.fullmatch(r"step-\d+", f.name)
-    ]
-    return sorted(found, key=lambda f: -int(f.name[5:]))
+    """The checkpoints of a run, newest first. Raises OSError if the folder cannot be read: it may
+    not be empty."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint, and its manifest; damaged ones are named on stderr and left."""
+    """The newest whole checkpoint and its manifest; damaged ones are named on stderr and left
+    alone."""
     for path in checkpoint_folders(folder):
         try:
             return path, verified(path)
         except (UserError, FileNotFoundError) as error:
             print(f"checkpoint {path} is not used: {first_line(error)}", file=sys.stderr)
+    return None
 
 
 def verified(path: Path) -> dict:
-    """A checkpoint's manifest. UserError or FileNotFoundError for damage, any other OSError for what cannot be read."""
-    manifest = read_json(path / "checkpoint.json", files=dict, sha256=str)
-    if manifest["sha256"] != digest(manifest):
-        raise UserError("checkpoint.json was altered (sha256 differs)")
-    for name, size in manifest.get("logs", {}).items():
+    """A checkpoint's manifest. Raises UserError or FileNotFoundError for damage, OSError for what
+    cannot be read."""
+    manifest = read_json(
+        path / "checkpoint.json",
+        step=int,
+        adam_steps=int,
+        logs=dict,
+        bad_steps=int,
+        good=int,
+        files=dict,
+    )
+    for name, size in manifest["logs"].items():
         if (path.parents[1] / name).stat().st_size < size:
             raise UserError(f"{name} is shorter than when the checkpoint was saved")
-    altered = [
-        name for name, saved in manifest["files"].items() if sha256(path / name) != saved["sha256"]
-    ]
-    if altered:
-        raise UserError(f"{', '.join(altered)} was altered (sha256 differs)")
+    for name, saved in manifest["files"].items():
+        if sha256(path / name) != saved:
+            raise UserError(f"{name} was altered (its sha256 differs)")
     return manifest
 
 
 def load_checkpoint(trainer: Trainer, path: Path, manifest: dict) -> None:
-    """Weights, masters, moments and step count of a checkpoint, into a trainer on any number of processes."""
-    files = [
-        safe_open(path / name, "pt") for name in manifest["files"] if name.endswith(".safetensors")
-    ]
-    where = {name: file for file in files for name in file.keys()}
-    trainer.load_state(
-        lambda name: where[name].get_tensor(name) if name in where else None, manifest["adam_steps"]
-    )
+    """Load weights, masters, moments and the step count into a trainer on any number of
+    processes."""
+    tensors = {}
+    for name in manifest["files"]:
+        if name.endswith(".safetensors"):
+            file = safe_open(path / name, "pt")
+            tensors |= dict.fromkeys(file.keys(), file)
+
+    def read(name: str):
+        return tensors[name].get_tensor(name) if name in tensors else None
+
+    trainer.load_state(read, manifest["adam_steps"])

@@ -1,10 +1,9 @@
-"""What a program prints, how it is asked to stop, and how whatever goes wrong becomes one sentence and an exit code."""
+"""What a program prints, how it is asked to stop, and how an error becomes one sentence and an
+exit code."""
 
-import errno
 import io
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -20,98 +20,85 @@ from engine.processes import is_main, one_error, world_size
 from errors import UserError
 
 
-@contextmanager
-def to_terminal() -> Iterator[None]:
-    """Around printing: a terminal that was closed a moment before SIGHUP tells so does not end the step."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-
-
 def say(line: str = "") -> None:
     """Print a line, on the one process that prints."""
-    with to_terminal():
-        if is_main():
-            tqdm.write(line)
+    if is_main():
+        tqdm.write(line)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, enough inside one sentence."""
-    if "trust_remote_code" in str(error):
+    """The first line of an error's text, short enough for one sentence."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
         return "it brings its own code, which runs only with --trust-remote-code"
-    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+    return text.split("\n")[0][:200] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left: on the GPU, on the CPU, or there to pin for a GPU."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and re.search("out of memory|can't allocate memory|not enough memory", str(error))
-        is not None
-    )
+    """Whether an error says that no memory is left: on the GPU, on the CPU, or to pin for a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    pattern = "out of memory|can't allocate memory|not enough memory"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has gone."""
+    from_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return world_size() > 1 and from_collective
 
 
 def try_with_less(work: Callable, with_less: Callable[[], str] | None, where: str, advice: str):
-    """work(), and if the GPU runs out of memory once more after with_less(), which says what it has taken less of. That
-    is called outside of `except`, whose traceback keeps tensors alive."""
-    for less in (with_less, None):
+    """Return work(). If the GPU runs out of memory, try it once more after with_less(), which says
+    what it took less of.
+
+    That is called outside of `except`, because the traceback keeps tensors alive.
+    """
+    for retry in (with_less, None):
         try:
             return work()
-        except (
-            torch.OutOfMemoryError,
-            torch.AcceleratorError,
-        ) as error:  # the allocator's word, and CUDA's own
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # PyTorch's, and CUDA's
             if not is_out_of_memory(error):
                 raise
-            if less is None:
+            if retry is None:
                 raise UserError(f"out of GPU memory {where}: set {advice}") from error
-        print(f"out of GPU memory {where}: going on with {less()}", file=sys.stderr)
-
-
-ADVICE = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EROFS: "take a disk that can be written",
-    errno.EACCES: "allow this user to read and write it",
-    errno.ENOENT: "put it back",
-    **dict.fromkeys(
-        (errno.EEXIST, errno.ENOTDIR),
-        "move the file, or the link to nothing, that is where a folder must be",
-    ),
-}
+        print(f"out of GPU memory {where}: going on with {retry()}", file=sys.stderr)
 
 
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
-    """The exit code of work(); a user's mistake ends in one sentence on stderr. go_on: what to do after it;
-    less_memory: which flags to set; if_unread: the code if nobody reads the output."""
-    for stream in [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]:
-        stream.reconfigure(errors="replace")  # a console without ± does not end a run
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    ):  # while modules were imported: without a traceback
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Return the exit code of work(); a mistake of the user ends in one sentence on stderr and
+    code 2.
+
+    go_on: how to continue after the mistake is mended; less_memory: which flags to set where
+    memory is short;
+    if_unread: the code if nobody reads the output.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console without ± does not end a run
+            stream.reconfigure(errors="replace")
     try:
         with one_error():
-            return work()
+            code = work()
+            sys.stdout.flush()
+            return code
     except UserError as error:
         sentence = str(error)
-    except BrokenPipeError:  # Python would complain again at its exit
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if if_unread != 2:
             return if_unread
         sentence = f"nobody reads this output any more; {go_on}"
-    except (OSError, SafetensorError) as error:  # that of safetensors has no errno
-        advice = next(
-            (text for code, text in ADVICE.items() if os.strerror(code) in str(error)), "mend that"
-        )
-        sentence = f"{first_line(error)}; {advice} and {go_on}, or give another --out"
+    except (OSError, SafetensorError) as error:
+        sentence = f"{first_line(error)}; mend that and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            sentence = f"out of memory ({first_line(error)}): {less_memory}"
+        elif is_lost_process(error):
+            sentence = f"another process has ended, so this one cannot continue; {go_on}"
+        else:
             raise
-        sentence = f"out of memory ({first_line(error)}): {less_memory}"
-    except KeyboardInterrupt:  # where there is nothing to finish or to save
+    except KeyboardInterrupt:  # before the first step: nothing to finish or to save
         print(f"stopped; {go_on}", file=sys.stderr)
         return 130
     print(f"error: {sentence}", file=sys.stderr)
@@ -119,30 +106,34 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 
 
 class Stop:
-    """SIGINT, SIGTERM and SIGHUP let the step finish and save; a second one of the first two ends the process at once,
-    but not under torchrun, which may pass on what each process was sent already, and ends them by itself."""
+    """SIGINT, SIGTERM and SIGHUP let the step finish and save.
+
+    A second SIGINT or SIGTERM ends the process at once, but not under torchrun: it may pass on a
+    signal that each process got already, and it ends them by itself."""
 
     def __init__(self):
-        self.signal, self.terminals = 0, [fd for fd in (1, 2) if os.isatty(fd)]
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.ask)
+        self.signal = 0
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # that would be nohup
+            signal.signal(signal.SIGHUP, self.ask)
 
     def ask(self, number: int, frame) -> None:
-        for terminal in (
-            self.terminals if number == signal.SIGHUP else ()
-        ):  # it is closed: nothing can be printed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if number == signal.SIGHUP:  # the terminal is closed, so nothing can be printed there
+            for terminal in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if self.signal:
             return
-        self.signal, note = number, "\nfinishing the step, then saving"
-        for n in (signal.SIGINT, signal.SIGTERM) if world_size() == 1 else ():
-            signal.signal(n, signal.SIG_DFL)
-            note = "\nfinishing the step, then saving; once more to stop at once"
-        with suppress(OSError):
-            os.write(
-                2, f"{note}\n".encode() if is_main() else b""
-            )  # print may be interrupted in a print
+        self.signal = number
+        note = "finishing the step, then saving"
+        if world_size() == 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            note += "; once more to stop at once"
+        if is_main():
+            with suppress(OSError):  # os.write, because the signal may have interrupted a print
+                os.write(2, f"\n{note}\n".encode())
 
 
 SECONDS = Counter()  # by phase, since a step began
@@ -150,7 +141,8 @@ SECONDS = Counter()  # by phase, since a step began
 
 @contextmanager
 def timed(phase: str) -> Iterator[None]:
-    """As a decorator: the seconds that a function takes, the GPU's work included, are added to those of its phase."""
+    """As a decorator: add the seconds that a function takes, the GPU's work included, to those of
+    its phase."""
     started = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -159,10 +151,12 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line about every twentieth of the run. shown: metrics, and their short names."""
+    """A bar on a terminal; elsewhere a line about every twentieth of the run. shown: metrics, and
+    their short names."""
 
     def __init__(self, steps: int, done: int, shown: dict[str, str]):
-        self.steps, self.first, self.shown, self.started = steps, done, shown, time.perf_counter()
+        self.steps, self.first, self.shown = steps, done, shown
+        self.started = time.perf_counter()
         self.bar = tqdm(
             total=steps,
             initial=done,
@@ -171,20 +165,15 @@ class Progress:
         )
 
     def show(self, line: dict) -> None:
+        step = line["step"]
         parts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
-        parts += (
-            [f"{line['tokens_per_second']:.0f} tok/s"] if line["tokens_per_second"] else []
-        )  # SFT: none
-        text, step = ", ".join(parts), line["step"]
-        if self.bar.disable and (
-            step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)
-        ):
+        if line["tokens_per_second"]:  # SFT samples nothing
+            parts.append(f"{line['tokens_per_second']:.0f} tok/s")
+        text = ", ".join(parts)
+        is_due = step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)
+        if self.bar.disable and is_due:
             pace = (time.perf_counter() - self.started) / (step - self.first)
-            say(f"step {step}/{self.steps}: {text}, {pace * (self.steps - step) / 60:.1f} min left")
-        while (
-            len(text) > shutil.get_terminal_size().columns - 36 and "," in text
-        ):  # beside bar and time
-            text = text.rpartition(",")[0]
+            minutes = pace * (self.steps - step) / 60
+            say(f"step {step}/{self.steps}: {text}, {minutes:.1f} min left")
         self.bar.set_postfix_str(text, refresh=False)
-        with to_terminal():
-            self.bar.update()
+        self.bar.update()

@@ -1,8 +1,11 @@
-"""A dataclass of flags as a command line: each field carries its one line of help and the range of its values."""
+"""A dataclass of flags as a command line: each field carries its line of help, its range and its
+section of --help.
+
+(transformers' HfArgumentParser would need as many lines for ranges, sections, and defaults that a
+method changes.)"""
 
 import argparse
 import difflib
-import hashlib
 import math
 import re
 from dataclasses import asdict, field, fields
@@ -12,36 +15,25 @@ from typing import NoReturn
 
 from errors import UserError
 
-# What may differ when a run goes on, since it does not make it another experiment; memory and bookkeeping only.
-MAY_CHANGE = {
-    "resume",
-    "overwrite",
-    "device",
-    "out",
-    "save_every",
-    "keep",
-    "max_bad_steps",
-    "mirror",
-    "max_rows",
-    "micro_batch_tokens",
-    "gradient_checkpointing",
-    "offload_optimizer",
-    "save_tokens",
-    "trust_remote_code",
-}
+# Flags that may change on --resume: they affect memory and bookkeeping, not results.
+MAY_CHANGE = set(
+    "resume overwrite device out save_every keep mirror max_rows micro_batch_tokens "
+    "gradient_checkpointing offload_optimizer save_tokens trust_remote_code".split()
+)
 
 
-def flag(default, help: str, low=None, high=None, choices=None, names=None, section=None):
-    """A dataclass field with its one line of help and the closed range of its values. names: what the values of a list
-    are called; a tuple for so many, one string for any number."""
-    factory = (
-        dict(default_factory=lambda: list(default))
-        if isinstance(default, list)
-        else dict(default=default)
-    )
-    return field(
-        **factory, metadata=dict(help=help, low=low, high=high, choices=choices, names=names)
-    )
+def flag(default, help: str, *, low=None, high=None, choices=None, names=None, section=None):
+    """A dataclass field that is a flag.
+
+    low, high: the closed range of its value, or of each value of a list.
+    names: what the values of a list are called: a tuple for exactly so many, one string for any
+    number.
+    section: the heading of --help that begins with this flag; it holds for those after it.
+    """
+    metadata = dict(help=help, low=low, high=high, choices=choices, names=names, section=section)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def option(name: str) -> str:
@@ -50,43 +42,38 @@ def option(name: str) -> str:
 
 
 def changed(flags, defaults: dict) -> dict:
-    """The flags that are not as `defaults`, or else the dataclass, have them."""
-    usual = asdict(type(flags)()) | defaults
-    return {name: value for name, value in asdict(flags).items() if value != usual[name]}
+    """The flags that differ from `defaults`, or where those have none from the dataclass."""
+    expected = asdict(type(flags)()) | defaults
+    return {name: value for name, value in asdict(flags).items() if value != expected[name]}
 
 
 def run_name(flags, differing: dict) -> str:
-    """MODEL-METHOD-seedN, with each flag between them that makes it another experiment than the method's row."""
-    values = "".join(
-        f"-{k}-{v}"
-        for k, v in differing.items()
-        if k not in MAY_CHANGE | {"model", "method", "seed"}
-    )
-    between = re.sub(r"[^\w.]+", "-", values).rstrip("-")
-    if len(between) > 100:  # a name has 255 bytes at the most
-        between = f"{between[:90]}-{hashlib.blake2b(between.encode(), digest_size=4).hexdigest()}"
-    return f"{Path(flags.model).name}-{flags.method}{between}-seed{flags.seed}"
+    """MODEL-METHOD-FLAGS-seedN, with each flag that makes the run another experiment than the
+    method's row."""
+    parts = [Path(flags.model).resolve().name or "model", flags.method]
+    for name, value in differing.items():
+        if name not in MAY_CHANGE | {"model", "method", "seed"}:
+            parts.append(re.sub(r"[^\w.]+", "-", f"{name}-{value}").rstrip("-"))
+    return "-".join([*parts, f"seed{flags.seed}"])
 
 
 def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> NoReturn:
-    """For ArgumentParser.error: its complaint as one sentence, without the page of usage before it, and with the flag
-    that was probably meant, by its name or by the beginning of its help."""
-    options = parser._option_string_actions if parser else {}
-    known = {re.split("[;:,(]", action.help)[0]: name for name, action in options.items()} | {
-        k[2:]: k for k in options
-    }
-    for word in (
-        re.findall(r"--?([A-Za-z][\w-]*)", message) if message.startswith("unrecognized") else ()
-    ):
-        for meant in difflib.get_close_matches(word, known, 1):
-            message += f"; {known[meant]} may be meant"
+    """For ArgumentParser.error: its complaint as one sentence, with the flag that was probably
+    meant."""
+    if parser and message.startswith("unrecognized"):
+        for word in re.findall(r"--\S+", message):
+            for name in difflib.get_close_matches(word, parser._option_string_actions, 1):
+                message += f"; did you mean {name}?"
     raise UserError(f"{message} (--help lists every flag)")
 
 
 def make_parser(
     kind: type, defaults: dict, description: str, usage: str
 ) -> argparse.ArgumentParser:
-    """One option for each field of the dataclass; `defaults` overrides some of theirs."""
+    """One option for each field of the dataclass; `defaults` overrides some of theirs.
+
+    --help shows the default that is in force, and where the dataclass has another one, that of the
+    paper behind it."""
     parser = argparse.ArgumentParser(
         description=description,
         usage=usage,
@@ -94,37 +81,47 @@ def make_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = partial(wrong_flag, parser=parser)
+    section = parser
     for f in fields(kind):
-        value, names = defaults.get(f.name, getattr(kind(), f.name)), f.metadata["names"]
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        how = dict(help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), default=value)
-        if names:
-            how.update(
-                type=f.type.__args__[0],
-                metavar=names,
-                nargs=len(names) if isinstance(names, tuple) else "*",
-            )
-        elif f.type is bool:
-            how.update(action=argparse.BooleanOptionalAction)
-        else:
-            how.update(type=f.type, choices=f.metadata["choices"])
-            how.update({} if how["choices"] else dict(metavar=f.type.__name__.upper()))
-        parser.add_argument(option(f.name), **how)
+        if f.metadata["section"]:
+            section = parser.add_argument_group(f.metadata["section"])
+        paper = getattr(kind(), f.name)
+        default = defaults.get(f.name, paper)
+        shown = as_text(default)
+        if default != paper:
+            shown += f" (paper: {as_text(paper)})"
+        help = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        section.add_argument(option(f.name), default=default, help=help, **value_of(f))
     return parser
 
 
+def as_text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def value_of(f) -> dict:
+    """How argparse reads the value of a field."""
+    names, choices = f.metadata["names"], f.metadata["choices"]
+    if names:
+        count = len(names) if isinstance(names, tuple) else "*"
+        return dict(type=f.type.__args__[0], metavar=names, nargs=count)
+    if f.type is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if choices:
+        return dict(type=f.type, choices=choices)
+    return dict(type=f.type, metavar=f.type.__name__.upper())
+
+
 def check_ranges(flags) -> None:
-    """UserError for a value out of its range."""
+    """Raise UserError for a value out of its range."""
     for f in fields(flags):
-        value, low, high, name = (
-            getattr(flags, f.name),
-            f.metadata["low"],
-            f.metadata["high"],
-            option(f.name),
-        )
-        for v in value if isinstance(value, list) else [] if value is None else [value]:
+        value = getattr(flags, f.name)
+        low, high = f.metadata["low"], f.metadata["high"]
+        if value is None:
+            continue
+        for v in value if isinstance(value, list) else [value]:
             if isinstance(v, float) and not math.isfinite(v):
-                raise UserError(f"{name} {v}: must be a finite number")
+                raise UserError(f"{option(f.name)} {v}: must be a finite number")
             if (low is not None and v < low) or (high is not None and v > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{name} {v}: must be {bounds}")
+                raise UserError(f"{option(f.name)} {v}: must be {bounds}")

@@ -1,4 +1,5 @@
-"""A folder that a program writes its results to: one program at a time, nothing half-written, one reader of JSON."""
+"""A folder that a program writes its results to: one program at a time, nothing half-written, one
+reader of JSON."""
 
 import fcntl
 import json
@@ -14,70 +15,82 @@ from errors import UserError
 
 
 def claim(folder: Path) -> IO:
-    """Make a folder, and lock it until the file that is returned is closed. UserError if another process has."""
+    """Make a folder and lock it until the returned file is closed. Raises UserError if another
+    process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    file = open(folder / ".lock", "a")  # not "w": it may be a link to somebody's file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # any other: a file system without locks
-        if isinstance(error, (BlockingIOError, PermissionError)):
-            raise UserError(
-                f"--out {folder}: another process is at work in it; wait until it has ended, or give "
-                "another --out"
-            ) from None
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"--out {folder}: another process is at work in it; wait until it has ended, or give "
+            "another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows to a JSONL file, on the main process. JSON has no NaN and no infinities: they become null."""
-    if not is_main():
-        return
+    """Append rows to a JSONL file, on the main process."""
+    if is_main():
+        with open(path, "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(without_nan(row)) + "\n")
 
-    def finite(value: object) -> object:
-        value = [finite(v) for v in value] if isinstance(value, list) else value
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({k: finite(v) for k, v in row.items()}) + "\n" for row in rows)
-    except OSError as error:  # that of a write does not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def without_nan(value: object) -> object:
+    """JSON has no NaN and no infinities: they become None, also inside dicts and lists."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: type | tuple) -> dict:
-    """The object in a JSON file (or in `text`, which begins at a line of it) whose keys hold values of these kinds.
-    UserError for any other content; but a file that is not there, or cannot be read, is an OSError."""
+    """Return the object in a JSON file, or in `text`, which begins at a line of that file.
+
+    kinds: the types that the values of some keys must have. Raises UserError for any other
+    content, and OSError for a file that is absent or cannot be read."""
+    if text is None:
+        text = path.read_bytes()
     try:
-        content, wrong = json.loads(path.read_bytes() if text is None else text), "no JSON object"
-        if isinstance(content, dict):
-            wrong = ", ".join(
-                f"no usable {k}"
-                for k, kind in kinds.items()
-                if not isinstance(content.get(k), kind)
-            )
+        content = json.loads(text)
+        problem = "" if isinstance(content, dict) else "no JSON object"
     except (ValueError, RecursionError) as error:
-        line, wrong = line + getattr(error, "lineno", 1) - 1, "not valid JSON"
-    if wrong:
-        raise UserError(f"{path}:{line}: {wrong}; restore the file, or take another folder")
+        line += getattr(error, "lineno", 1) - 1
+        problem = "not valid JSON"
+    if not problem:
+        wrong = [k for k, kind in kinds.items() if not isinstance(content.get(k), kind)]
+        problem = ", ".join(f"no usable {key}" for key in wrong)
+    if problem:
+        raise UserError(f"{path}:{line}: {problem}; restore the file, or take another folder")
     return content
 
 
 def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
-    """The objects of a JSONL file, each as in read_json (none if there is no file), and the bytes of its whole lines: a
-    last line that an interruption cut off is left out."""
+    """Return the objects of a JSONL file (none if it is absent), and the bytes of its whole lines.
+
+    A last line that an interruption cut off is left out. kinds and what is raised: as in read_json.
+    """
     try:
-        whole = path.read_bytes().rpartition(b"\n")[0]
+        content = path.read_bytes()
     except FileNotFoundError:
-        whole = b""
-    lines = whole.split(b"\n") if whole else []
-    return [read_json(path, text, n, **kinds) for n, text in enumerate(lines, start=1)], len(
-        whole
-    ) + bool(whole)
+        return [], 0
+    size = content.rfind(b"\n") + 1
+    lines = content[:size].split(b"\n")[:-1]
+    rows = [read_json(path, text, number, **kinds) for number, text in enumerate(lines, start=1)]
+    return rows, size
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Written beside, flushed and renamed: the file is the old one or the new one, never half of one."""
+    """Write a JSON file beside its place, flush and rename it: there is the old one or the new
+    one, never half."""
     unfinished = path.with_name(f".{path.name}.unfinished")
+    remove(unfinished)  # it may be a link to somebody's file
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     flush(unfinished)
     unfinished.replace(path)
@@ -85,7 +98,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Flush every file to the disk, then give the folder its name in one move."""
+    """Flush every file of a folder to the disk, then give the folder its name in one move."""
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
     remove(target)
@@ -95,10 +108,14 @@ def publish(unfinished: Path, target: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
-    os.fsync(descriptor := os.open(path, os.O_RDONLY))
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
     os.close(descriptor)
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, a file, or a link (never what it leads to); nothing if there is none."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    """Delete a folder, a file, or a link (never what it points to); do nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -129,12 +129,14 @@ class Policy:
     def fingerprint(self) -> str:
         """Returns a hash of the weights (4096 numbers of each), a prompt and the end tokens.
 
-        Results of one model are never continued with another. It is to be taken before the weights
-        are trained or cut over processes, and depends on their dtype.
+        Results of one model are never continued with another. Take it before the weights are
+        trained or cut over processes. The numbers are rounded to bf16, so that a model has the same
+        fingerprint on a CPU (fp32) and on a GPU.
         """
         digest = blake2b(digest_size=8)
         for weight in self.model.parameters():
-            digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+            numbers = weight.detach().flatten()[:4096].bfloat16().float().cpu()
+            digest.update(numbers.numpy().tobytes())
         digest.update(repr((self.prompt_ids(QUESTION), sorted(self.end_ids))).encode())
         return digest.hexdigest()
 

@@ -1,7 +1,10 @@
-"""A run's folder and its life around the method: opened or gone on with, logged, saved, evaluated, stopped."""
+"""A run's folder and its life around the method: opened or resumed, logged, saved, evaluated,
+stopped."""
 
 import json
+import math
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -26,231 +29,217 @@ from engine.checkpoints import (
 )
 from engine.console import SECONDS, Progress, Stop, say
 from engine.flags import MAY_CHANGE, option
-from engine.folder import append, claim, flush, read_json, read_lines, remove, write_json
+from engine.folder import append, claim, flush, read_json, remove, write_json
 from engine.memory import peak_memory
 from engine.models import CannotSample, Policy
 from engine.processes import gather, is_main, on_main, world_size
 from engine.trainer import Trainer
 from errors import UserError
 
+MAX_BAD_STEPS = 5  # in a row without a finite gradient; then the run stops
 LOGS = ("metrics.jsonl", "samples.jsonl", "evals.jsonl")
-WRITTEN = (
-    "eval",
-    "checkpoints",
-    "final",
-    "figures",
-    "report.md",
-    *LOGS,
-    "config.json",
-)  # by it, or eval.py
+RUN_FILES = ("checkpoints", "final", "figures", "report.md", *LOGS, "config.json")
 
 
 class Run(AbstractContextManager):
-    """The folder, opened with flags and problems checked; only the main process reads what it writes there."""
+    """The folder of a run. Only the main process reads what it writes there.
+
+    `steps` yields the steps to be made, and each calls `log` once; `code` is the exit code, 0 for
+    a whole run."""
 
     def __init__(
         self, flags, policy: Policy, problems: list[Problem], left_out: list, wrong_references: list
     ):
         self.flags, self.policy, self.problems = flags, policy, problems
-        self.counts = dict(
-            problems=len(problems), problems_left_out=left_out, wrong_references=wrong_references
+        self.out = Path(flags.out)
+        self.code = 0
+        self.bad_steps = 0  # without a finite gradient, in a row, up to now
+        self.good = 0  # the newest checkpoint that does not follow such a step
+        self.lock = None
+        learned_from = [(p.question, p.answers, p.solution) for p in problems]
+        self.facts = dict(
+            parameters=sum(p.numel() for p in policy.model.parameters()),
+            problems=len(problems),
+            problems_left_out=left_out,
+            wrong_references=wrong_references,
+            problems_fingerprint=blake2b(repr(learned_from).encode(), digest_size=16).hexdigest(),
+            model_fingerprint=policy.fingerprint(),
         )
-        self.out, self.bad_steps, self.code, self.lock = Path(flags.out), 0, 0, None
-        self.good = self.saved = (
-            0  # the newest checkpoint that a step was sampled from, and the newest
-        )
-        self.parameters = sum(p.numel() for p in policy.model.parameters())
-        learned_from = repr([(p.question, p.answers, p.solution) for p in problems]).encode()
-        self.fingerprint = blake2b(learned_from, digest_size=16).hexdigest()
         self.checkpoint = on_main(self._open)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace) -> None:
         if self.lock:
             self.lock.close()
         if isinstance(error, CannotSample):
-            good = (
-                self.out / "checkpoints" / f"step-{self.good}"
-                if self.good
-                else "none was saved yet"
-            )
+            good = "none was saved yet"
+            if self.good:
+                good = self.out / "checkpoints" / f"step-{self.good}"
             raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
 
     def steps(
         self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]
     ) -> Iterator[int]:
-        """Yields each step still to be made, from 0; its body calls `log` once. After it this saves, evaluates (given
-        the number of steps made) or stops; `code` is the exit code. shown: as in Progress."""
-        flags, first, stop, folder = self.flags, 0, Stop(), self.out / "checkpoints"
-        if self.checkpoint:
-            path, manifest = self.checkpoint
-            load_checkpoint(trainer, path, manifest)
-            first, self.bad_steps, self.good = (
-                manifest["step"],
-                manifest["bad_steps"],
-                manifest["good"],
-            )
-            self.saved = self.good if self.bad_steps else first
-            say(f"going on from {path}")
-        elif flags.resume:
-            say(f"no checkpoint in {self.out} yet: starting at the first step")
-        saves = (
-            -((first - flags.steps) // flags.save_every) if flags.save_every else 1
-        )  # rounded up
+        """Yield each step still to be made, from 0; save, evaluate and stop between them.
+
+        evaluate: is called with the number of steps made. shown: the metrics of the progress bar
+        (see Progress)."""
+        flags, stop, folder = self.flags, Stop(), self.out / "checkpoints"
+        first = self._restore(trainer)
+        save_every = flags.save_every or flags.steps
+        eval_every = flags.eval_every or flags.steps
+        saves = math.ceil((flags.steps - first) / save_every)
         on_main(lambda: check_space(folder, trainer, flags.keep, saves))
+        on_main(self._write_config)
         self._introduce()
-        between = range(flags.eval_every, flags.steps, flags.eval_every) if flags.eval_every else ()
-        if first == 0 or first in between:
-            evaluate(first)
         self.progress = Progress(flags.steps, first, shown)
         for step in range(first, flags.steps):
+            if step % eval_every == 0:  # after saving: a failure here loses no step
+                evaluate(step)
             SECONDS.clear()
             yield step
-            self.good = self.saved
-            prune(folder, self.good, flags.keep)
+            made = step + 1
             stopping = max(gather(stop.signal))
-            if self.bad_steps >= 5:
+            if self.bad_steps == MAX_BAD_STEPS:
                 raise CannotSample(
-                    f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; look at "
-                    f"--eda-clamp and the end of {self.out / 'samples.jsonl'}"
+                    f"no finite gradient in {self.bad_steps} steps in a row, so the run stops; "
+                    f"look at --eda-clamp and the end of {self.out / 'samples.jsonl'}"
                 )
-            due = flags.save_every and (step + 1) % flags.save_every == 0 and not self.bad_steps
-            if stopping or due or step + 1 == flags.steps:  # a bad step is no place to go back to
-                self._save(trainer, step + 1)
+            due = made % save_every == 0 and not self.bad_steps
+            if stopping or due or made == flags.steps:
+                self._save(trainer, made)
             if stopping:
                 self.progress.bar.close()
                 say(
-                    f"stopped after step {step + 1}, which is saved; the same command with --resume goes on"
+                    f"stopped after step {made}, which is saved; the same command with --resume "
+                    "goes on"
                 )
                 self.code = 128 + stopping
                 return
-            if step + 1 in between:  # after saving: a failure here loses no step
-                evaluate(step + 1)
         self.progress.bar.close()
         evaluate(flags.steps)
-        prune(folder, self.saved, flags.keep)
+        prune(folder, flags.keep)
 
     def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
-        """A line of metrics.jsonl, with the seconds of each phase, and the step's rows of samples.jsonl."""
+        """Write a line of metrics.jsonl, with the seconds of each phase, and the step's rows of
+        samples.jsonl."""
         self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
         if self.bad_steps:
             say(
-                f"step {step + 1}: loss or gradient is not finite, so the weights stay ({self.bad_steps} in a row)"
+                f"step {step + 1}: loss or gradient is not finite, so the weights stay "
+                f"({self.bad_steps} in a row)"
             )
-        seconds = {f"seconds_{k}": SECONDS[k] for k in ("sample", "grade", "correct", "update")}
+        sampling = SECONDS["sample"] + SECONDS["correct"]
         line = dict(
             step=step + 1,
             **metrics,
-            **seconds,
+            **{f"seconds_{k}": SECONDS[k] for k in ("sample", "grade", "correct", "update")},
             peak_memory_gib=peak_memory(self.policy.device),
-            tokens_per_second=metrics["sampled_tokens"] / (SECONDS["sample"] + SECONDS["correct"]),
+            tokens_per_second=metrics["sampled_tokens"] / sampling,
         )
         append(self.out / "metrics.jsonl", [line])
         append(self.out / "samples.jsonl", [dict(step=step + 1, **row) for row in samples])
         self.progress.show(line)
 
+    def _restore(self, trainer: Trainer) -> int:
+        """Load the checkpoint to go on from, if there is one; returns the number of steps made."""
+        if not self.checkpoint:
+            if self.flags.resume:
+                say(f"no checkpoint in {self.out} yet: starting at the first step")
+            return 0
+        path, manifest = self.checkpoint
+        load_checkpoint(trainer, path, manifest)
+        self.bad_steps, self.good = manifest["bad_steps"], manifest["good"]
+        say(f"going on from {path}")
+        return manifest["step"]
+
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A checkpoint that knows the length of each log; before the last one, the final model, as it takes less space.
-        A policy that has diverged is CannotSample here, and replaces nothing."""
-        self.policy.sample(
-            [self.policy.prompt_ids(self.problems[0].question)], [8], [0], self.flags.temperature
-        )
-        folder, logs = self.out / "checkpoints", {}
+        """Write a checkpoint that knows the length of each log, and before the last one, the final
+        model, because that needs less space. Raises CannotSample if the policy has diverged; then
+        nothing is replaced."""
+        prompt = self.policy.prompt_ids(self.problems[0].question)
+        self.policy.sample([prompt], [8], [0], self.flags.temperature)
+        logs = {}
         if is_main():
             for name in LOGS:
                 flush(self.out / name)
                 logs[name] = (self.out / name).stat().st_size
-            (folder / f".step-{step}.unfinished").mkdir(
-                parents=True
-            )  # tells what `final` without it is
         if step == self.flags.steps:
             save_final(self.policy, self.out / "final")
-        save_checkpoint(
-            trainer, folder, step, dict(logs=logs, bad_steps=self.bad_steps, good=self.good)
-        )
-        self.saved = self.saved if self.bad_steps else step
+        if not self.bad_steps:
+            self.good = step
+        progress = dict(logs=logs, bad_steps=self.bad_steps, good=self.good)
+        save_checkpoint(trainer, self.out / "checkpoints", step, progress)
+        if not self.bad_steps:  # else the good ones are kept
+            prune(self.out / "checkpoints", self.flags.keep)
 
     def _open(self) -> tuple[Path, dict] | None:
-        """Make, clear or reopen the folder; returns the checkpoint to go on from. The lock holds as long as the run."""
-        flags, out, found = self.flags, self.out, None
+        """Make, clear or reopen the folder, and lock it; returns the checkpoint to go on from."""
+        flags, out = self.flags, self.out
         self.lock = claim(out)
-        if any((out / name).exists() for name in WRITTEN[1:]) and not (
-            flags.resume or flags.overwrite
-        ):
+        if flags.overwrite:  # config.json is the last to go; what is not a run's stays
+            for name in ("eval", *RUN_FILES):
+                remove(out / name)
+        elif not flags.resume and any((out / name).exists() for name in RUN_FILES):
             raise UserError(
-                f"--out {out}: holds a run already; give --resume to go on with it, --overwrite to delete "
-                "it, or another --out"
+                f"--out {out}: holds a run already; give --resume to go on with it, --overwrite "
+                "to delete it, or another --out"
             )
-        for name in (
-            WRITTEN if flags.overwrite else ()
-        ):  # nothing else that stands there, and config.json last
-            remove(out / name)
-        if flags.resume:
-            found = self._find_checkpoint()
+        checkpoint = self._find_checkpoint() if flags.resume else None
         for unfinished in (out / "checkpoints").glob(".step-*.unfinished"):
             remove(unfinished)
         for name in LOGS:  # what was logged after the checkpoint will be logged again
-            with open(out / name, "ab") as f:
-                f.truncate(found[1]["logs"].get(name, 0) if found else 0)
-        read_lines(out / "metrics.jsonl", step=int)  # damage in what is read at the end is met now
-        read_lines(out / "evals.jsonl", task=str, step=int, accuracy=(int, float))
-        return found
+            size = checkpoint[1]["logs"].get(name, 0) if checkpoint else 0
+            with open(out / name, "ab") as file:
+                file.truncate(size)
+        return checkpoint
 
     def _find_checkpoint(self) -> tuple[Path, dict] | None:
-        """The newest whole checkpoint, None if there was none yet. UserError if flags or data make it another run."""
-        out, folder = self.out, self.out / "checkpoints"
+        """The newest whole checkpoint, None if none was saved yet. Raises UserError if this is not
+        the same run."""
+        out = self.out
         if not any((out / name).exists() for name in ("checkpoints", "final", "config.json")):
             return None
         config = read_json(out / "config.json", flags=dict, problems_fingerprint=str)
-        before, now = config["flags"], json.loads(json.dumps(asdict(self.flags)))
+        before = config["flags"]
+        now = json.loads(json.dumps(asdict(self.flags)))
         changed = [
-            f"{option(k)} was {before.get(k)}, is {now[k]}"
-            for k in now
-            if k not in MAY_CHANGE and before.get(k) != now[k]
+            f"{option(name)} was {before.get(name)}, is {now[name]}"
+            for name in now
+            if name not in MAY_CHANGE and before.get(name) != now[name]
         ]
-        if config["problems_fingerprint"] != self.fingerprint:
+        if config["problems_fingerprint"] != self.facts["problems_fingerprint"]:
             changed.append(f"--data {now['data']} has other problems now")
+        model = self.facts["model_fingerprint"]
+        if config.get("model_fingerprint", model) != model:
+            changed.append(f"--model {now['model']} has other weights or another chat template now")
         if changed:
             raise UserError(
-                f"--resume {out}: the run was started with other flags ({'; '.join(changed)}); give the "
+                f"--resume {out}: the run was started otherwise ({'; '.join(changed)}); give the "
                 "same, or another --out"
             )
-        if found := newest_checkpoint(folder):
-            return found
-        # A log that goes on behind a step that was to be saved, or a final model: the checkpoints were deleted.
-        lines, every = (
-            read_lines(out / "metrics.jsonl", step=int, skipped_updates=int)[0],
-            before.get("save_every"),
-        )
-        deleted = any(
-            every and m["step"] % every == 0 and not m["skipped_updates"] for m in lines[:-1]
-        )
-        ended = (out / "final").exists() and not any(folder.glob(".step-*.unfinished"))
-        if checkpoint_folders(folder) or deleted or ended:
+        found = newest_checkpoint(out / "checkpoints")
+        if not found and checkpoint_folders(out / "checkpoints"):
             raise UserError(
-                f"--resume {out}: no whole checkpoint is left to go on from; put one back, or start again "
-                "with --overwrite"
+                f"--resume {out}: no whole checkpoint is left to go on from; put one back, or "
+                "start again with --overwrite"
             )
+        return found
 
-    def _introduce(self) -> None:
-        """Print what is in force, and write config.json: what is needed to run it again."""
-        flags, policy, left_out = self.flags, self.policy, len(self.counts["problems_left_out"])
+    def _write_config(self) -> None:
+        """Write config.json: what is needed to run it again."""
+        flags = self.flags
         here = Path(__file__).parent
         git = subprocess.run(
             "git describe --always --dirty", shell=True, cwd=here, capture_output=True
         )
-        device = (
-            f"cuda: {torch.cuda.get_device_name()}"
-            if policy.device.type == "cuda"
-            else f"cpu: {platform.processor() or platform.machine()}"
-        )
-        changed = {
-            k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}
-        }
+        cpu = cpu_name()
         config = dict(
             method=flags.method,
             seed=flags.seed,
             flags=asdict(flags),
-            changed=changed,
+            changed={
+                k: v for k, v in flags.differing.items() if k not in MAY_CHANGE | {"seed", "method"}
+            },
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             commit=git.stdout.decode().strip() or "unknown",  # on a machine without git
             versions=dict(
@@ -258,25 +247,35 @@ class Run(AbstractContextManager):
                 torch=torch.__version__,
                 transformers=transformers.__version__,
             ),
-            device=device,
+            device=f"cpu: {cpu}",
+            cpu=cpu,
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
             processes=world_size(),
             threads=torch.get_num_threads(),
-            parameters=self.parameters,
-            **self.counts,
-            problems_fingerprint=self.fingerprint,
+            **self.facts,
         )
-        on_main(lambda: write_json(self.out / "config.json", config))
+        if self.policy.device.type == "cuda":
+            config["device"] = f"cuda: {torch.cuda.get_device_name()}"
+        write_json(self.out / "config.json", config)
+
+    def _introduce(self) -> None:
+        """Print the model, the data, the flags in force and a prompt."""
+        flags, policy, facts = self.flags, self.policy, self.facts
+        left_out = len(facts["problems_left_out"])
+        note = f", {left_out} left out (prompt too long)" if left_out else ""
+        differing = " ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none"
+        prompt = policy.decode_raw(policy.prompt_ids(self.problems[0].question))
         say(
-            f"{flags.model} ({self.parameters / 1e6:.1f}M parameters) on {policy.device}, "
-            f"CPU threads: {torch.get_num_threads()}; "
-            f"{flags.data}: {len(self.problems)} problems"
-            + (f", {left_out} left out (prompt too long)" if left_out else "")
+            f"{flags.model} ({facts['parameters'] / 1e6:.1f}M parameters) on {policy.device}, CPU "
+            f"threads: {torch.get_num_threads()}; {flags.data}: {len(self.problems)} "
+            f"problems{note}"
         )
-        say(
-            "flags other than the defaults: "
-            + (" ".join(f"{k}={v}" for k, v in flags.differing.items()) or "none")
-            + f" (all are in {self.out / 'config.json'})"
-        )
-        say(
-            f"prompt of the first problem: {policy.decode_raw(policy.prompt_ids(self.problems[0].question))!r}"
-        )
+        say(f"flags other than the defaults: {differing} (all are in {self.out / 'config.json'})")
+        say(f"prompt of the first problem: {prompt!r}")
+
+
+def cpu_name() -> str:
+    """The processor's model name: the last digits of a run depend on it, and so its samples."""
+    info = Path("/proc/cpuinfo")  # Linux
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.machine()

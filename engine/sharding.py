@@ -1,4 +1,5 @@
-"""A model cut over several processes (FSDP2), beside the whole replica that samples. One process needs none of this."""
+"""A model cut over several processes (FSDP2), beside the whole replica that samples. One process
+needs none of this."""
 
 import copy
 
@@ -13,20 +14,25 @@ from engine.processes import rank, world_size
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """A ForwardPass on a second copy of the model, its fp32 weights cut by rows over all processes (FSDP2), layer by layer:
-    only one is ever whole in fp32. It computes in the model's own dtype and adds up gradients in fp32."""
+    """Return a ForwardPass on a second copy of the model, whose fp32 weights are cut by rows over
+    all processes (FSDP2).
+
+    It is cut layer by layer, so that only one is ever whole in fp32. It computes in the model's own
+    dtype and adds up gradients in fp32.
+    """
     param = next(model.parameters())
-    mesh = init_device_mesh(
-        param.device.type, (world_size(),)
-    )  # FSDP2's own choice is a GPU whenever there is one
+    # FSDP2 would choose a GPU whenever there is one.
+    mesh = init_device_mesh(param.device.type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=param.dtype, reduce_dtype=torch.float32)
-    empty = {id(p): nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in model.parameters()}
-    forward_pass = ForwardPass(copy.deepcopy(model, empty))  # the same modules, no weights yet
+    # Copy the modules without their weights, which then come layer by layer.
+    empty = {}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(p.new_empty(0, dtype=torch.float32))
+    forward_pass = ForwardPass(copy.deepcopy(model, empty))
+    del empty  # it would keep every layer whole
     originals = dict(zip(forward_pass.parameters(), model.parameters()))
-    layers = [
-        m for m in forward_pass.modules() if type(m).__name__ in (model._no_split_modules or ())
-    ]
-    del empty  # or it would keep every layer whole
+    kinds = model._no_split_modules or ()
+    layers = [m for m in forward_pass.modules() if type(m).__name__ in kinds]
     for module in [*layers, forward_pass]:
         for p in list(module.parameters()):
             if p in originals:
@@ -45,7 +51,8 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     rows = -(-len(tensor) // world_size())
-    return tensor[rank() * rows : (rank() + 1) * rows]
+    first = rank() * rows
+    return tensor[first : first + rows]
 
 
 def whole(tensor: Tensor, like: Tensor) -> Tensor:
@@ -60,7 +67,8 @@ def whole(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def refresh(replica: nn.Module, params: dict[str, Tensor]) -> None:
-    """Copy sharded weights into a whole model, in its dtype before they travel (bf16: half the traffic)."""
+    """Copy sharded weights into a whole model, in its dtype before they travel (bf16: half the
+    traffic)."""
     for name, weight in replica.named_parameters():
         if isinstance(params[name], DTensor):
             weight.copy_(params[name].to(weight.dtype).full_tensor())

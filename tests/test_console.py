@@ -1,9 +1,16 @@
-"""engine/console.py: errors that become sentences. Every sentence that a user can meet stands in test_bad_input.py."""
+"""engine/console.py and engine/processes.py: what is printed, and errors that become sentences.
+Every sentence that a user can meet stands in test_bad_input.py."""
+
+import errno
+import os
+import signal
+import sys
 
 import pytest
 import torch
 
-from engine.console import is_out_of_memory
+import edge_grpo
+from engine import console, processes
 
 
 def test_every_way_to_say_that_memory_is_short_is_known():
@@ -13,8 +20,65 @@ def test_every_way_to_say_that_memory_is_short_is_known():
         caught.value,
         MemoryError(),
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-        RuntimeError("CUDA error: out of memory"),
-    ):  # the last: pinning
-        assert is_out_of_memory(error)
+        RuntimeError("CUDA error: out of memory"),  # when pinning
+    ):
+        assert console.is_out_of_memory(error)
     for error in (RuntimeError("shapes differ"), ValueError("out of memory")):
-        assert not is_out_of_memory(error)
+        assert not console.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EIO])
+def test_what_the_system_refuses_is_one_sentence(capsys, code):
+    def work():
+        raise OSError(code, os.strerror(code), "x")
+
+    assert console.exit_code(work, "go on with --resume", "") == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and os.strerror(code) in text and "--resume" in text
+
+
+@pytest.mark.parametrize("columns, holds", [(80, "mixed"), (200, "tok/s"), (40, "acc")])
+def test_the_bar_can_be_read_on_any_terminal(monkeypatch, capsys, columns, holds):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = edge_grpo.SHOWN
+    progress = console.Progress(1000, 0, shown)
+    monkeypatch.setattr(progress.bar, "mininterval", 0)
+    progress.bar.ncols = columns  # which tqdm asks the terminal
+    for step in range(1, 800):
+        progress.show(dict.fromkeys(shown, 0.25) | dict(step=step, tokens_per_second=3210.0))
+    progress.bar.refresh()
+    lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    last = [line for line in lines if "799/1000" in line][-1]
+    assert len(last.rstrip()) <= columns and holds in last and "left" in last
+    assert last.count("|") == 2
+    progress.bar.close()
+
+
+def test_no_speed_where_nothing_is_sampled(capsys):
+    """SFT: not 0 tokens a second."""
+    for speed in (0.0, 3210.0):
+        line = dict(step=1, loss=0.5, tokens_per_second=speed)
+        console.Progress(1, 0, {"loss": "loss"}).show(line)
+        assert ("tok/s" in capsys.readouterr().out) == (speed > 0)
+
+
+@pytest.mark.parametrize(
+    "parameters, set_by_user, threads", [(1e5, None, 1), (1e9, None, 3), (1e5, "3", 3)]
+)
+def test_a_small_model_gets_one_thread_unless_the_user_says_more(
+    monkeypatch, parameters, set_by_user, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    now = [3]
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
+    processes.choose_threads(int(parameters))
+    assert now[0] == threads
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = console.Stop()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == stop.ask

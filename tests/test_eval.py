@@ -374,12 +374,6 @@ def test_other_weights_or_problems_are_refused(tmp_path, tiny, capsys):
     own.write_text('{"question": "Mia has 3 cards. How many?", "answer": 5}\n' * 2)
     assert evaluation.main(arguments) == 2
     assert f"problems of {own} was" in capsys.readouterr().err
-    before = evaluation.fingerprint(tiny)
-    weight = next(iter(tiny.model.parameters()))
-    with torch.no_grad():
-        weight[3, 5] += 1e-3
-        assert evaluation.fingerprint(tiny) != before
-        weight[3, 5] -= 1e-3
 
 
 def test_broken_files_of_results_are_reported_and_left_as_they_are(tmp_path, capsys):

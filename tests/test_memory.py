@@ -30,8 +30,8 @@ def status(name: str) -> int:
 
 
 def measure(checkpointing: bool, dtype: torch.dtype) -> int:
-    """Bytes that two steps of a small model add to this process, which is one of its own. The second time counts: the
-    first one loads libraries, which keep their buffers."""
+    """Bytes that two steps of a small model add to this process, which is one of its own. The
+    second time counts: the first one loads libraries, which keep their buffers."""
     torch.set_num_threads(1)
     rows = random_rows(4, vocab=4096, prompt=(100, 100), response=(28, 28))
     for steps in (1, 2):  # the moments come with the first step
@@ -51,28 +51,22 @@ def measure(checkpointing: bool, dtype: torch.dtype) -> int:
     return added
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory as Linux tells it")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory as Linux reports it")
 @pytest.mark.parametrize(
     "checkpointing, dtype", [(False, "float32"), (True, "float32"), (True, "bfloat16")]
 )
-def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkpointing, dtype):
-    """Measured as resident memory, where the C library returns what is freed at once (MALLOC_MMAP_THRESHOLD_)."""
+def test_memory_plan_is_what_a_small_model_takes_and_not_much_more(checkpointing, dtype):
+    """Measured as resident memory, where the C library returns what is freed at once."""
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**17),
     }
-
-    def measure() -> float:
-        run = subprocess.run(
-            [sys.executable, __file__, str(checkpointing), dtype],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        return float(run.stdout.strip() or pytest.fail(run.stderr))
-
+    command = [sys.executable, __file__, str(checkpointing), dtype]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    measured = float(done.stdout.strip() or pytest.fail(done.stderr))
     config = Qwen2Config(
         **{
             **small_policy().model.config.to_dict(),
@@ -84,20 +78,10 @@ def test_memory_plan_is_what_a_small_model_really_takes_and_not_much_more(checkp
         }
     )
     plan = memory_plan(config, 0, 0, 512, 2 if dtype == "bfloat16" else 4, False, checkpointing)
-    planned = (
-        sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096
-    )  # all responses in one block
-    measured = measure()
-    print(
-        checkpointing,
-        dtype,
-        measured / 2**20,
-        planned / 2**20,
-        {k: v / 2**20 for k, v in plan.items()},
-    )
-    assert (
-        0.97 < planned / measured < 1.4
-    )  # 1.1 with torch 2.13 and transformers 5.24; .94 without activations
+    # All responses are in one block of logits.
+    planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096
+    # 1.1 with torch 2.13 and transformers 5.24; .94 without activations
+    assert 0.97 < planned / measured < 1.4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +107,7 @@ def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
     assert 0.9 < plan["activations"] / size < 1.3
 
 
-def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
+def test_memory_plans_of_7b_are_those_of_docs_gpus():
     config = Qwen2Config(
         hidden_size=3584,
         num_hidden_layers=28,
@@ -134,11 +118,19 @@ def test_memory_plan_of_7b_is_the_122_gb_of_the_issue():
         tie_word_embeddings=False,
     )
     plan = memory_plan(config, 8, 1792, 8192, 2, False, True)
-    assert sum(plan[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(
-        122e9, rel=0.01
-    )
+    assert_gib(plan, weights=14.2, gradients=14.2, optimizer=85.1, cache=0.8)
+    assert_gib(plan, **{"activations": 5.1, "output layer": 1.8})
     offloaded = memory_plan(config, 8, 1792, 8192, 2, True, True)
-    assert sum(v for k, v in offloaded.items() if not k.startswith("host")) < 44 * GIB
+    assert_gib(offloaded, **{"weights": 14.2, "gradients": 14.2, "host optimizer": 101})
+    assert "optimizer" not in offloaded
+    sharded = memory_plan(config, 1, 1792, 8192, 2, False, True, processes=8)
+    assert_gib(sharded, **{"optimizer": 10.6, "gradients": 3.5, "gathered weights": 8.1})
+
+
+def assert_gib(plan: dict, **expected: float) -> None:
+    """Within a tenth: the promise is a fifth."""
+    for item, size in expected.items():
+        assert plan[item] / GIB == pytest.approx(size, rel=0.1), item
 
 
 def test_preflight_says_which_flag_to_change(monkeypatch):
@@ -154,7 +146,8 @@ def test_preflight_says_which_flag_to_change(monkeypatch):
 
 
 def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch, capsys):
-    """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it is made."""
+    """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it
+    is made."""
     plan = {
         "weights": 10.0,
         "gradients": 10.0,
