@@ -161,41 +161,49 @@ def response(accuracy=0.0, ids=(5, 6, 7), injected=None, **more):
     n = len(ids)
     injected = [False] * n if injected is None else list(injected)
     of_row = dict(sampler_logp=[-0.5] * n, entropies=[0.3] * n, finished=True, format=1.0)
-    return eg.Response(list(ids), injected, accuracy=float(accuracy), **of_row | more)
+    return eg.Response(list(ids), injected, accuracy=accuracy, **of_row | more)
 
 
 def group_of(responses, number=0, problem=Problem("1+1?", ("2",), "\\boxed{2}", "x:1"), **more):
     return eg.Group(number, problem, [1, 2], sampled=responses, responses=responses, **more)
 
 
-def wrong_and_right(policy, groups=5):
-    """Graded groups of 8, of which each fourth response is right; each second one is cut by the
-    limit, so it has no end token."""
+def rows_of(groups):
+    """(prompt, response) of all that is trained on."""
+    return [(group.prompt, r) for group in groups for r in group.responses]
+
+
+def sampled_groups(policy, flags, problems, step=0):
+    groups = eg.sample(policy, problems, flags, step)
+    eg.grade(policy, groups, flags)
+    return groups
+
+
+def wrong_and_right(policy):
+    """Five graded groups of 8, of which each fourth response is right; each second one is cut by
+    the limit, so it has no end token."""
     made = []
-    for number, problem in enumerate(data.load("tiny:1-3")[:groups]):
+    for number, problem in enumerate(data.load("tiny:1-3")[:5]):
         rows = []
         for k in range(8):
             answer = "1000" if k % 4 else data.gold_text(problem)
             ids = policy.encode(f"(1)1+1=2\nThe answer is \\boxed{{{answer}}}")
-            ids += [policy.end_id] * (k % 2 == 0)
-            unknown = [math.nan] * len(ids)
-            row = response(ids=ids, entropies=unknown, finished=k % 2 == 0, accuracy=0)
-            row.accuracy = None
-            rows.append(row)
+            finished = k % 2 == 0
+            if finished:
+                ids = ids + [policy.end_id]
+            rows.append(response(k % 4 == 0, ids, entropies=[math.nan] * len(ids)))
+            rows[k].finished = finished
         made.append(group_of(rows, number, problem))
-        made[-1].prompt = policy.prompt_ids(problem.question)
-    eg.grade(policy, made, flags_of())
-    for group in made:
-        assert [r.accuracy for r in group.sampled] == [1, 0, 0, 0] * 2
+        made[number].prompt = policy.prompt_ids(problem.question)
     return made
 
 
-def corrected_groups(policy, line="", step=4, groups=5):
+def corrected_groups(policy, line="", step=4):
     """The same after GEC, graded again."""
-    made = wrong_and_right(policy, groups)
-    eg.correct_errors(policy, made, flags_of(line), step)
-    eg.grade(policy, made, flags_of(line))
-    return made
+    groups = wrong_and_right(policy)
+    eg.correct_errors(policy, groups, flags_of(line), step)
+    eg.grade(policy, groups, flags_of(line))
+    return groups
 
 
 def own_copy(policy):
@@ -216,6 +224,11 @@ def trainer_of(policy, flags, **more):
         checkpointing=flags.gradient_checkpointing,
         **more,
     )
+
+
+def logprobs_of(trainer, groups):
+    rows = rows_of(groups)
+    return trainer.logprobs([prompt for prompt, _ in rows], [r.ids for _, r in rows])
 
 
 def train_step(trainer, groups, flags, lr=1e-3):
