@@ -41,70 +41,49 @@ def groups():
 
 def numbers_of(groups, everything, line="--max-new-tokens 8 --correction-tokens 4"):
     def rewards(rows):
-        return torch.tensor([r.accuracy + r.format for r in rows])
+        return torch.tensor([r.accuracy + r.format for r in rows]).double()
 
     return measure(groups, everything, rewards, eg.CORRECTIONS, flags_of(line))
 
 
+EXPECTED = """
+reward 1.75                    accuracy .1666667             accuracy_corrected .75
+format .6666667                mixed_groups .6666667         mixed_groups_corrected .5
+advantage_variance 1.25        mixed_accuracy .3333333       mixed_accuracy_corrected .5
+advantage_variance_eda 8       truncated .1666667            self_reflection .1666667
+entropy .6875                  entropy_sampled .4583333      response_tokens 5.3333333
+sampled_tokens 45              logprob_gap .1702128          entropy_gap .125
+over_long 2                    reflected 1                   reflect_fixed 1
+answered 0                     referenced 1                  prefixed 0
+prefix_fixed 0                 relative_entropy_answer null  advantage_share_answer 0
+relative_entropy_right .5      relative_entropy_prefix null  advantage_share_right .25
+relative_entropy_reflect 1.5   advantage_share_prefix 0      advantage_share_reflect .25
+relative_entropy_wrong 1.3333333                             advantage_share_wrong .125
+relative_entropy_reference .6666667                          advantage_share_reference .375
+"""  # logprob_gap: 2 in 4 of the 47 tokens that both sides know
+
+
 def test_each_number_is_of_the_rows_that_its_name_says(groups):
     resampled = group_of([row(2, 0, 0, 0.5), row(2, 0, 1, 0.5)], number=1)
-    gaps = 2.0 * 4 / (10 + 13 + 4 + 20)  # of all tokens that both sides know
-    assert numbers_of(groups, [*groups, resampled]) == pytest.approx(
-        dict(
-            reward=7 / 4,
-            accuracy=1 / 6,
-            accuracy_corrected=3 / 4,
-            format=4 / 6,
-            mixed_groups=2 / 3,
-            mixed_groups_corrected=1 / 2,
-            mixed_accuracy=1 / 3,
-            mixed_accuracy_corrected=1 / 2,
-            advantage_variance=(2.0 + 0.5) / 2,
-            advantage_variance_eda=(8.0 + 8.0) / 2,
-            entropy=(0.5 + 1.5 + 0.5 + 0.25) / 4,
-            entropy_sampled=(0.5 + 0.25 + 4 * 0.5) / 6,
-            sampled_tokens=10 + 8 + 4 + 6 + 2 + 2 + 13,
-            response_tokens=32 / 6,
-            truncated=1 / 6,
-            self_reflection=1 / 6,
-            over_long=2,
-            logprob_gap=gaps,
-            entropy_gap=0.125,
-            reflected=1,
-            reflect_fixed=1.0,
-            answered=0,
-            referenced=1,
-            prefixed=0,
-            prefix_fixed=0,
-            relative_entropy_right=0.5,
-            relative_entropy_wrong=0.5 / 0.375,
-            relative_entropy_reflect=1.5,
-            relative_entropy_answer=None,
-            relative_entropy_reference=0.25 / 0.375,
-            relative_entropy_prefix=None,
-            advantage_share_right=2 / 8,
-            advantage_share_wrong=1 / 8,
-            advantage_share_reflect=2 / 8,
-            advantage_share_answer=0,
-            advantage_share_reference=3 / 8,
-            advantage_share_prefix=0,
-        )
-    )
+    words = EXPECTED.replace("null", "nan").split()
+    expected = dict(zip(words[::2], map(float, words[1::2])))
+    numbers = numbers_of(groups, [*groups, resampled])
+    numbers |= {name: NAN for name, value in numbers.items() if value is None}
+    assert numbers == pytest.approx(expected, nan_ok=True)
+
+
+OF_SAMPLES = """accuracy accuracy_corrected mixed_groups_corrected mixed_accuracy logprob_gap entropy_gap
+    advantage_variance advantage_variance_eda entropy_sampled mixed_accuracy_corrected"""
 
 
 def test_numbers_that_there_are_none_of_are_null(groups):
+    sft = numbers_of(groups, [])
+    assert {sft[name] for name in OF_SAMPLES.split()} == {None}
+    assert sft["reward"] == 7 / 4 and sft["sampled_tokens"] == 13
     for group in groups:
         group.A_hat = torch.zeros(2)
     collapsed = numbers_of(groups, groups, "--top-p .9")
     assert collapsed["advantage_share_right"] is None and collapsed["logprob_gap"] is None
-    sft = numbers_of(groups, [])
-    for (
-        key
-    ) in "accuracy_corrected mixed_groups_corrected mixed_accuracy advantage_variance".split():
-        assert sft[key] is None
-    for key in "advantage_variance_eda entropy_sampled logprob_gap entropy_gap accuracy".split():
-        assert sft[key] is None
-    assert sft["reward"] == 7 / 4 and sft["sampled_tokens"] == 13
 
 
 def test_variances_of_groups_of_one_are_zero():
@@ -129,26 +108,21 @@ class Words:
     decode_raw = decode
 
 
+SAMPLE = dict(question_number=1, source="x:1", question="1+1?", answers=["2"])
+SAMPLE |= dict(response="So Wait! Something is wrong here.", accuracy=0, tokens=8)
+SAMPLE |= dict(correction="reflect", corrected="better", accuracy_corrected=1, tokens_corrected=3)
+SAMPLE |= dict(segments=[["1", False], ["1", True], ["1", False]], advantage=-1, advantage_eda=-2)
+SAMPLE |= dict(entropy=1.5, relative_entropy=1.5)
+TOKENS = dict(token_texts=["1"] * 3, token_injected=[False, True, False])
+TOKENS |= dict(token_entropies=[1.5] * 3, token_logp=[-1] * 3)
+
+
 def test_a_row_of_samples_has_the_groups_own_numbers(groups):
-    groups[0].responses[1].injected = [False, True] + [False] * 11
-    first, second, _, fourth = readable(Words(), groups, with_tokens=True)
-    problem = groups[0].problem
-    assert (first["question_number"], fourth["question_number"]) == (1, 2)
-    assert (first["question"], first["source"]) == (problem.question, problem.source)
-    assert first["answers"] == ["2"] and "correction" not in first
-    before = second["response"], second["accuracy"], second["tokens"]
-    assert before == ("So Wait! Something is wrong here.", 0, 8)
-    after = [second[k] for k in ("correction", "accuracy_corrected", "tokens_corrected")]
-    assert after == ["reflect", 1, 13] and second["corrected"] == groups[0].responses[1].text
-    assert second["segments"] == [["1", False], ["1", True], [" ".join(["1"] * 11), False]]
-    of_row = [second[k] for k in ("advantage", "advantage_eda", "entropy", "relative_entropy")]
-    assert of_row == [-1, -2, 1.5, 1.5]
-    assert second["token_texts"] == ["1"] * 13 and second["token_logp"] == [-1] * 13
-    assert second["token_injected"][:3] == [False, True, False]
-    assert second["token_entropies"] == [1.5] * 13
-    assert "token_texts" not in readable(Words(), groups, with_tokens=False)[0]
-
-
-def test_without_any_entropy_the_relative_entropy_is_one(groups):
+    better = row(3, 1, 1, 1.5, correction="reflect", injected=[False, True, False], text="better")
+    groups[0].responses[1] = better
+    first, second, _, fourth = readable(Words(), groups, with_tokens=False)
+    assert second == SAMPLE and fourth["question_number"] == 2
+    assert first.keys() == {k for k in SAMPLE if "correct" not in k}
+    assert readable(Words(), groups, with_tokens=True)[1] == SAMPLE | TOKENS
     groups[0].P = torch.zeros(2)
     assert readable(Words(), groups, with_tokens=False)[0]["relative_entropy"] == 1
