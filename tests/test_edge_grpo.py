@@ -284,7 +284,7 @@ def test_group_advantages_on_worked_numbers(row):
     [
         "| 1 0 | 0.707007 -0.707007",
         "--method dr-grpo | 1 0 | 0.5 -0.5",
-        "--method dr-grpo --format-weight .5 | 1 0 | 0.5 -0.5",
+        "--method dr-grpo --format-weight .5 | 1 0 | 0.25 -0.25",
         "--all-wrong-advantage -1 | 0 0 0 | -1 -1 -1",
         "--all-wrong-advantage -1 | 1 1 1 | 0 0 0",
         "--all-wrong-advantage -1 --method dr-grpo | 1 0 | 0.5 -0.5",
@@ -293,19 +293,14 @@ def test_group_advantages_on_worked_numbers(row):
     ],
 )
 def test_advantages_of_a_group_with_its_flags(row):
-    """All are well formed; the second was corrected by an answer, the third by a reflection."""
+    """The first is not well formed, an answer corrected the second, a reflection the third."""
     line, accuracies, expected = cells(row)
     group = group_of([response(a) for a in numbers(accuracies)])
+    group.responses[0].format = 0.0
     for r, correction in zip(group.responses[1:], ("answer", "reflect")):
         r.correction = correction
     A = eg.advantages(group, flags_of(line))
     assert A.tolist() == pytest.approx(numbers(expected), rel=1e-6)
-
-
-def test_the_format_counts_as_much_as_its_weight():
-    rows = [response(1, format=0.0), response(0, format=1.0)]
-    assert eg.rewards(rows, flags_of()).tolist() == [1, 0]
-    assert eg.rewards(rows, flags_of("--format-weight .25")).tolist() == [1, 0.25]
 
 
 # --- Entropy-Driven Advantage ----------------------------------------------------------------
@@ -356,14 +351,6 @@ def test_eda_divides_the_rows_that_the_flag_names(row):
     A, P = torch.tensor([[1, -2, 1], [0.2, 0.3, 0.7]]).double()  # relative .5, .75, 1.75
     A_hat = eg.eda(group_of(rows, A=A), P, flags_of(line))
     assert A_hat.tolist() == pytest.approx(numbers(expected))
-
-
-def test_the_entropy_of_a_response_is_the_mean_over_its_tokens():
-    entropies = [[0.5], [0.25, 0.25, 1.0], []]
-    rows = [response(ids=[5] * len(H), entropies=H) for H in entropies]
-    assert eg.group_entropy(group_of(rows)).tolist() == [0.5, 0.5, 0.0]
-    rows[1].entropies[0] = math.nan
-    assert math.isnan(rows[1].entropy)
 
 
 def test_entropies_come_from_the_sampler_and_one_pass_over_injected_rows(policy):
@@ -565,11 +552,12 @@ def test_a_test_set_is_refused_for_training(policy, name):
 def test_a_prompt_leaves_room_for_a_response(policy, tmp_path):
     path, small = tmp_path / "two.jsonl", own_copy(policy)
     path.write_text(SOLUTIONS.replace("1+2?", "How many are 1 and 2?"))
-    lengths = [len(policy.prompt_ids(p.question)) for p in data.load(str(path))]
-    for context, kept in ((lengths[1] + 1, 2), (lengths[1], 1), (lengths[0] + 1, 1)):
+    flags = flags_of(f"--data {path}")
+    longest = max(len(policy.prompt_ids(p.question)) for p in data.load(str(path)))
+    for context, kept in ((longest + 1, 2), (longest, 1)):
         small.model.config.max_position_embeddings = context
-        problems, left_out, _ = eg.training_problems(flags_of(f"--data {path}"), small, False)
+        problems, left_out, _ = eg.training_problems(flags, small, False)
         assert (len(problems), len(left_out)) == (kept, 2 - kept)
-    small.model.config.max_position_embeddings = lengths[0]
+    small.model.config.max_position_embeddings = 1
     with pytest.raises(UserError, match="no room for a response in the model's context"):
-        eg.training_problems(flags_of(f"--data {path}"), small, False)
+        eg.training_problems(flags, small, False)

@@ -72,7 +72,8 @@ def test_each_number_is_of_the_rows_that_its_name_says(groups):
     assert numbers == pytest.approx(expected, nan_ok=True)
 
 
-OF_SAMPLES = """accuracy accuracy_corrected mixed_groups_corrected mixed_accuracy logprob_gap entropy_gap
+OF_SAMPLES = """accuracy accuracy_corrected mixed_groups_corrected mixed_accuracy logprob_gap
+    entropy_gap
     advantage_variance advantage_variance_eda entropy_sampled mixed_accuracy_corrected"""
 
 
@@ -84,13 +85,6 @@ def test_numbers_that_there_are_none_of_are_null(groups):
         group.A_hat = torch.zeros(2)
     collapsed = numbers_of(groups, groups, "--top-p .9")
     assert collapsed["advantage_share_right"] is None and collapsed["logprob_gap"] is None
-
-
-def test_variances_of_groups_of_one_are_zero():
-    one = torch.ones(1)
-    group = group_of([row(3, 1, 1, 0.5)], A=one, A_hat=one, P=one)
-    numbers = numbers_of([group], [group])
-    assert numbers["advantage_variance"] == numbers["mixed_groups"] == 0
 
 
 def test_a_gap_is_of_the_tokens_that_both_sides_know():
