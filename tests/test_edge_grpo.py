@@ -229,31 +229,25 @@ def test_dapo_replaces_equal_groups_by_new_questions_and_counts_all_that_was_sam
     assert eg.resample_equal_groups(policy, first, problems, flags_of(), 4) == first
 
 
-def test_with_a_dense_reward_collapse_and_corrections_still_follow_the_accuracy(monkeypatch):
-    """Shorter is better: advantages follow the reward, everything else the grader."""
+def test_with_a_dense_reward_collapse_is_still_one_of_accuracy(monkeypatch):
+    """Shorter is better. (That advantages follow the reward: test_update.py, test_new_equations)"""
 
     def shorter(responses, flags):
         return torch.tensor([r.accuracy - 0.1 * len(r.ids) for r in responses]).double()
 
+    def sample(policy, problems, *rest):
+        return [group_of([response(1), response(0)], k) for k in range(len(problems))]
+
     monkeypatch.setattr(eg, "rewards", shorter)
+    monkeypatch.setattr(eg, "sample", sample)
     groups = []
     for accuracies in ((1, 1), (0, 0), (1, 0)):
         rows = [response(a, ids) for a, ids in zip(accuracies, ([5] * 4, [5] * 2))]
         groups.append(group_of(rows, len(groups)))
-    right, wrong, _ = groups
-    for group in (right, wrong):
-        low, high = eg.advantages(group, flags_of())
-        assert low < -0.7 and high > 0.7
-    assert eg.advantages(wrong, flags_of("--all-wrong-advantage -1")).tolist() == [-1, -1]
-    guide = flags_of("--guide all-wrong")
-    assert [eg.rows_to_correct(group, guide) for group in groups] == [[], [0, 1], []]
-
-    def sample(policy, problems, *rest):
-        return [group_of([response(1), response(0)], k) for k in range(len(problems))]
-
-    monkeypatch.setattr(eg, "sample", sample)
-    flags = flags_of("--method dapo --questions-per-step 3")
-    kept = list(groups)
+    punish = flags_of("--all-wrong-advantage -1")
+    A = [eg.advantages(group, punish).tolist() for group in groups]
+    assert A[1] == [-1, -1] and -1 < A[0][0] < 0 < A[0][1]
+    flags, kept = flags_of("--method dapo --questions-per-step 3"), list(groups)
     everything = eg.resample_equal_groups(None, kept, PROBLEMS, flags, 0)
     assert kept == [*everything[3:], groups[2]] and everything[:3] == groups
 
@@ -491,16 +485,16 @@ def test_caps_of_reflections_and_of_corrected_responses(policy):
     assert max(lengths) == 9
 
 
-@pytest.mark.parametrize("method", ["edge-grpo", "force-r", "sft"])
-def test_nothing_goes_past_the_models_context(policy, method):
+@pytest.mark.parametrize("line", ["", "--method force-r --max-corrected-tokens 999", "sft"])
+def test_nothing_goes_past_the_models_context(policy, line):
     """Learned positions end there. A response that is cut there has no end."""
     groups, small, room = wrong_and_right(policy), own_copy(policy), []
     longest = max(len(prompt) + len(r.ids) for prompt, r in rows_of(groups))
     small.model.config.max_position_embeddings = longest
-    if method == "sft":
+    if line == "sft":
         groups = eg.references(small, [group.problem for group in groups])
     else:
-        eg.correct_errors(small, groups, flags_of(f"--method {method}"), step=0)
+        eg.correct_errors(small, groups, flags_of(line), step=0)
     for prompt, r in rows_of(groups):
         assert same_length(r)
         if r.correction:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import MODELS, Weights, random_rows, shared_rows, small_policy
+from helpers import MODELS, random_rows, shared_rows, small_policy
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -67,20 +67,17 @@ def test_the_budget_is_filled_to_the_last_token_and_a_longer_row_is_alone(packed
 def test_columns_of_the_rows_become_those_of_the_batch_and_keep_their_type():
     prompts, responses = random_rows(6)
     tokens = []
-    for row, r in enumerate(responses):
-        columns = [torch.full((len(r),), row), torch.tensor(r, dtype=torch.float64)]
-        injected = torch.tensor(r) % 2 == 0
-        tokens.append(Tokens(weights=columns[0], advantages=columns[1], injected=injected))
+    for r in responses:
+        ids = torch.tensor(r)
+        tokens.append(Tokens(weights=ids, advantages=ids.double(), injected=ids % 2 == 0))
     for b in [*batches_of(prompts, responses, 100), make_batch(prompts, responses, [], CPU, True)]:
-        t = b.join(tokens)
-        assert t.weights.tolist() == [row for row in b.rows for _ in responses[row]]
-        assert torch.equal(t.advantages, b.targets.double())
-        assert torch.equal(t.injected, b.targets % 2 == 0)
-        types = [t.weights.dtype, t.advantages.dtype, t.injected.dtype]
-        assert types == [torch.long, torch.float64, torch.bool] and t.old_logp is None
-        for row, (column,) in b.by_row(b.targets.float().requires_grad_()).items():
+        t, ids = b.join(tokens), b.targets
+        assert isinstance(t, Tokens) and t.old_logp is None
+        pairs = [(t.weights, ids), (t.advantages, ids.double()), (t.injected, ids % 2 == 0)]
+        for ours, wanted in pairs:
+            assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+        for row, (column,) in b.by_row(ids.float().requires_grad_()).items():
             assert column.tolist() == responses[row] and not column.requires_grad
-        assert isinstance(b.join([Weights(t.weights) for t in tokens]), Weights)
 
 
 # --- The forward pass ------------------------------------------------------------------------

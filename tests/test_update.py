@@ -47,16 +47,13 @@ def policy():
 
 
 def test_the_loss_on_worked_numbers():
-    """Clipping, the KL penalty, and LUFFY's shaping."""
+    """Clipping and the KL penalty; LUFFY's shaping is in the whole step below."""
     ratio, A = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.5]), torch.tensor([1.0, -1, 1, -1, 0])
     for k, expected in enumerate([-1.2, 1.5, -0.5, 0.8, 0]):
         loss = eg.policy_loss(ratio.log(), torch.zeros(5), A, torch.eye(5)[k])
         assert loss.item() == pytest.approx(expected)
     penalty = eg.kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
     assert penalty.tolist() == pytest.approx([0, math.e - 2])
-    two = torch.tensor([2.0, 2.0])
-    shaped = eg.shaped_loss(torch.tensor([0.5, 0.01]).log(), two, two / 8, 0.1)
-    assert shaped.item() == pytest.approx(-(0.5 / 0.6 + 0.01 / 0.11) / 2)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +372,6 @@ ONE_TOKEN = "response_tokens=1 truncated=1 accuracy=0 "
     [
         ("empty", "--method grpo --loss sequence", COLLAPSED + EMPTY + "entropy=0", False),
         ("empty", "--method grpo --loss token", COLLAPSED + EMPTY, False),
-        ("empty", "--method grpo --loss constant", COLLAPSED + EMPTY, False),
         ("empty", "", EMPTY, True),
         ("wrong", "", COLLAPSED + "accuracy=0 accuracy_corrected=0 reward=0", False),
         ("right", "", COLLAPSED + "accuracy=1 reward=1 reflected=0 answered=0", False),
