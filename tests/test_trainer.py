@@ -1,9 +1,13 @@
 """engine/trainer.py: fp32 masters, offload, recomputed activations, its state. That an update is
 that of its loss is pinned in test_update.py, on several processes in test_distributed.py."""
 
+import copy
+import math
+
 import pytest
 import torch
 from helpers import SHAPE, backward, random_rows, small_policy, train_steps
+from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
@@ -14,6 +18,22 @@ from engine.trainer import Trainer
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_steps_equal_torchs_adamw_with_clipping():
+    policy = small_policy()
+    model = copy.deepcopy(policy.model)
+    how = dict(betas=(0.8, 0.95), weight_decay=0.1)
+    trainer, optimizer = Trainer(policy, 200, **how), AdamW(model.parameters(), lr=1e-2, **how)
+    for clip, size in ((1.0, 1e-3), (1.0, 1.0), (0, 1.0), (1.0, 1e-5)):
+        for p, own in zip(trainer.params.values(), model.parameters(), strict=True):
+            p.grad = size * torch.randn_like(p)
+            own.grad = p.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        optimizer.step()
+        assert trainer.step(1e-2, clip) == pytest.approx(norm.item())
+    for p, own in zip(trainer.params.values(), model.parameters()):
+        assert torch.allclose(p, own, atol=1e-6)
 
 
 def test_a_hundred_steps_at_1e_6_move_bf16_weights_as_fp32_training_does():

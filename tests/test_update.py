@@ -378,6 +378,7 @@ ONE_TOKEN = "response_tokens=1 truncated=1 accuracy=0 "
         ("short", "--method edge-grpo", ONE_TOKEN, True),
         ("short", "--method grpo", COLLAPSED + ONE_TOKEN, False),
         ("short", "--method force-r-eda", ONE_TOKEN + "reflected=4 sampled_tokens=4", False),
+        ("no pass", "--no-eda", "skipped_updates=0", True),
         ("sharp", "", "entropy_sampled=0 skipped_updates=0", True),
         (
             "",
@@ -388,8 +389,8 @@ ONE_TOKEN = "response_tokens=1 truncated=1 accuracy=0 "
     ],
 )
 def test_rows_at_the_edge_give_finite_numbers(run, monkeypatch, case, line, expected, learns):
-    """Nothing is sampled; the grader says always the same; one token and reflections of none; a
-    policy without entropy (EDA divides by it); groups of one."""
+    """Nothing is sampled; the grader says always the same; one token and reflections of none; no
+    pass over injected rows; a policy without entropy (EDA divides by it); groups of one."""
     load = engine.load_policy
 
     def sharp(*arguments):
@@ -405,6 +406,8 @@ def test_rows_at_the_edge_give_finite_numbers(run, monkeypatch, case, line, expe
         monkeypatch.setattr(eg.reward, "score_all", lambda texts, *rest: [score] * len(texts))
     if case == "short":
         line += " --max-new-tokens 1 --correction-tokens 0"
+    if case == "no pass":
+        monkeypatch.setattr(Trainer, "logprobs", None)
     if case == "sharp":
         monkeypatch.setattr(engine, "load_policy", sharp)
     assert run(line) == 0
