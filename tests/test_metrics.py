@@ -22,8 +22,8 @@ def row(n, accuracy, format, entropy, logp=-1.0, **more):
 @pytest.fixture
 def groups():
     """Two groups of two: GEC lets a wrong response of the first reflect, and puts a reference in
-    the place of one of the second. A third group was sampled and resampled."""
-    kept, wrong = row(10, 1, 1, 0.5), row(8, 0, 0, 0.25, finished=False)
+    the place of one of the second. Responses of 12 tokens are not yet over-long."""
+    kept, wrong = row(12, 1, 1, 0.5), row(8, 0, 0, 0.25, finished=False)
     wrong.text = "So Wait! Something is wrong here."
     better = row(13, 1, 1, 1.5, correction="reflect", injected=[True] * 13)
     bad, worse = row(4, 0, 1, 0.5, logp=-3.0), row(6, 0, 1, 0.5)
@@ -51,8 +51,8 @@ reward 1.75                    accuracy .1666667             accuracy_corrected 
 format .6666667                mixed_groups .6666667         mixed_groups_corrected .5
 advantage_variance 1.25        mixed_accuracy .3333333       mixed_accuracy_corrected .5
 advantage_variance_eda 8       truncated .1666667            self_reflection .1666667
-entropy .6875                  entropy_sampled .4583333      response_tokens 5.3333333
-sampled_tokens 45              logprob_gap .1702128          entropy_gap .125
+entropy .6875                  entropy_sampled .4583333      response_tokens 5.6666667
+sampled_tokens 47              logprob_gap .1632653          entropy_gap .125
 over_long 2                    reflected 1                   reflect_fixed 1
 answered 0                     referenced 1                  prefixed 0
 prefix_fixed 0                 relative_entropy_answer null  advantage_share_answer 0
@@ -60,7 +60,7 @@ relative_entropy_right .5      relative_entropy_prefix null  advantage_share_rig
 relative_entropy_reflect 1.5   advantage_share_prefix 0      advantage_share_reflect .25
 relative_entropy_wrong 1.3333333                             advantage_share_wrong .125
 relative_entropy_reference .6666667                          advantage_share_reference .375
-"""  # logprob_gap: 2 in 4 of the 47 tokens that both sides know
+"""  # logprob_gap: 2 in 4 of the 49 tokens that both sides know
 
 
 def test_each_number_is_of_the_rows_that_its_name_says(groups):
@@ -83,7 +83,9 @@ def test_numbers_that_there_are_none_of_are_null(groups):
     assert sft["reward"] == 7 / 4 and sft["sampled_tokens"] == 13
     for group in groups:
         group.A_hat = torch.zeros(2)
+    groups[0].responses[1].accuracy = 0.0
     collapsed = numbers_of(groups, groups, "--top-p .9")
+    assert (collapsed["reflected"], collapsed["reflect_fixed"]) == (1, 0)
     assert collapsed["advantage_share_right"] is None and collapsed["logprob_gap"] is None
 
 
