@@ -28,6 +28,7 @@ def groups():
     better = row(13, 1, 1, 1.5, correction="reflect", injected=[True] * 13)
     bad, worse = row(4, 0, 1, 0.5, logp=-3.0), row(6, 0, 1, 0.5)
     told = row(20, 1, 1, 0.25, correction="reference", injected=[True] * 20, sampled_tokens=0)
+    told.trainer_entropies = torch.full((20,), 9.0)  # the entropy gap is of sampled rows
     pairs = [([kept, wrong], [kept, better]), ([bad, worse], [bad, told])]
     made = []
     for number, (sampled, trained) in enumerate(pairs):
