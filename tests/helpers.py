@@ -175,7 +175,7 @@ def rows_of(groups):
 
 def sampled_groups(policy, flags, problems, step=0):
     groups = eg.sample(policy, problems, flags, step)
-    eg.grade(policy, groups, flags)
+    eg.grade(policy, groups)
     return groups
 
 
@@ -202,7 +202,7 @@ def corrected_groups(policy, line="", step=4):
     """The same after GEC, graded again."""
     groups = wrong_and_right(policy)
     eg.correct_errors(policy, groups, flags_of(line), step)
-    eg.grade(policy, groups, flags_of(line))
+    eg.grade(policy, groups)
     return groups
 
 

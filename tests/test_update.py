@@ -221,7 +221,7 @@ def test_a_whole_step_equals_an_independent_one_in_float64(policy, line, monkeyp
 def test_sft_is_the_mean_log_likelihood_of_the_references(policy):
     flags, loss = flags_of("--method sft --micro-batch-tokens 300"), 0.0
     groups, model = eg.references(policy, data.load("tiny:5-8")[:4]), copy.deepcopy(policy.model)
-    eg.grade(policy, groups, flags)
+    eg.grade(policy, groups)
     stats, [gradient] = train_step(trainer_of(own_copy(policy), flags), groups, flags)
     for group in groups:
         [r] = group.responses
@@ -565,7 +565,7 @@ HINT_ROW = """    "hint": Correction(
         adds=hint, keeps=True, goes_on=True, needs_solution=False, count="hinted"),"""
 
 
-@pytest.mark.parametrize("line", ["--correction hint", "--guided-probs .3 .2 .2 0 .3"])
+@pytest.mark.parametrize("line", ["--correction hint", "--guided-probs .3 .2 .2 0 0 .3"])
 def test_a_new_correction_is_one_row_and_one_function_which_sees_its_group(run, line):
     """It can be drawn, is counted, is seen in the samples, and the policy goes on behind it."""
     assert run(IDEA + line, edited(HINT, HINT_ROW)) == 0
