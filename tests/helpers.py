@@ -3,10 +3,9 @@
 import copy
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,6 +23,7 @@ import data
 import edge_grpo as eg
 import engine
 from data import Problem
+from engine.forward import make_batch
 from engine.trainer import Trainer
 from rollout import Sampler
 
@@ -68,11 +68,9 @@ def shared_rows(prompts=5, n=30, seed=1, vocab=60):
     return sorted((few * n)[: n - 3]) + few[:3], responses
 
 
-@dataclass
-class Weights:
-    """The least that a loss can want to know of each token."""
-
-    weights: Tensor  # (T,) of a response, (M,) of a micro-batch
+def one_batch(prompts, responses, device="cpu", packed=True):
+    """All rows as a single micro-batch."""
+    return make_batch(prompts, responses, [i for i, r in enumerate(responses) if r], device, packed)
 
 
 def backward(trainer, prompts, responses, factor=1.0):
