@@ -104,7 +104,10 @@ OTHER_FORMATS = {  # a regular expression for the first bytes: (what the file is
     rb"\x1f\x8b": ("a gzip file", "gunzip -k '{0}'"),
     rb"PK\x03\x04": ("a zip archive or an Excel file", "unzip '{0}'"),
     HEADER + rb",": ("a CSV file", PANDAS.format("read_csv('{0}', dtype=str)")),
-    HEADER + rb"\t": ("a tab-separated file", PANDAS.format("read_table('{0}', dtype=str)")),
+    HEADER + rb"\t": (
+        "a file of tab-separated columns",
+        PANDAS.format("read_table('{0}', dtype=str)"),
+    ),
 }
 
 
