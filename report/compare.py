@@ -8,13 +8,13 @@ from functools import partial
 from errors import UserError
 from report.paper import CONTEXT, TASKS
 from report.runs import Run
-from report.tables import group, markdown, mean, short
+from report.tables import average, group, markdown, short
 
 Numbers = dict[str, float | None]  # of one run, by the head of their column
 
 TRAINING = {
     "mixed_groups": "mixed",
-    "mixed_groups_corrected": "mixed corr.",
+    "mixed_groups_corrected": "mixed trained",
     "advantage_variance": "var A",
     "advantage_variance_eda": "var Â",
     "entropy_sampled": "P",
@@ -23,19 +23,20 @@ TRAINING = {
     "self_reflection": "reflects",
 }
 ACCURACY_LEGEND = """\
-Accuracy in percent at the last step: mean ± standard deviation over seeds [median of three seeds
-or more]."""
+Accuracy in percent at the last step: mean ± standard deviation over seeds [median, from three
+seeds on]."""
 DIFFERENCE_LEGEND = """\
 Differences in points, paired by seed: mean ± standard error, t = mean / standard error, and the
 number n of seeds that both have."""
 TRAINING_LEGEND = """\
 Means over all steps of training: mean ± standard deviation over seeds [median].
-- mixed: share of groups whose rewards differ, as sampled and after correction (corr.)
+- mixed: share of groups whose rewards differ, as sampled and as trained on
 - var: variance of the advantages in a group, before (A) and after EDA (Â)
-- Â / A: how many times EDA raises that variance in the median step; means hang on a few steps
+- Â / A: the factor by which EDA raises that variance in the median step; the means depend on a
+  few extreme steps
 - P: entropy in nats per token, as sampled and as trained on
 - accuracy: share of the samples that are right
-- reflects: share of the samples with the reflection phrase, without being made to
+- reflects: share of the samples that contain the reflection phrase of their own accord
 - seconds: of all steps together"""
 
 
@@ -59,7 +60,8 @@ def comparison(runs: list[Run], against: str | None = None) -> str:
     trained = [run for run in runs if run.metrics]
     if trained:
         parts += [table(trained, training, 3), TRAINING_LEGEND]
-    parts[-1] += "\n" + label_legend(runs)
+    for run in {run.method: run for run in runs if run.shared}.values():
+        parts[-1] += f"\n- all runs of {run.method}:{run.shared}"
     return "\n\n".join(parts)
 
 
@@ -69,16 +71,15 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> str:
     """Make a table with a row for each label, which has the means over its seeds."""
-    columns = numbers(runs[0])
     rows = []
     for label, seeds in by_label(runs).items():
-        row = [label, str(len(seeds))]
-        found = list(map(numbers, seeds))
-        for name in columns:
-            values = [of_seed[name] for of_seed in found]
-            row.append(mean_std(values, 0 if name == "seconds" else digits))
+        row = {"method": label, "seeds": str(len(seeds))}
+        of_seeds = list(map(numbers, seeds))
+        for name in of_seeds[0]:
+            values = [of_seed[name] for of_seed in of_seeds]
+            row[name] = mean_std(values, 0 if name == "seconds" else digits)
         rows.append(row)
-    return markdown(["method", "seeds", *columns], rows)
+    return markdown(rows)
 
 
 def mean_std(values: list[float | None], digits: int) -> str:
@@ -117,16 +118,12 @@ def averaged(runs: list[Run]) -> list[tuple]:
 
     There is no average of one task, nor where a task was sampled in two ways.
     """
-    pool = list(column_names(runs))
-    for run in runs:
-        pool = [key for key in pool if key in run.results]
+    pool = [key for key in column_names(runs) if all(key in run.results for run in runs)]
+    papers = [key for key in pool if key[0] in TASKS]
+    if len(papers) == len(TASKS):
+        pool = papers
     tasks = {task for task, _ in pool}
-    if tasks.issuperset(TASKS):
-        tasks = set(TASKS)
-        pool = [key for key in pool if key[0] in tasks]
-    if len(pool) == 1 or len(pool) > len(tasks):
-        return []
-    return pool
+    return pool if 1 < len(pool) == len(tasks) else []
 
 
 def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
@@ -142,11 +139,8 @@ def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
 
 def micro_average(results: list[dict]) -> float:
     """Return the accuracy in percent over all problems of several tasks."""
-    right = problems = 0
-    for result in results:
-        right += result["accuracy"] * result["problems"]
-        problems += result["problems"]
-    return 100 * right / problems
+    right = sum(result["accuracy"] * result["problems"] for result in results)
+    return 100 * right / sum(result["problems"] for result in results)
 
 
 def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple]) -> str:
@@ -187,17 +181,19 @@ def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against
     if len({(run.label, run.seed) for run in runs}) < len(runs):
         raise UserError("--against: two runs of one label have the same seed; leave one out")
     baseline = {run.seed: numbers(run) for run in labels.pop(against)}
-    columns = numbers(runs[0])
     rows = []
     for label, seeds in labels.items():
-        differences = {name: [] for name in columns}
+        differences = {name: [] for name in numbers(runs[0])}
         for run in seeds:
-            of_run, of_baseline = numbers(run), baseline.get(run.seed, {})
-            for name in columns:
-                if of_run[name] is not None and of_baseline.get(name) is not None:
-                    differences[name].append(of_run[name] - of_baseline[name])
-        rows.append([label, *map(paired, differences.values())])
-    return markdown([f"minus {against}", *columns], rows)
+            for name, value in numbers(run).items():
+                base = baseline.get(run.seed, {}).get(name)
+                if value is not None and base is not None:
+                    differences[name].append(value - base)
+        row = {f"minus {against}": label}
+        for name, of_seeds in differences.items():
+            row[name] = paired(of_seeds)
+        rows.append(row)
+    return markdown(rows)
 
 
 def paired(differences: list[float]) -> str:
@@ -205,45 +201,28 @@ def paired(differences: list[float]) -> str:
     n = len(differences)
     if n == 0:
         return "–"
-    average = statistics.fmean(differences)
+    difference = statistics.fmean(differences)
     if n == 1:
-        return f"{average:+.1f} (n = 1)"
+        return f"{difference:+.1f} (n = 1)"
     error = statistics.stdev(differences) / math.sqrt(n)
-    t = average / error if error else math.inf
-    return f"{average:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
+    t = difference / error if error else math.inf
+    return f"{difference:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
 
 
-# --- Training and labels --------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def training(run: Run) -> Numbers:
     """Return means over a run's steps, the median step's ratio of variances, and all seconds."""
     numbers = {}
     for key, name in TRAINING.items():
-        numbers[name] = mean(step[key] for step in run.metrics if key in step)
+        numbers[name] = average(run.metrics, key)
     ratios = []
     seconds = 0.0
     for step in run.metrics:
         if step.get("advantage_variance"):
             ratios.append(step["advantage_variance_eda"] / step["advantage_variance"])
         seconds += sum(value for key, value in step.items() if key.startswith("seconds_"))
-    numbers["Â / A"] = None
-    if ratios:
-        numbers["Â / A"] = statistics.median(ratios)
+    numbers["Â / A"] = statistics.median(ratios) if ratios else None
     numbers["seconds"] = seconds
     return numbers
-
-
-def label_legend(runs: list[Run]) -> str:
-    """List each method's changed flags that are in no label, and the seeds of each label."""
-    lines = []
-    for common, alike in group(runs, lambda run: " ".join(run.common)).items():
-        methods = ", ".join(group(alike, lambda run: run.method))
-        if common:
-            lines.append(f"- {methods}, unless labelled otherwise: {common}")
-    seeds = {}
-    for label, alike in by_label(runs).items():
-        seeds[label] = ", ".join(str(run.seed) for run in alike)
-    for numbers, labels in group(seeds, seeds.get).items():
-        lines.append(f"- seeds {numbers}: {'; '.join(labels)}")
-    return "\n".join(lines)

@@ -10,7 +10,12 @@ from engine.folder import read_json, read_lines
 from engine.processes import is_main
 from errors import UserError
 from report import plot, runs, show
-from report.tables import group, markdown, mean, number, percent, visible
+from report.tables import average, group, markdown, number, percent, percent_and_error, visible
+
+KINDS_LEGEND = """\
+EDA divides the advantage A of a row by its P / mean, where P is the row's entropy and the mean is
+that of its group; the result is Â. If every kind of row is near 1, EDA changes little. The rows
+with the largest share of the sum of |Â| decide what the update does."""
 
 
 def conclude(flags) -> int:
@@ -25,9 +30,9 @@ def conclude(flags) -> int:
     metrics, _ = read_lines(out / "metrics.jsonl")
     evals, _ = read_lines(out / "evals.jsonl")
     table = summary(metrics, evals)
-    found = warnings(metrics, config, out)
+    doubts = warnings(metrics, config, out)
     parts = [f"# {out.name}", *setting(config), table]
-    parts += [f"**Warning:** {warning}" for warning in found]
+    parts += [f"**Warning:** {doubt}" for doubt in doubts]
     kinds = kinds_of_rows(metrics)
     if kinds and not config["flags"]["sft"]:
         parts += ["## What EDA sees", KINDS_LEGEND, kinds]
@@ -42,12 +47,9 @@ def conclude(flags) -> int:
         parts.append(fenced(show.as_text(show.find_group(out, step, 1), width=100)))
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     say(table)
-    for warning in found:
-        say(f"warning: {warning}")
-    say(
-        f"the model is in {out / 'final'}, all of this with figures and samples in "
-        f"{out / 'report.md'}"
-    )
+    for doubt in doubts:
+        say(f"warning: {doubt}")
+    say(f"the model is in {out / 'final'}; report.md beside it has figures and samples, too")
     return 0
 
 
@@ -70,11 +72,6 @@ def fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def average(metrics: list[dict], key: str) -> float | None:
-    """Average a number over the steps in which it is defined."""
-    return mean(step[key] for step in metrics if step.get(key) is not None)
-
-
 def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[dict]]:
     """Return the first and the last `count` steps, or the two halves of a shorter run."""
     count = max(1, min(count, len(metrics) // 2))
@@ -84,17 +81,19 @@ def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[di
 def summary(metrics: list[dict], evals: list[dict]) -> str:
     """Set held-out accuracy before and after training, and first and last steps, side by side."""
     first, last = first_and_last(metrics, 10)
-    rows = []
-    for task, of_task in group(evals, lambda e: e["task"]).items():
-        ends = [of_task[0], of_task[-1]]
-        accuracies = [f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in ends]
-        rows.append([f"held-out accuracy, {task}, before and after (%)", *accuracies])
-    for key, name, show_number in ROWS:
-        numbers = [average(part, key) for part in (first, last)]
-        if None not in numbers:
-            rows.append([name, *map(show_number, numbers)])
     steps = f"{len(first)} of {len(metrics)} steps"
-    return markdown(["", f"first {steps}", f"last {steps}"], rows)
+    rows = []
+
+    def add(name: str, early: str, late: str) -> None:
+        rows.append({"": name, f"first {steps}": early, f"last {steps}": late})
+
+    for task, of_task in group(evals, lambda e: e["task"]).items():
+        before, after = percent_and_error(of_task[0]), percent_and_error(of_task[-1])
+        add(f"held-out accuracy, {task}, before and after (%)", before, after)
+    for key, name, show_number in ROWS:
+        if average(metrics, key) is not None:
+            add(name, show_number(average(first, key)), show_number(average(last, key)))
+    return markdown(rows)
 
 
 ROWS = [  # key of metrics.jsonl, name, how it is shown
@@ -105,31 +104,26 @@ ROWS = [  # key of metrics.jsonl, name, how it is shown
 ]
 
 
-KINDS_LEGEND = """\
-EDA divides a row's advantage by its P / mean, where P is the row's entropy and the mean is that of
-its group. Where every kind of row is near 1, EDA changes little. Σ Â is the sum of all |Â|: the
-rows with the largest share of it decide what the update does."""
-
-
 def kinds_of_rows(metrics: list[dict]) -> str | None:
     """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
-    ends = first_and_last(metrics, math.ceil(len(metrics) / 10))
+    early, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
     rows = []
     for kind, name in plot.KINDS.items():
-        ratios = [average(steps, f"relative_entropy_{kind}") for steps in ends]
-        shares = [average(steps, f"advantage_share_{kind}") for steps in ends]
-        if ratios != [None, None]:
-            rows.append([name, *(number(ratio, 2) for ratio in ratios), *map(percent, shares)])
-    header = [f"first and last {len(ends[0])} of {len(metrics)} steps"]
-    header += ["P / mean early", "late", "% of Σ Â early", "late"]
-    return markdown(header, rows) if rows else None
+        row = {f"first and last {len(early)} of {len(metrics)} steps": name}
+        row["P / mean early"] = number(average(early, f"relative_entropy_{kind}"), 2)
+        row["P / mean late"] = number(average(late, f"relative_entropy_{kind}"), 2)
+        row["% of |Â| early"] = percent(average(early, f"advantage_share_{kind}"))
+        row["% of |Â| late"] = percent(average(late, f"advantage_share_{kind}"))
+        if average(early + late, f"relative_entropy_{kind}") is not None:
+            rows.append(row)
+    return markdown(rows) if rows else None
 
 
 def diverged(metrics: list[dict], out: Path) -> bool:
     """Tell whether the last steps had the entropy of nearly uniform tokens, or no gradient in
     spite of advantages."""
     _, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
-    if any(step["advantage_variance"] for step in late) and not average(late, "grad_norm"):
+    if average(late, "advantage_variance") and not average(late, "grad_norm"):
         return True
     entropy, config = average(late, "entropy"), out / "final" / "config.json"
     if entropy is None or not config.exists():
