@@ -131,11 +131,11 @@ def by_kind(groups: list, corrections: list[str]) -> dict:
     relative = {name: [] for name in ("right", "wrong", *corrections)}
     weight = dict.fromkeys(relative, 0.0)
     for group in groups:
-        rows = zip(group.responses, relative_entropy(group.P).tolist(), group.A_hat.tolist())
-        for response, P_relative, a_hat in rows:
+        P_relative = relative_entropy(group.P).tolist()
+        for i, response in enumerate(group.responses):
             kind = response.correction or ("right" if response.accuracy else "wrong")
-            relative[kind].append(P_relative)
-            weight[kind] += abs(a_hat)
+            relative[kind].append(P_relative[i])
+            weight[kind] += abs(group.A_hat[i].item())
     total = sum(weight.values())
     numbers = {}
     for kind in relative:

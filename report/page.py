@@ -1,6 +1,5 @@
 """A finished run writes report.md into its folder, and prints the short form of it."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -30,7 +29,7 @@ def conclude(flags) -> int:
     metrics, _ = read_lines(out / "metrics.jsonl")
     evals, _ = read_lines(out / "evals.jsonl")
     table = summary(metrics, evals)
-    doubts = warnings(metrics, config, out)
+    doubts = warnings(metrics, config)
     parts = [f"# {out.name}", *setting(config), table]
     parts += [f"**Warning:** {doubt}" for doubt in doubts]
     kinds = kinds_of_rows(metrics)
@@ -55,36 +54,34 @@ def conclude(flags) -> int:
 
 def setting(config: dict) -> list[str]:
     """Write what was run, and on what, as two paragraphs."""
-    changed = " ".join(f"{flag}={json.dumps(v)}" for flag, v in config["changed"].items())
     versions = ", ".join(map(" ".join, config["versions"].items()))
     return [
         visible(f"`python {config['command']}`, commit {config['commit']}"),
         f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; "
-        f"{versions}. {config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
-        f"Flags that differ from the defaults: {changed or 'none'}.",
+        f"{versions}. {config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems.",
     ]
 
 
 def fenced(text: str) -> str:
     """Put text into a code block of Markdown, whatever backticks are in it."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    longest = max(map(len, ["``", *re.findall("`+", text)]))
+    fence = "`" * (longest + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
-def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[dict]]:
-    """Return the first and the last `count` steps, or the two halves of a shorter run."""
-    count = max(1, min(count, len(metrics) // 2))
+def first_and_last(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return the first and the last tenth of the steps, at least one of each."""
+    count = math.ceil(len(metrics) / 10)
     return metrics[:count], metrics[-count:]
 
 
 def summary(metrics: list[dict], evals: list[dict]) -> str:
     """Set held-out accuracy before and after training, and first and last steps, side by side."""
-    first, last = first_and_last(metrics, 10)
+    first, last = first_and_last(metrics)
     steps = f"{len(first)} of {len(metrics)} steps"
     rows = []
 
-    def add(name: str, early: str, late: str) -> None:
+    def add(name, early, late):
         rows.append({"": name, f"first {steps}": early, f"last {steps}": late})
 
     for task, of_task in group(evals, lambda e: e["task"]).items():
@@ -106,32 +103,28 @@ ROWS = [  # key of metrics.jsonl, name, how it is shown
 
 def kinds_of_rows(metrics: list[dict]) -> str | None:
     """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
-    early, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
+    early, late = first_and_last(metrics)
     rows = []
     for kind, name in plot.KINDS.items():
         row = {f"first and last {len(early)} of {len(metrics)} steps": name}
-        row["P / mean early"] = number(average(early, f"relative_entropy_{kind}"), 2)
-        row["P / mean late"] = number(average(late, f"relative_entropy_{kind}"), 2)
-        row["% of |Â| early"] = percent(average(early, f"advantage_share_{kind}"))
-        row["% of |Â| late"] = percent(average(late, f"advantage_share_{kind}"))
-        if average(early + late, f"relative_entropy_{kind}") is not None:
+        for when, steps in (("early", early), ("late", late)):
+            relative = average(steps, f"relative_entropy_{kind}")
+            row[f"P / mean {when}"] = number(relative, ".2f")
+            row[f"% of |Â| {when}"] = percent(average(steps, f"advantage_share_{kind}"))
+        if average(metrics, f"relative_entropy_{kind}") is not None:
             rows.append(row)
     return markdown(rows) if rows else None
 
 
-def diverged(metrics: list[dict], out: Path) -> bool:
-    """Tell whether the last steps had the entropy of nearly uniform tokens, or no gradient in
-    spite of advantages."""
-    _, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
-    if average(late, "advantage_variance") and not average(late, "grad_norm"):
-        return True
-    entropy, config = average(late, "entropy"), out / "final" / "config.json"
-    if entropy is None or not config.exists():
-        return False
-    return entropy > 0.8 * math.log(read_json(config).get("vocab_size", math.inf))
+def diverged(metrics: list[dict]) -> bool:
+    """Tell whether the last steps sampled nearly at random (more than 4 nats per token), or had no
+    gradient in spite of advantages."""
+    _, late = first_and_last(metrics)
+    without_gradient = average(late, "advantage_variance") and not average(late, "grad_norm")
+    return bool(without_gradient) or (average(late, "entropy") or 0.0) > 4
 
 
-def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
+def warnings(metrics: list[dict], config: dict) -> list[str]:
     """List what would make one doubt the run, most serious first."""
     skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
     left_out = len(config["problems_left_out"])
@@ -140,7 +133,7 @@ def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
     corrected = average(metrics, "mixed_groups_corrected") or 0.0
     doubts = [
         (
-            diverged(metrics, out),
+            diverged(metrics),
             "the model diverged: its last tokens were nearly uniform, or its gradients 0 in spite "
             "of advantages; set --lr lower",
         ),

@@ -6,16 +6,14 @@ PROBLEMS = dict(  # by task, in the order of its table
 TASKS = tuple(PROBLEMS)
 CONTEXT = 4096  # tokens of prompt and response together
 
-# The name and colour of each --method in tables and figures, in the order in which they stand.
-# The colour-blind can tell the colours apart (Okabe and Ito).
-METHODS = {
-    "sft": ("SFT", "#000000"),
-    "grpo": ("GRPO", "#0072B2"),
-    "force-r": ("Force-R", "#009E73"),
-    "force-r-eda": ("Force-R & EDA", "#CC79A7"),
-    "edge-grpo": ("EDGE-GRPO", "#D55E00"),
-    "dr-grpo": ("Dr. GRPO", "#7F7F7F"),
-    "dapo": ("DAPO", "#8C564B"),
+METHODS = {  # the name of each --method in tables and figures, in the order in which they stand
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "force-r": "Force-R",
+    "force-r-eda": "Force-R & EDA",
+    "edge-grpo": "EDGE-GRPO",
+    "dr-grpo": "Dr. GRPO",
+    "dapo": "DAPO",
 }
 
 # Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. The paper has only the

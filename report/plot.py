@@ -4,15 +4,15 @@ Bands are standard errors: over seeds, or over problems where there is one seed.
 """
 
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
+from statistics import fmean, stdev
 
 from errors import UserError
-from report.paper import METHODS
 from report.runs import Run
 from report.tables import group
 
@@ -57,6 +57,8 @@ ANALYSES = {  # of eval.py, by temperature: a panel's title, and where its numbe
         "Wrong responses below the mean P": ("entropy", "overall", "wrong_below"),
     },
 }
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #F0E442".split()
 LINES = ("-", "--", ":", "-.")
 Points = list[tuple[float, float, float]]  # (x, mean, standard error)
 
@@ -88,7 +90,8 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
             "nothing to draw: no line in a metrics.jsonl or an evals.jsonl, and no results of "
             "eval.py --entropy or --reflect"
         )
-    style = styles(dict.fromkeys([*(run.label for run in runs), *KINDS.values()]))
+    labels = dict.fromkeys([*KINDS.values(), *(run.label for run in runs)])
+    style = dict(zip(labels, cycle(product(LINES, COLOURS))))
     out.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
         draw_figure(out / f"{name}.png", panels, style)
@@ -103,17 +106,17 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
     figures = defaultdict(list)
     labels = group(runs, lambda run: run.label)
 
-    def add(figure: str, title: str, xlabel: str, lines: dict[str, Points]) -> None:
+    def add(figure, title, xlabel, lines):
         lines = {name: line for name, line in lines.items() if line}
         if lines:
             figures[figure].append(Panel(title, xlabel, lines))
 
-    def compare(points: Callable[[Run], Points], window: int = 1) -> dict[str, Points]:
+    def compare(points, window=1):
         return {label: curve(map(points, seeds), window) for label, seeds in labels.items()}
 
     for task in dict.fromkeys(e["task"] for run in runs for e in run.evals):
         lines = compare(partial(held_out, task))
-        add("accuracy", f"Held-out accuracy, {Path(task).name}", "step", lines)
+        add("accuracy", f"Held-out accuracy, {task}", "step", lines)
     steps = f"step (mean of the last {window})" if window > 1 else "step"
     for figure, titles in TRAINING.items():
         for key, title in titles.items():
@@ -143,14 +146,15 @@ def curve(seeds: Iterable[Points], window: int) -> Points:
     for points in series:
         for i, (x, _, error) in enumerate(points):
             last = points[max(0, i + 1 - window) : i + 1]
-            by_x[x].append((statistics.fmean(value for _, value, _ in last), error))
+            by_x[x].append((fmean(value for _, value, _ in last), error))
     line = []
     for x, pairs in sorted(by_x.items()):
-        values, (error, *_) = zip(*pairs)
+        values = [value for value, _ in pairs]
+        _, error = pairs[0]
         if len(values) > 1:
-            error = statistics.stdev(values) / math.sqrt(len(values))
+            error = stdev(values) / math.sqrt(len(values))
         if len(values) == len(series):
-            line.append((x, statistics.fmean(values), error))
+            line.append((x, fmean(values), error))
     return line
 
 
@@ -183,43 +187,29 @@ def by_temperature(place: tuple[str, ...], run: Run) -> Points:
 
 def histograms(runs: list[Run]) -> dict[str, dict[str, Points]]:
     """Return how P is distributed over right and over wrong responses, by the title of the panel:
-    one for each label and temperature at which eval.py --entropy was run."""
+    one for each run and temperature at which eval.py --entropy was run."""
     import numpy
 
-    pooled = defaultdict(lambda: dict(right=[], wrong=[]))
+    panels = {}
     for run in runs:
         for temperature, found in run.analyses:
             entropy = found.get("entropy") or {}
-            P = pooled[f"Share of responses by P, T = {temperature:g}\n{run.label}"]
-            P["right"] += entropy.get("P_correct", [])
-            P["wrong"] += entropy.get("P_wrong", [])
-    panels = defaultdict(dict)
-    for title, P in sorted(pooled.items()):
-        highest = max(P["right"] + P["wrong"], default=0.0)
-        for kind, values in P.items():
-            counts, edges = numpy.histogram(values, 24, (0.0, highest))
-            if values:
-                bins = zip(edges[:-1] + edges[1] / 2, counts)  # (centre, responses)
-                panels[title][KINDS[kind]] = [(x, n / len(values), 0.0) for x, n in bins]
+            sides = {"right": entropy.get("P_correct", []), "wrong": entropy.get("P_wrong", [])}
+            highest = max(sides["right"] + sides["wrong"], default=0.0)
+            lines = {}
+            for kind, P in sides.items():
+                counts, edges = numpy.histogram(P, 24, (0.0, highest))
+                centres = edges[:-1] + edges[1] / 2
+                shares = counts / max(1, len(P))
+                lines[KINDS[kind]] = [(x, share, 0.0) for x, share in zip(centres, shares) if P]
+            panels[f"Share of responses by P, T = {temperature:g}\n{run.path}"] = lines
     return panels
 
 
 # --- Drawing --------------------------------------------------------------------------------------
 
 
-def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Choose (colour, line style) by label: a method has its own colour, other labels take what is
-    left, and then begin again with another line style."""
-    named = dict(METHODS.values())
-    style = {label: (named[label], "-") for label in labels if label in named}
-    free = [colour for name, colour in named.items() if name not in style]
-    free += ["#56B4E9", "#E69F00", "#F0E442"]
-    for i, label in enumerate(label for label in labels if label not in named):
-        style[label] = (free[i % len(free)], LINES[i // len(free) % len(LINES)])
-    return style
-
-
-def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple[str, str]]) -> None:
+def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple]) -> None:
     """Draw the panels in two columns, with one legend below them."""
     import matplotlib.pyplot as plt
 
@@ -238,23 +228,23 @@ def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple[str, str
     plt.close(figure)
 
 
-def draw_panel(axis, panel: Panel, style: dict[str, tuple[str, str]]) -> dict:
+def draw_panel(axis, panel: Panel, style: dict[str, tuple]) -> dict:
     """Draw each line with its standard error as a band; return the lines by label."""
     import numpy
 
     handles = {}
     for label, points in panel.lines.items():
         x, mean, error = numpy.array(points).T
-        colour, line = style[label]
+        line, colour = style[label]
         marker = "o" if len(points) < 15 else None
-        [handles[label]] = axis.plot(x, mean, line, color=colour, marker=marker, markersize=3)
+        look = dict(color=colour, marker=marker, markersize=3, alpha=0.8)
+        [handles[label]] = axis.plot(x, mean, line, **look)
         axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-    if "Variance" in panel.title:  # EDA raises that of some steps to 100 times the others'
+    if "after EDA" in panel.title:  # EDA raises that of some steps to 100 times the others'
         axis.set_yscale("symlog", linthresh=1)
     low, high = axis.get_ylim()
     axis.set_ylim(min(-0.01, low), max(0.2, high))  # noise around 0 is not blown up
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel(panel.xlabel)
     axis.grid(axis="y", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
     return handles

@@ -54,7 +54,7 @@ def read_runs(paths: list[str]) -> list[Run]:
             ) from None
     for of_method in group(runs, lambda run: run.method).values():
         label_runs(of_method)
-    order = [name for name, _ in METHODS.values()]
+    order = list(METHODS.values())
     return sorted(runs, key=lambda run: order.index(run.method) if run.method in order else -1)
 
 
@@ -81,44 +81,33 @@ def label_runs(runs: list[Run]) -> None:
                 run.shared += f" {flag}={value}"
 
 
-def value_text(value: object) -> str:
-    """Write a flag's value for a label, with slashes between the numbers of a list."""
-    if isinstance(value, list):
-        return "/".join(map(value_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def model_name(path: str) -> str:
-    """Shorten a model's path to RUN/final or RUN/step-100, a hub id to its last two parts."""
-    parts = [part for part in Path(path).parts if part != "checkpoints"]
-    return "/".join(parts[-2:])
-
-
 def contents(paths: list[str]) -> dict[Path, dict]:
-    """Read the files of each run, by its path. A path without a run is skipped with a note."""
-    runs = {}
-    for given in map(Path, paths):
-        found = dict(find_runs(given))
+    """Read the files of each run, by its path. Paths without a run are skipped with a note."""
+    runs, skipped = {}, []
+    for given in paths:
+        found = dict(find_runs(Path(given)))
         runs |= found
         if not found:
-            print(f"note: {given} holds no run and is skipped", file=sys.stderr)
+            skipped.append(str(given))
     if not runs:
         raise UserError(
             f"{paths[0]}: no run (config.json), no results of eval.py (summary.json) and no "
             "packed runs (.jsonl.xz) of that name"
         )
+    if skipped:
+        print(f"skipped, as they hold no run: {', '.join(skipped)}", file=sys.stderr)
     return runs
 
 
 def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
     """Find the run in a folder, or else all below it; or the runs of a packed file or glob."""
-    for file in (given, *given.parents):
-        if file.suffix == ".xz" and file.is_file():
-            wanted = "*" if given == file else str(given.relative_to(file))
-            for row in read_packed(file):
-                if fnmatch(row["name"], wanted):
-                    yield file / row["name"], row
-            return
+    name, packed, wanted = str(given).partition(".xz")
+    if packed and Path(name + packed).is_file():
+        file = Path(name + packed)
+        for row in read_packed(file):
+            if fnmatch(row["name"], wanted.strip("/") or "*"):
+                yield file / row["name"], row
+        return
     config = given / "config.json"
     if config.exists() or (given / "summary.json").exists():
         summaries = sorted({*given.glob("summary.json"), *given.glob("eval/**/summary.json")})
@@ -182,22 +171,20 @@ def make_run(path: Path, content: dict) -> Run:
     Its results are those of eval.py, or else of its last evaluation in training, and never of its
     best one.
     """
-    config, evals, summaries = content["config"], content["evals"], content["summaries"]
+    config, summaries = content["config"], content["summaries"]
     if config is None:
-        run = Run(path, model_name(summaries[0]["model"]), summaries[0]["seed"])
+        run = Run(path, summaries[0]["model"], summaries[0]["seed"])
     else:
-        flags = config["flags"]
-        method, _ = METHODS.get(config["method"], (config["method"], ""))
-        run = Run(path, method, config["seed"], flags["steps"], changed=set(config["changed"]))
-        for flag, value in flags.items():
+        method = METHODS.get(config["method"], config["method"])
+        run = Run(path, method, config["seed"], config["flags"]["steps"])
+        run.changed = set(config["changed"])
+        for flag, value in config["flags"].items():
             if flag not in NOT_LABELLED and not flag.startswith("eval_"):
-                run.flags[flag] = value_text(value)
-        warm_start = re.sub(r"-seed\d+(?=/|$)", "", flags["model"])  # one for each seed
-        run.flags["model"] = model_name(warm_start)
-        limit = flags.get("eval_max_new_tokens")
-        evals = [{"max_new_tokens": limit, **evaluation} for evaluation in evals]
+                # no blanks; and warm starts of several seeds are one experiment
+                run.flags[flag] = re.sub(r" |-seed\d+(?=/|$)", "", str(value))
+        limit = config["flags"].get("eval_max_new_tokens")
+        run.evals = [{"max_new_tokens": limit, **line} for line in content["evals"]]
     run.metrics = content["metrics"]
-    run.evals = evals
     for summary in summaries:
         for temperature, result in summary["results"].items():
             run.analyses.append((float(temperature), result))
@@ -205,10 +192,9 @@ def make_run(path: Path, content: dict) -> Run:
             for task, numbers in result["tasks"].items():
                 add_result(run, task, {**how, **numbers})
     evaluated = {task for task, _ in run.results}
-    last = max((evaluation["step"] for evaluation in evals), default=0)
-    for evaluation in evals:
-        if evaluation["step"] == last and evaluation["task"] not in evaluated:
-            add_result(run, evaluation["task"], evaluation)
+    for line in run.evals:
+        if line["step"] == run.evals[-1]["step"] and line["task"] not in evaluated:
+            add_result(run, line["task"], line)
     return run
 
 
@@ -217,10 +203,7 @@ def add_result(run: Run, task: str, numbers: dict) -> None:
 
     Raises UserError if the task was measured twice in that way.
     """
-    n, temperature = numbers["n"], numbers["temperature"]
-    way = "greedy" if n == 1 and temperature == 0 else f"T={temperature:g}"
-    if n > 1:
-        way = f"avg@{n} {way}"
+    way = f"avg@{numbers['n']} T={numbers['temperature']:g}"
     if (task, way) in run.results:
         raise UserError(
             f"{run.path}: its eval/ holds {task}, {way}, twice, say of two seeds; move one of the "

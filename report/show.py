@@ -50,8 +50,8 @@ def heading(position: int, row: dict) -> str:
         grade += f", {row['correction']}: {corrected}"
         length += f" -> {row['tokens_corrected']}"
     return (
-        f"{position}. {grade}, {length} tokens, P {number(row['entropy'], 3)}, "
-        f"P/mean {number(row.get('relative_entropy'), 2)}, "
+        f"{position}. {grade}, {length} tokens, P {number(row['entropy'], '.3f')}, "
+        f"P/mean {number(row.get('relative_entropy'), '.2f')}, "
         f"A {row['advantage']:+.2f} -> {row['advantage_eda']:+.2f}"
     )
 

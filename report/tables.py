@@ -4,7 +4,6 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from report.paper import PROBLEMS, PUBLISHED
 
@@ -43,12 +42,6 @@ def visible(text: str) -> str:
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def short(task: str) -> str:
-    """Shorten a task for the head of a column: tiny:5-8:test becomes 5-8, a file its name."""
-    name = Path(task).stem.removeprefix("tiny:").removesuffix(":test")
-    return name.replace(":validation", " val.")
-
-
 def markdown(rows: list[dict[str, str]]) -> str:
     """Return a table of rows, each {column: cell}; a cell that a row lacks becomes –.
 
@@ -69,8 +62,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -84,12 +77,12 @@ def percent_and_error(numbers: dict, digits: int = 1) -> str:
 
 def result_text(result: dict, published: str | None = None) -> str:
     """Write what eval.py found at one temperature. published names a row of the paper's table."""
-    parts = [accuracy_table(result, published)]
+    text = accuracy_table(result, published)
     if "entropy" in result:
-        parts.append(entropy_text(result["entropy"]))
+        text += "\n\n" + entropy_text(result["entropy"])
     if "reflection" in result:
-        parts.append(reflection_text(result["reflection"]))
-    return "\n\n".join(parts)
+        text += "\n\n" + reflection_text(result["reflection"])
+    return text
 
 
 def accuracy_table(result: dict, published: str | None = None) -> str:
@@ -98,15 +91,14 @@ def accuracy_table(result: dict, published: str | None = None) -> str:
     The paper's average stands beside ours only if the problems are the paper's.
     """
     paper = PUBLISHED.get(published, {})
-    problems = {task: numbers["problems"] for task, numbers in result["tasks"].items()}
-    if problems != PROBLEMS:
-        paper = {**paper, "average": None}
+    problems = {}
     rows = []
-    for task, numbers in [*result["tasks"].items(), ("average", result["all"])]:
+    for task, numbers in (result["tasks"] | {"average": result["all"]}).items():
         row = {"benchmark": task, "problems": str(numbers["problems"])}
         row[f"avg@{numbers['n']}"] = percent_and_error(numbers, 2)
-        if published:
-            row[f"paper: {published}"] = number(paper.get(task), 2)
+        if published and (task != "average" or problems == PROBLEMS):
+            row[f"paper: {published}"] = number(paper.get(task), ".2f")
+        problems[task] = numbers["problems"]
         for key, value in numbers.items():
             if "@" in key:  # pass@k and maj@n
                 row[key] = percent(value)
@@ -119,39 +111,22 @@ def accuracy_table(result: dict, published: str | None = None) -> str:
 
 
 def entropy_text(found: dict) -> str:
-    """Compare the entropies of correct and of wrong responses (Figure 3)."""
-    if not found:
-        return "entropy: no response has a token"
+    """Compare the entropies of right and of wrong responses (Figure 3)."""
     names = dict(overall="over all responses", within="within each question (P / its mean)")
     rows = []
     for key, name in names.items():
-        side = found[key]
-        if side:
-            row = {"entropy P": name, "correct": str(side["correct"]), "wrong": str(side["wrong"])}
-            row["mean P correct"] = number(side["mean_correct"])
-            row["mean P wrong"] = number(side["mean_wrong"])
-            row["wrong / correct"] = number(side["ratio"])
-            row["% correct above average"] = percent(side["correct_above"])
-            row["% wrong below average"] = percent(side["wrong_below"])
-            rows.append(row)
-    text = markdown(rows)
-    if not found["within"]:
-        text += "\nwithin each question: needs at least two responses (--n)"
-    return text
+        row = {"entropy P": name}
+        for column, value in (found.get(key) or {}).items():
+            row[column.replace("_", " ")] = number(value)
+        rows.append(row)
+    return markdown(rows)
 
 
 def reflection_text(found: dict) -> str:
-    """Write the accuracy of responses that reflect, and what forced reflections fix (Figure 2)."""
-    text = (
-        f"reflection: {found['reflecting']} of {found['responses']} responses "
-        f"({percent(found['share_reflecting'])}%) contain self-reflection, accuracy "
-        f"{percent(found['accuracy_reflecting'])}%; overall {percent(found['accuracy'])}%\n"
-    )
-    if not found["fixed"]:
-        return text + "no response is wrong, so none was made to reflect"
-    shares = {repr(phrase): share for phrase, share in found["fixed"].items()}
-    shares["average of the four"] = found["mean_fixed"]
-    head = f"forced reflection on the {found['wrong']} wrong responses"
-    table = markdown([{head: name, "% fixed": percent(share)} for name, share in shares.items()])
-    gain = percent(found["gain"])
-    return f"{text}\n{table}\non average that adds {gain} points to the overall accuracy"
+    """Write how responses that reflect do, and what forced reflections fix (Figure 2)."""
+    shares = {f"fixed by {phrase!r}": share for phrase, share in found["fixed"].items()}
+    rows = []
+    for key, value in (found | shares).items():
+        if key != "fixed":
+            rows.append({"reflection": key.replace("_", " "), "": number(value)})
+    return markdown(rows)
