@@ -14,8 +14,8 @@ RUN = """a folder of edge_grpo.py or of results of eval.py, a folder of such fol
 
 def command(argv: list[str]) -> str:
     """Run one of COMMANDS with its flags, as eval.py got them; return what is to be printed."""
-    name = argv[0]
-    flags = parse_flags(name, argv[1:])
+    name, *given = argv
+    flags = parse_flags(name, given)
     if name == "compare":
         return compare.comparison(runs.read_runs(flags.runs), flags.against)
     if name == "plot":

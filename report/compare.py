@@ -142,8 +142,9 @@ def accuracy_legend(runs: list[Run], keys: list[tuple]) -> str:
         lines.append(f"- {' '.join(key)}: {warning}{'; '.join(ways)}")
     for run in runs:
         if run.evals and run.evals[-1]["step"] < run.steps:
-            last = run.evals[-1]["step"]
-            lines.append(f"- {run.path}: last evaluated at step {last} of {run.steps}")
+            lines.append(
+                f"- {run.path}: last evaluated at step {run.evals[-1]['step']} of {run.steps}"
+            )
     return "\n".join(lines)
 
 

@@ -33,16 +33,16 @@ def conclude(flags) -> int:
     parts = [f"# {out.name}", *setting(config), table]
     parts += [f"**Warning:** {doubt}" for doubt in doubts]
     kinds = kinds_of_rows(metrics)
-    if kinds and not config["flags"]["sft"]:
+    if kinds and not flags.sft:
         parts += ["## What EDA sees", KINDS_LEGEND, kinds]
     try:
         if len(metrics) >= 10:
-            figures = plot.draw(runs.read_runs([str(out)]), out / "figures")
+            figures = plot.draw(runs.read_runs([out]), out / "figures")
             parts += [f"![{path.name}](figures/{path.name})" for path in figures]
     except UserError:  # matplotlib is not there, and only needed to draw
         pass
     parts.append("## Groups at the first, middle and last step, injected text in [brackets]")
-    for step in sorted({1, (flags.steps + 1) // 2, flags.steps}):
+    for step in sorted({1, flags.steps // 2 + 1, flags.steps}):
         parts.append(fenced(show.as_text(show.find_group(out, step, 1), width=100)))
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     say(table)
@@ -120,8 +120,9 @@ def diverged(metrics: list[dict]) -> bool:
     """Tell whether the last steps sampled nearly at random (more than 4 nats per token), or had no
     gradient in spite of advantages."""
     _, late = first_and_last(metrics)
-    without_gradient = average(late, "advantage_variance") and not average(late, "grad_norm")
-    return bool(without_gradient) or (average(late, "entropy") or 0.0) > 4
+    if average(late, "advantage_variance") and not average(late, "grad_norm"):
+        return True
+    return (average(late, "entropy") or 0) > 4
 
 
 def warnings(metrics: list[dict], config: dict) -> list[str]:

@@ -90,8 +90,8 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
             "nothing to draw: no line in a metrics.jsonl or an evals.jsonl, and no results of "
             "eval.py --entropy or --reflect"
         )
-    labels = dict.fromkeys([*KINDS.values(), *(run.label for run in runs)])
-    style = dict(zip(labels, cycle(product(LINES, COLOURS))))
+    names = dict.fromkeys([*KINDS.values(), *(run.label for run in runs)])
+    style = dict(zip(names, cycle(product(LINES, COLOURS))))
     out.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
         draw_figure(out / f"{name}.png", panels, style)
@@ -221,10 +221,8 @@ def draw_figure(path: Path, panels: list[Panel], style: dict[str, tuple]) -> Non
         handles |= draw_panel(figure.add_subplot(rows, columns, place), panel, style)
     legend_rows = math.ceil(len(handles) / columns)
     figure.set_size_inches(5.2 * columns, 2.9 * rows + 0.4 + 0.22 * legend_rows)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", frameon=False, ncols=columns
-    )
-    figure.savefig(path, dpi=110)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -244,7 +242,7 @@ def draw_panel(axis, panel: Panel, style: dict[str, tuple]) -> dict:
         axis.set_yscale("symlog", linthresh=1)
     low, high = axis.get_ylim()
     axis.set_ylim(min(-0.01, low), max(0.2, high))  # noise around 0 is not blown up
-    axis.set_title(panel.title, fontsize=11)
+    axis.set_title(panel.title)
     axis.set_xlabel(panel.xlabel)
     axis.grid(axis="y", alpha=0.3)
     return handles

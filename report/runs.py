@@ -41,7 +41,7 @@ class Run:
     shared: str = ""  # flags that all runs of the method changed alike, so that no label has them
 
 
-def read_runs(paths: list[str]) -> list[Run]:
+def read_runs(paths: list) -> list[Run]:
     """Read and label the runs, in the order of METHODS. Raises UserError if there are none."""
     runs = []
     for path, content in contents(paths).items():
@@ -81,21 +81,21 @@ def label_runs(runs: list[Run]) -> None:
                 run.shared += f" {flag}={value}"
 
 
-def contents(paths: list[str]) -> dict[Path, dict]:
+def contents(paths: list) -> dict[Path, dict]:
     """Read the files of each run, by its path. Paths without a run are skipped with a note."""
     runs, skipped = {}, []
-    for given in paths:
-        found = dict(find_runs(Path(given)))
+    for given in map(Path, paths):
+        found = dict(find_runs(given))
         runs |= found
         if not found:
-            skipped.append(str(given))
+            skipped.append(given)
     if not runs:
         raise UserError(
             f"{paths[0]}: no run (config.json), no results of eval.py (summary.json) and no "
             "packed runs (.jsonl.xz) of that name"
         )
     if skipped:
-        print(f"skipped, as they hold no run: {', '.join(skipped)}", file=sys.stderr)
+        print(f"skipped, as they hold no run: {', '.join(map(str, skipped))}", file=sys.stderr)
     return runs
 
 
@@ -111,13 +111,15 @@ def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
     config = given / "config.json"
     if config.exists() or (given / "summary.json").exists():
         summaries = sorted({*given.glob("summary.json"), *given.glob("eval/**/summary.json")})
-        content = dict(
-            config=read_json(config) if config.exists() else None,
-            metrics=read_lines(given / "metrics.jsonl")[0],
-            evals=read_lines(given / "evals.jsonl")[0],
-            summaries=list(map(read_json, summaries)),
+        yield (
+            given,
+            dict(
+                config=read_json(config) if config.exists() else None,
+                metrics=read_lines(given / "metrics.jsonl")[0],
+                evals=read_lines(given / "evals.jsonl")[0],
+                summaries=list(map(read_json, summaries)),
+            ),
         )
-        yield given, content
     elif given.is_dir():
         for child in sorted(given.iterdir()):
             yield from find_runs(child)
@@ -138,7 +140,7 @@ def read_packed(file: Path) -> list[dict]:
     return rows
 
 
-def pack(file: Path, paths: list[str]) -> None:
+def pack(file: Path, paths: list) -> None:
     """Write all that `compare` and `plot` read to one file, metrics to seven digits.
 
     Raises UserError for two runs of one name, or for a file name that is not NAME.jsonl.xz.

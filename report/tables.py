@@ -19,7 +19,9 @@ def group(items: Iterable, key: Callable) -> dict:
 def mean(values: Iterable[float]) -> float | None:
     """Return the mean, or None if there are no values. Of booleans it is the share of True."""
     values = list(values)
-    return statistics.fmean(values) if values else None
+    if values:
+        return statistics.fmean(values)
+    return None
 
 
 def average(metrics: list[dict], key: str) -> float | None:

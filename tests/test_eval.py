@@ -613,7 +613,7 @@ def test_reflection_report_on_a_worked_case():
     assert "| mean fixed          |  0.5 |" in text and "| fixed by 'B'        |  0.5 |" in text
     none = evaluation.reflection_report([record(1, response="3")], [])
     assert none["accuracy_reflecting"] is none["mean_fixed"] is none["gain"] is None
-    assert "| gain                 | – |" in text_of(reflection=none)
+    assert "| gain                |   – |" in text_of(reflection=none)
 
 
 def test_forced_reflection_continues_the_wrong_responses_only():

@@ -657,7 +657,7 @@ def test_a_diverged_run_says_so_and_a_fence_holds_what_a_model_wrote(tmp_path, c
     for row in rows:
         row["segments"] = [["````python\n\x1b[2J\u202e```", False]]
     write_lines(out / "samples.jsonl", rows)
-    page.conclude(SimpleNamespace(out=str(out), steps=4))
+    page.conclude(SimpleNamespace(out=str(out), steps=4, sft=False))
     text = (out / "report.md").read_text("utf-8")
     assert text.count("\n`````\n") == 6, "three groups, each between longer fences"
     assert "````python\n   \\x1b[2J\\u202e```" in text
