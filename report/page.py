@@ -13,8 +13,8 @@ from report.tables import average, group, markdown, number, percent, percent_and
 
 KINDS_LEGEND = """\
 EDA divides the advantage A of a row by its P / mean, where P is the row's entropy and the mean is
-that of its group; the result is Â. If every kind of row is near 1, EDA changes little. The rows
-with the largest share of the sum of |Â| decide what the update does."""
+that of its group; the result is Â. If every kind of row is near 1, EDA changes little. `% of Â` is
+a kind's share of the sum of |Â|: the rows with the largest share decide what the update does."""
 
 
 def conclude(flags) -> int:
@@ -110,7 +110,7 @@ def kinds_of_rows(metrics: list[dict]) -> str | None:
         for when, steps in (("early", early), ("late", late)):
             relative = average(steps, f"relative_entropy_{kind}")
             row[f"P / mean {when}"] = number(relative, ".2f")
-            row[f"% of |Â| {when}"] = percent(average(steps, f"advantage_share_{kind}"))
+            row[f"% of Â {when}"] = percent(average(steps, f"advantage_share_{kind}"))
         if average(metrics, f"relative_entropy_{kind}") is not None:
             rows.append(row)
     return markdown(rows) if rows else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, mode, stdev
 
 from errors import UserError
 from report.runs import Run
@@ -90,8 +90,9 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
             "nothing to draw: no line in a metrics.jsonl or an evals.jsonl, and no results of "
             "eval.py --entropy or --reflect"
         )
-    names = dict.fromkeys([*KINDS.values(), *(run.label for run in runs)])
-    style = dict(zip(names, cycle(product(LINES, COLOURS))))
+    style = {}
+    for names in (KINDS.values(), dict.fromkeys(run.label for run in runs)):
+        style |= zip(names, cycle(product(LINES, COLOURS)))
     out.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
         draw_figure(out / f"{name}.png", panels, style)
@@ -164,12 +165,13 @@ def metric(key: str, run: Run) -> Points:
 
 
 def held_out(task: str, run: Run) -> Points:
-    """Return held-out accuracy by step, always over the same problems: evaluations on more or fewer
-    problems than the first are left out, because the line would jump where nothing happened."""
+    """Return held-out accuracy by step, over as many problems as the run was evaluated on most
+    often. Others are left out: the line would jump where the policy did not change."""
     evals = [e for e in run.evals if e["task"] == task]
+    problems = [e["problems"] for e in evals]
     points = []
     for e in evals:
-        if e["problems"] == evals[0]["problems"]:
+        if e["problems"] == mode(problems):
             points.append((e["step"], e["accuracy"], e.get("stderr", 0.0)))
     return points
 
@@ -241,7 +243,7 @@ def draw_panel(axis, panel: Panel, style: dict[str, tuple]) -> dict:
     if "after EDA" in panel.title:  # EDA raises that of some steps to 100 times the others'
         axis.set_yscale("symlog", linthresh=1)
     low, high = axis.get_ylim()
-    axis.set_ylim(min(-0.01, low), max(0.2, high))  # noise around 0 is not blown up
+    axis.set_ylim(min(-0.01, low), max(0.2, 1.05 * high))  # noise around 0 is not blown up
     axis.set_title(panel.title)
     axis.set_xlabel(panel.xlabel)
     axis.grid(axis="y", alpha=0.3)
