@@ -39,7 +39,7 @@ def parse_flags(name: str, argv: list[str]) -> argparse.Namespace:
         add("run", type=Path, help="a folder of edge_grpo.py")
         add("--step", type=int, help="[the last]")
         add("--question", type=int, default=1, help="which question of the step [1]")
-        add("--html", type=Path, help="write a page, on which entropy shades each token, here")
+        add("--html", type=Path, help="file for a page with each token shaded by its entropy")
         return parser.parse_args(argv)
     add("runs", nargs="+", metavar="RUN", help=RUN)
     if name == "compare":

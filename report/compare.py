@@ -22,7 +22,7 @@ TRAINING = {
     "accuracy": "accuracy",
     "self_reflection": "reflects",
 }
-MEASURED = dict(  # what results must have in common to be compared; what a file that lacks it had
+MEASURED = dict(  # settings of an evaluation, with the defaults for files that do not name them
     problems=None, max_new_tokens=None, context=CONTEXT, top_p=1.0
 )
 ACCURACY_LEGEND = """\
@@ -149,6 +149,7 @@ def accuracy_legend(runs: list[Run], keys: list[tuple]) -> str:
 
 
 def how_measured(result: dict) -> str:
+    """Write the settings that two results must share to be compared."""
     return " ".join(f"{name}={result.get(name, old)}" for name, old in MEASURED.items())
 
 

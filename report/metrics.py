@@ -20,7 +20,7 @@ SHOWN = {  # on the screen: metric and short name
     "loss": "loss",
 }
 PHRASE = "Wait! Something is wrong here."
-OF_SAMPLES = (  # None in a step that samples nothing (SFT), as are means over no responses
+OF_SAMPLES = (  # None in a step that samples nothing (SFT)
     "accuracy_corrected",
     "mixed_groups_corrected",
     "mixed_accuracy_corrected",
@@ -113,7 +113,7 @@ def mean_variance(values: list[Tensor]) -> float:
 def mean_gap(pairs: list[tuple]) -> float | None:
     """Return the mean |difference| per token of (one, other) pairs of (T,) columns.
 
-    It is over the tokens that both know (not NaN), and None if there are none.
+    Tokens that one side does not know (NaN) are left out; without any token it is None.
     """
     gaps = [torch.zeros(0)]
     for one, other in pairs:

@@ -22,7 +22,7 @@ def conclude(flags) -> int:
 
     Returns 0, the exit code of a whole run.
     """
-    if not is_main():  # only the main process has written something
+    if not is_main():  # the other processes have written nothing
         return 0
     out = Path(flags.out)
     config = read_json(out / "config.json")
@@ -39,7 +39,7 @@ def conclude(flags) -> int:
         if len(metrics) >= 10:
             figures = plot.draw(runs.read_runs([out]), out / "figures")
             parts += [f"![{path.name}](figures/{path.name})" for path in figures]
-    except UserError:  # matplotlib is not there, and only needed to draw
+    except UserError:  # no figures without matplotlib
         pass
     parts.append("## Groups at the first, middle and last step, injected text in [brackets]")
     for step in sorted({1, flags.steps // 2 + 1, flags.steps}):
@@ -76,7 +76,7 @@ def first_and_last(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def summary(metrics: list[dict], evals: list[dict]) -> str:
-    """Set held-out accuracy before and after training, and first and last steps, side by side."""
+    """Make a table of held-out accuracy before and after training, and of first and last steps."""
     first, last = first_and_last(metrics)
     steps = f"{len(first)} of {len(metrics)} steps"
     rows = []

@@ -236,8 +236,8 @@ def draw_panel(axis, panel: Panel, style: dict[str, tuple]) -> dict:
     for label, points in panel.lines.items():
         x, mean, error = numpy.array(points).T
         line, colour = style[label]
-        marker = "o" if len(points) < 15 else None
-        look = dict(color=colour, marker=marker, markersize=3, alpha=0.8)
+        marker = "." if len(points) < 15 else None
+        look = dict(color=colour, marker=marker, alpha=0.8)
         [handles[label]] = axis.plot(x, mean, line, **look)
         axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
     if "after EDA" in panel.title:  # EDA raises that of some steps to 100 times the others'

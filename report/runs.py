@@ -31,14 +31,14 @@ class Run:
     method: str  # its name in tables; for results of eval.py alone, the model
     seed: int
     steps: int = 0  # of training
-    flags: dict[str, str] = field(default_factory=dict)  # those that make it another experiment
+    flags: dict[str, str] = field(default_factory=dict)  # those that affect the results, as text
     changed: set[str] = field(default_factory=set)  # flags that differ from the method's defaults
     metrics: list[dict] = field(default_factory=list)  # lines of metrics.jsonl
     evals: list[dict] = field(default_factory=list)  # lines of evals.jsonl
     results: dict[tuple, dict] = field(default_factory=dict)  # at its end, by (task, way)
     analyses: list[tuple[float, dict]] = field(default_factory=list)  # (T, results of eval.py)
     label: str = ""  # runs with one label differ only in their seed
-    shared: str = ""  # flags that all runs of the method changed alike, so that no label has them
+    shared: str = ""  # flag=value that all runs of the method have; labels leave them out
 
 
 def read_runs(paths: list) -> list[Run]:
@@ -61,9 +61,9 @@ def read_runs(paths: list) -> list[Run]:
 def label_runs(runs: list[Run]) -> None:
     """Label the runs of one method: its name, and flag=value for each flag that was changed.
 
-    What all runs changed alike is in `shared` and not in the labels, except SWITCHES. A flag that
-    an older run does not know counts as unchanged; a default that is not the same in all runs
-    counts as changed.
+    Changes that all of them share go to `shared` instead, except SWITCHES. A flag that an older
+    run does not know counts as unchanged. Where the default itself has changed between runs, each
+    value is named.
     """
     defaults = defaultdict(set)
     for run in runs:
@@ -100,7 +100,8 @@ def contents(paths: list) -> dict[Path, dict]:
 
 
 def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
-    """Find the run in a folder, or else all below it; or the runs of a packed file or glob."""
+    """Yield (path, content) of the run in a folder, of every run below it, or of the runs in a
+    packed file whose names match a glob."""
     name, packed, wanted = str(given).partition(".xz")
     if packed and Path(name + packed).is_file():
         file = Path(name + packed)
