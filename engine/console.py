@@ -90,7 +90,7 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
             return if_unread
         sentence = f"nobody reads this output any more; {go_on}"
     except (OSError, SafetensorError) as error:
-        sentence = f"{first_line(error)}; mend that and {go_on}, or give another --out"
+        sentence = f"{first_line(error)}; fix that and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             sentence = f"out of memory ({first_line(error)}): {less_memory}"

@@ -30,8 +30,13 @@ KINDS = {  # of rows that a step trains on
 def kinds_of(metrics: list[dict]) -> dict[str, str]:
     """The kinds of rows that these lines of metrics.jsonl tell apart, with a name for each."""
     prefix = "relative_entropy_"
-    keys = [key.removeprefix(prefix) for key in metrics[-1] if key.startswith(prefix)]
-    return {kind: KINDS.get(kind, kind) for kind in keys}
+    kinds = {}
+    for line in metrics[-1:]:
+        for key in line:
+            if key.startswith(prefix):
+                kind = key.removeprefix(prefix)
+                kinds[kind] = KINDS.get(kind, kind)
+    return kinds
 
 
 TRAINING = {  # a figure's panels: the title of each key of metrics.jsonl
@@ -100,7 +105,9 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
             "eval.py --entropy or --reflect"
         )
     style = {}
-    kinds = KINDS | kinds_of([key for run in runs for key in run.metrics[-1:]] or [{}])
+    kinds = dict(KINDS)
+    for run in runs:
+        kinds |= kinds_of(run.metrics)
     for names in (kinds.values(), dict.fromkeys(run.label for run in runs)):
         style |= zip(names, cycle(product(LINES, COLOURS)))
     out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +141,7 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
             add(figure, title, steps, compare(partial(metric, key), window))
     for label, seeds in labels.items():
         lines = {}
-        for kind, name in kinds_of(seeds[0].metrics or [{}]).items():
+        for kind, name in kinds_of(seeds[0].metrics).items():
             points = partial(metric, f"relative_entropy_{kind}")
             lines[name] = curve(map(points, seeds), window)
         add("relative_entropy", f"P / mean of its group\n{label}", steps, lines)
