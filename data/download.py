@@ -74,22 +74,17 @@ def fetch(name: str, mirror: str | None = None) -> Path:
     """Return the cached file of a set, after downloading it if it is absent or damaged.
 
     `mirror` is a folder or base address to use in place of BASE. Raises UserError if no address
-    has the file, or if the cache cannot be written.
+    has the file, and OSError if the cache cannot be written.
     """
     file = FILES[name]
     target = CACHE / f"{name}{Path(file.paths[0]).suffix}"
     if target.is_file() and _sha256(target.read_bytes()) == file.sha256:
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unfinished = Path(folder, target.name)
-            unfinished.write_bytes(_download(name, mirror or BASE))
-            unfinished.replace(target)  # so `target` is never half a file, whoever else writes it
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}; free space or make the folder writable"
-        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        unfinished = Path(folder, target.name)
+        unfinished.write_bytes(_download(name, mirror or BASE))
+        unfinished.replace(target)  # so `target` is never half a file, whoever else writes it
     return target
 
 

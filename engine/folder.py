@@ -87,22 +87,20 @@ def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file beside its place, flush and rename it: there is the old one or the new
-    one, never half."""
+    """Write a JSON file: at any moment there is the old one or the new one, never half."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     remove(unfinished)  # it may be a link to somebody's file
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    flush(unfinished)
-    unfinished.replace(path)
-    flush(path.parent)
+    publish(unfinished, path)
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Flush every file of a folder to the disk, then give the folder its name in one move."""
+    """Flush a file, or a folder and all in it, to the disk, then give it its name in one move."""
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
-    remove(target)
-    unfinished.rename(target)
+    if target.is_dir():
+        remove(target)
+    unfinished.replace(target)
     flush(target.parent)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
 from torch import nn
 
@@ -112,9 +112,9 @@ def folder_of(name: str) -> Path:
     path = find_model(name)
     if Path(path).is_dir():
         return Path(path)
-    if hub_is_away():
-        return Path(hf_hub_download(path, "config.json", local_files_only=True)).parent
-    return Path(snapshot_download(path, allow_patterns=FILES_BESIDE_WEIGHTS))
+    return Path(
+        snapshot_download(path, allow_patterns=FILES_BESIDE_WEIGHTS, local_files_only=hub_is_away())
+    )
 
 
 def files_beside_weights(
@@ -140,11 +140,12 @@ def files_beside_weights(
                 if not file.name.endswith((".index.json", "checkpoint.json")):
                     files[str(file.relative_to(folder))] = file.read_bytes()
         files["config.json"] = saved_config(files["config.json"], model, config)
+        ends = end_ids if len(end_ids) > 1 else end_ids[0]
         for file in ("config.json", "generation_config.json"):
-            files[file] = with_end_ids(files[file], end_ids)
+            files[file] = with_value(files[file], "eos_token_id", ends)
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if file in files:
-                files[file] = with_eos_token(files[file], eos_token)
+            if b'"eos_token"' in files.get(file, b""):
+                files[file] = with_value(files[file], "eos_token", eos_token)
         return files
 
 
@@ -163,24 +164,12 @@ def saved_config(original: bytes, model: nn.Module, config) -> bytes:
     return json.dumps(with_old_keys(content, dtype), indent=2).encode()
 
 
-def with_end_ids(file: bytes, end_ids: list[int]) -> bytes:
-    """Returns a JSON file whose eos_token_id names every id that ends a response."""
+def with_value(file: bytes, key: str, value: object) -> bytes:
+    """Returns a JSON file with this value of a key; the file as it is if it has that already."""
     content = json.loads(file)
-    named = content.get("eos_token_id")
-    if set(named if isinstance(named, list) else [named]) == set(end_ids):
+    if content.get(key) == value:
         return file
-    content["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
-    return json.dumps(content, indent=2).encode()
-
-
-def with_eos_token(file: bytes, eos_token: str | None) -> bytes:
-    """Returns a tokenizer's JSON file, where it names an eos_token, with this one."""
-    content = json.loads(file)
-    named = content.get("eos_token")
-    text = named.get("content") if isinstance(named, dict) else named
-    if text in (None, eos_token):
-        return file
-    return json.dumps(content | {"eos_token": eos_token}, indent=2, ensure_ascii=False).encode()
+    return json.dumps(content | {key: value}, indent=2, ensure_ascii=False).encode()
 
 
 def with_old_keys(config: dict, dtype: str) -> dict:
