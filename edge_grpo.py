@@ -165,10 +165,6 @@ class Flags:
         "constant, so it has no effect)",
         low=0,
     )
-    no_echo: bool = flag(
-        False,
-        "an answer copied from the question is wrong, unless it is short or written as the gold is",
-    )
 
     correction: str = flag(
         "guided",
@@ -489,22 +485,20 @@ def continue_responses(
 
 
 @timed("grade")
-def grade(policy: Policy, groups: list[Group], flags: Flags) -> None:
+def grade(policy: Policy, groups: list[Group]) -> None:
     """Fills in text, format and accuracy of the responses that have none yet."""
-    rows = []
+    responses, rows = [], []
     for group in groups:
-        rows += [(group.problem, r) for r in group.responses if r.accuracy is None]
-    for _, response in rows:
-        response.text = policy.decode(response.ids)
-    texts = [response.text for _, response in rows]
-    golds = [list(problem.answers) for problem, _ in rows]
-    questions = [problem.question if flags.no_echo else "" for problem, _ in rows]
+        for response in group.responses:
+            if response.accuracy is None:
+                response.text = policy.decode(response.ids)
+                responses.append(response)
+                rows.append((response.text, list(group.problem.answers)))
 
-    def score_share(share: list[tuple]) -> list[tuple[float, float]]:
-        return reward.score_all(*map(list, zip(*share))) if share else []
+    def scores_of(share: list[tuple]) -> list[tuple[float, float]]:
+        return reward.score_all([text for text, _ in share], [golds for _, golds in share])
 
-    scores = spread(list(zip(texts, golds, questions)), score_share)
-    for (_, response), (well_formed, accuracy) in zip(rows, scores):
+    for response, (well_formed, accuracy) in zip(responses, spread(rows, scores_of)):
         response.format = well_formed
         response.accuracy = accuracy
 
@@ -533,7 +527,7 @@ def resample_equal_groups(
             break
         new_problems = batch_of_problems(problems, flags, step, again)[: len(equal)]
         new_groups = sample(policy, new_problems, flags, step, again)
-        grade(policy, new_groups, flags)
+        grade(policy, new_groups)
         everything += new_groups
         for old, new in zip(equal, new_groups):
             new.number = old.number
@@ -1009,10 +1003,10 @@ def train(flags: Flags) -> int:
         for step in run.steps(trainer, evaluate, SHOWN):
             batch = batch_of_problems(problems, flags, step)  # Q problems
             groups = sample(policy, batch, flags, step)  # Q groups of G responses
-            grade(policy, groups, flags)
+            grade(policy, groups)
             everything = resample_equal_groups(policy, groups, problems, flags, step)  # DAPO
             correct_errors(policy, groups, flags, step)  # GEC
-            grade(policy, groups, flags)
+            grade(policy, groups)
             for group in groups:
                 group.A = group.A_hat = advantages(group, flags)  # (G,)
             if flags.eda:
@@ -1038,7 +1032,7 @@ def fine_tune(flags: Flags) -> int:
     with run:
         for step in run.steps(trainer, evaluate, SHOWN):
             groups = references(policy, batch_of_problems(problems, flags, step))
-            grade(policy, groups, flags)
+            grade(policy, groups)
             stats = sft_update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
             stats |= measure(groups, [], partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats, readable(policy, groups, flags.save_tokens))

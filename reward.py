@@ -14,9 +14,8 @@ inside counts as wrong.
 What counts as equal, decided once:
 - Value, not form: expanded or factored, reduced or not, `2^3` or `8`, `2\pi/4` or `\pi/2`, `52_8`
   or `42`. So an expression that the problem quotes, boxed as it stands, is right if the answer is
-  its value (echo): on 50 of the 500 problems of MATH, 10 of the 675 of OlympiadBench
-  (tests/bench_reward.py measures it). Callers that give `score` the question refuse it: an answer
-  that stands there and is longer than a number or a name must have the gold's form.
+  its value: on 50 of the 500 problems of MATH, 10 of the 675 of OlympiadBench
+  (tests/bench_reward.py measures it).
 - Percent: `p%` equals `p` and `p/100` (golds are written both ways); two percentages must agree as
   they stand.
 - Degrees, units and money: a unit that only one side gives is ignored, also behind a minus or a
@@ -127,17 +126,17 @@ def grade(response: str, gold) -> bool:
     return score(response, gold)[1] == 1.0
 
 
-def score(response: str, gold, question: str = "") -> tuple[float, float]:
+def score(response: str, gold) -> tuple[float, float]:
     """Returns (format, accuracy), each 0.0 or 1.0. Format asks for a closed, non-empty box whose
-    content parses. If the question is given, an answer that only quotes it is wrong."""
+    content parses."""
     answer = (_safely(final_answer, response) or "").strip()
     if not answer:
         return 0.0, 0.0
-    return float(_safely(readable, answer)), float(_safely(_is_right, answer, gold, question))
+    return float(_safely(readable, answer)), float(_safely(_is_right, answer, gold))
 
 
 def _safely(judge, *args):
-    """What judge says; no, if anything goes wrong: a text that a policy has found must not end its
+    """judge(*args), or False if it raises: a text that a policy has found must not end its
     training."""
     try:
         return judge(*args)
@@ -145,12 +144,9 @@ def _safely(judge, *args):
         return False
 
 
-def _is_right(answer: str, gold, question: str) -> bool:
-    golds = [text.strip() for text in _texts(gold)]
-    if is_echo(answer, question) and form(answer) not in map(form, golds):
-        return False
+def _is_right(answer: str, gold) -> bool:
     undecided = []
-    for one in golds:
+    for one in [text.strip() for text in _texts(gold)]:
         try:
             if same(answer, one):
                 return True
@@ -159,26 +155,9 @@ def _is_right(answer: str, gold, question: str) -> bool:
     return bool(undecided) and sympy_process.ask(answer, undecided)
 
 
-def form(text: str) -> str:
-    """What is left of a formula without its markup: what two spellings of one form share."""
-    return re.sub(r"\\left|\\right|(?<=\\)[dt](?=frac)|\\[,;! ]|[\s{}$.]", "", text)
-
-
-def is_echo(answer: str, question: str) -> bool:
-    """Whether an answer stands in the question and is longer than a number or a name."""
-    is_short = re.fullmatch(r"-?[\d,]*|\\?[a-zA-Z]+(_.)?", form(answer))
-    return form(answer) in form(question) and not is_short
-
-
-def score_all(
-    responses: list[str], golds: list, questions: list[str] | None = None
-) -> list[tuple[float, float]]:
+def score_all(responses: list[str], golds: list) -> list[tuple[float, float]]:
     """Returns the score of each pair, in order. Raises ValueError if there are not as many golds
-    (or questions) as responses."""
-    if questions is None:
-        questions = [""] * len(responses)
-    if not len(responses) == len(golds) == len(questions):
-        raise ValueError(
-            f"{len(responses)} responses for {len(golds)} golds and {len(questions)} questions"
-        )
-    return list(map(score, responses, golds, questions))
+    as responses."""
+    if len(responses) != len(golds):
+        raise ValueError(f"{len(responses)} responses for {len(golds)} golds")
+    return list(map(score, responses, golds))

@@ -124,7 +124,7 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
 
     def grade():
         if always_wrong:  # grade as a run does, for the time it takes
-            edge_grpo.grade(policy, groups, flags)
+            edge_grpo.grade(policy, groups)
         for response in responses():
             response.text = policy.decode(response.ids)
             response.format = 0.0

@@ -1,10 +1,11 @@
-"""What several test files share: small random models, rows for them, a few steps of training."""
+"""What several test files share: small models, rows for them, groups of responses, a step."""
 
+import copy
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,9 +19,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import data
+import edge_grpo as eg
 import engine
+from data import Problem
+from engine.forward import make_batch
 from engine.trainer import Trainer
 from rollout import Sampler
+
+# --- Small random models and rows for them ---------------------------------------------------
 
 
 def small_policy(dtype=torch.float32, hidden=32, layers=2, vocab=64, inner=64, seed=0, tied=True):
@@ -42,20 +49,18 @@ def small_policy(dtype=torch.float32, hidden=32, layers=2, vocab=64, inner=64, s
 
 
 def random_rows(n, seed=0, vocab=64, prompt=(3, 20), response=(1, 60)):
+    """n prompts and n responses of random ids and of lengths in these ranges."""
     r = random.Random(seed)
-    rows = [
-        tuple(
-            [r.randrange(1, vocab) for _ in range(r.randint(*length))]
-            for length in (prompt, response)
-        )
-        for _ in range(n)
-    ]
-    return [p for p, _ in rows], [x for _, x in rows]
+    rows = []
+    for _ in range(n):
+        for length in (prompt, response):
+            rows.append([r.randrange(1, vocab) for _ in range(r.randint(*length))])
+    return rows[::2], rows[1::2]
 
 
 def shared_rows(prompts=5, n=30, seed=1, vocab=60):
-    """Rows of which several have the same prompt, not always side by side; one prompt and some responses of one token,
-    an empty response, and a long prompt that begins another."""
+    """Rows of which several have the same prompt, not always side by side. Some prompts and
+    responses have one token, one response is empty, and a long prompt begins another."""
     few, _ = random_rows(prompts, seed, vocab)
     few[0], few[1], few[2] = few[0][:1], few[1] * 3, few[1] * 3 + few[2]
     _, responses = random_rows(n, seed + 1, vocab)
@@ -63,19 +68,20 @@ def shared_rows(prompts=5, n=30, seed=1, vocab=60):
     return sorted((few * n)[: n - 3]) + few[:3], responses
 
 
-@dataclass
-class Weights:
-    """The least that a loss can want to know of each token."""
-
-    weights: Tensor  # (T,) of a response, (M,) of a micro-batch
+def one_batch(prompts, responses, device="cpu", packed=True):
+    """All rows as a single micro-batch."""
+    return make_batch(prompts, responses, [i for i, r in enumerate(responses) if r], device, packed)
 
 
 def backward(trainer, prompts, responses, factor=1.0):
-    """The gradient of `factor` times the sum of all log-probabilities; returns what forward_backward returns."""
-    tokens = [Weights(torch.full((len(r),), factor)) for r in responses]
-    return trainer.forward_backward(
-        prompts, responses, tokens, lambda logp, _, t: (t.weights * logp).sum()
-    )
+    """Adds the gradient of `factor` times the sum of all log-probabilities. Returns each row's
+    (logp, entropy)."""
+    by_row = {}
+    for batch in trainer.micro_batches(prompts, responses):
+        logp, entropy = trainer.forward(batch)
+        trainer.backward(factor * logp.sum())
+        by_row |= batch.by_row(logp, entropy)
+    return [by_row.get(row, (torch.zeros(0), torch.zeros(0))) for row in range(len(responses))]
 
 
 def train_steps(policy, steps, lr, offload=False, checkpointing=False, rows=12):
@@ -139,3 +145,106 @@ MODELS = {  # name: (class, config, whether its batches are packed)
         False,
     ),
 }
+
+
+# --- Groups of responses, and a step of training on them -------------------------------------
+
+
+def flags_of(line=""):
+    return eg.parse_flags(line.split())
+
+
+def response(accuracy=0.0, ids=(5, 6, 7), injected=None, **more):
+    """A finished response of which everything is known."""
+    n = len(ids)
+    injected = [False] * n if injected is None else list(injected)
+    of_row = dict(sampler_logp=[-0.5] * n, entropies=[0.3] * n, finished=True, format=1.0)
+    return eg.Response(list(ids), injected, accuracy=accuracy, **of_row | more)
+
+
+def group_of(responses, number=0, problem=Problem("1+1?", ("2",), "\\boxed{2}", "x:1"), **more):
+    return eg.Group(number, problem, [1, 2], sampled=responses, responses=responses, **more)
+
+
+def rows_of(groups):
+    """(prompt, response) of all that is trained on."""
+    return [(group.prompt, r) for group in groups for r in group.responses]
+
+
+def sampled_groups(policy, flags, problems, step=0):
+    groups = eg.sample(policy, problems, flags, step)
+    eg.grade(policy, groups)
+    return groups
+
+
+def wrong_and_right(policy):
+    """Five graded groups of 8, of which each fourth response is right; each second one is cut by
+    the limit, so it has no end token."""
+    made = []
+    for number, problem in enumerate(data.load("tiny:1-3")[:5]):
+        rows = []
+        for k in range(8):
+            answer = "1000" if k % 4 else data.gold_text(problem)
+            ids = policy.encode(f"(1)1+1=2\nThe answer is \\boxed{{{answer}}}")
+            finished = k % 2 == 0
+            if finished:
+                ids = ids + [policy.end_id]
+            rows.append(response(k % 4 == 0, ids, entropies=[math.nan] * len(ids)))
+            rows[k].finished = finished
+        made.append(group_of(rows, number, problem))
+        made[number].prompt = policy.prompt_ids(problem.question)
+    return made
+
+
+def corrected_groups(policy, line="", step=4):
+    """The same after GEC, graded again."""
+    groups = wrong_and_right(policy)
+    eg.correct_errors(policy, groups, flags_of(line), step)
+    eg.grade(policy, groups)
+    return groups
+
+
+def own_copy(policy):
+    """The policy with weights of its own, so that a test may train it."""
+    return replace(policy, model=copy.deepcopy(policy.model))
+
+
+def trainer_of(policy, flags, **more):
+    """A trainer as a run makes it."""
+    return Trainer(
+        policy,
+        flags.micro_batch_tokens,
+        temperature=1.0 if flags.sft else flags.temperature,
+        entropy_grad=flags.eda_grad,
+        betas=tuple(flags.betas),
+        weight_decay=flags.weight_decay,
+        offload=flags.offload_optimizer,
+        checkpointing=flags.gradient_checkpointing,
+        **more,
+    )
+
+
+def logprobs_of(trainer, groups):
+    rows = rows_of(groups)
+    return trainer.logprobs([prompt for prompt, _ in rows], [r.ids for _, r in rows])
+
+
+def train_step(trainer, groups, flags, lr=1e-3):
+    """From graded groups to new weights, in the order of edge_grpo.train. Returns the step's
+    numbers and the gradient of each update, {name: tensor}."""
+    gradients, step = [], trainer.step
+
+    def keep_gradient(lr, clip):
+        gradients.append({name: p.grad.clone() for name, p in trainer.params.items()})
+        return step(lr, clip)
+
+    trainer.step = keep_gradient
+    for group in groups:
+        group.A = group.A_hat = eg.advantages(group, flags)
+    if flags.eda:
+        eg.fill_in_entropies(trainer, groups)
+        for group in groups:
+            group.P = eg.group_entropy(group)
+            group.A_hat = eg.eda(group, group.P, flags)
+    update = eg.sft_update if flags.sft else eg.update
+    return update(trainer, groups, flags, lr=lr), gradients

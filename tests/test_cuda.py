@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import Weights, backward, random_rows
+from helpers import backward, random_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import edge_grpo
 import engine
 import rollout
-from engine.forward import Scorer, micro_batches, response_logprobs
+from engine.forward import ForwardPass, make_batches, response_logprobs
 from engine.trainer import Trainer
 from entropy import mm_wide
 from rollout import Sampler
@@ -178,27 +178,22 @@ def test_graphs_see_an_update_in_place():
 def test_a_packed_batch_scores_and_learns_as_its_rows_alone():
     """The prompt's part of the gradient is summed over its responses in bf16, in any order."""
     model = bf16_model().requires_grad_()
-    scorer = Scorer(model)
+    forward_pass = ForwardPass(model)
     prompts, responses = random_rows(8)
     prompts = [prompts[i // 4] for i in range(8)]
-    told, gradients = [], []
+    logps, gradients = [], []
     for budget in (1, 10_000):
-        batches = micro_batches(prompts, responses, budget, DEVICE, scorer.packed)
-        logp = [(b.index, b.by_row(*scorer(b, 0.7, 500))) for b in batches]
-        told.append(
-            [
-                row[0]
-                for _, row in sorted(
-                    (i, row) for index, rows in logp for i, row in zip(index, rows)
-                )
-            ]
-        )
+        batches = make_batches(prompts, responses, range(8), budget, DEVICE, forward_pass.packed)
+        by_row = {}
         model.zero_grad()
-        for b in batches:
-            scorer(b, 0.7, 500)[0].sum().backward()
+        for batch in batches:
+            logp, entropy = forward_pass(batch, 0.7, 500)
+            logp.sum().backward()
+            by_row |= batch.by_row(logp, entropy)
+        logps.append([by_row[row][0] for row in range(8)])
         gradients.append({name: p.grad.float() for name, p in model.named_parameters()})
-    assert scorer.packed and len(batches) == 1
-    for a, b in zip(*told):
+    assert forward_pass.packed and len(batches) == 1
+    for a, b in zip(*logps):
         assert (a - b).abs().mean() < 0.02
     for name, alone in gradients[0].items():
         assert (gradients[1][name] - alone).norm() < 0.05 * alone.norm(), name
@@ -250,27 +245,3 @@ def test_a_run_on_the_gpu_and_its_resume(tmp_path):
     ]
     assert after[:2] == before[:2] and [m["step"] for m in after] == [1, 2, 3, 4]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
-
-
-def test_running_out_of_memory_in_the_update_is_survived():
-    """The first try fails as the allocator does; the second, with half the budget, gives the whole
-    gradient."""
-    model = bf16_model()
-    policy = engine.Policy(
-        model, None, Sampler(model, {0}), {0}, 0, 500, torch.device(DEVICE), "qwen"
-    )
-    trainer, (prompts, responses) = Trainer(policy, 400), random_rows(12)
-    tokens, tries = [Weights(torch.full((len(r),), -1 / 100)) for r in responses], []
-
-    def loss_of(logp, entropy, t):
-        tries.append(trainer.micro_batch_tokens)
-        if len(tries) == 2:  # when there are gradients already
-            torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
-        return (t.weights * logp).sum()
-
-    trainer.forward_backward(prompts, responses, tokens, loss_of)
-    norm = trainer.gradient_norm()
-    trainer.skip()
-    backward(trainer, prompts, responses, factor=-1 / 100)
-    assert tries[:3] == [400, 400, 200] and set(tries[3:]) == {200}
-    assert norm == pytest.approx(trainer.gradient_norm(), rel=0.02)

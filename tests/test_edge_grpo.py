@@ -1,26 +1,33 @@
-"""The method against its equations: group advantages, EDA, the loss, GEC, and one whole update."""
+"""edge_grpo.py up to its loss: flags, groups of responses, advantages, EDA, GEC. test_update.py
+has the loss, the update and whole runs."""
 
-import copy
-import json
 import math
-from collections import Counter
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import (
+    corrected_groups,
+    flags_of,
+    group_of,
+    logprobs_of,
+    own_copy,
+    response,
+    rows_of,
+    sampled_groups,
+    trainer_of,
+    wrong_and_right,
+)
 
 import data
 import edge_grpo as eg
 import engine
+import reward
 from data import Problem
-from engine import run
-from engine.processes import stream
-from engine.trainer import Trainer
-from report.metrics import measure
+from errors import UserError
 
-BRANCHES = {"reflect", "answer", "reference"}  # of the paper's GEC
+pytestmark = pytest.mark.method
+PROBLEMS = [Problem(str(k), ("1",), None, str(k)) for k in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -28,758 +35,517 @@ def policy():
     return engine.load_policy("tiny", "cpu")
 
 
-def flags_of(*argv):
-    return eg.parse_flags(list(argv))
+def numbers(text):
+    return [float(x) for x in text.split()]
 
 
-# --- group advantages, EDA -------------------------------------------------------------------------------------------
+def cells(row):
+    return [cell.strip() for cell in row.split("|")]
 
 
-def test_group_advantages_on_worked_numbers():
-    r = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64)
-    A = eg.group_advantages(r)
-    # mean 1/4, unbiased variance (9/16 + 3/16)/3 = 1/4, std 1/2
-    assert A[0].tolist() == pytest.approx([0.75 / 0.5001] + [-0.25 / 0.5001] * 3, abs=1e-12)
-    assert A[1:].abs().max() == 0
+# --- Flags -----------------------------------------------------------------------------------
+
+PAPER = """questions_per_step=1 group_size=8 steps=1000 lr=1e-06 temperature=0.6 top_p=1.0 seed=42
+    max_new_tokens=1024 correction_tokens=256 max_prompt_tokens=512 data=deepscaler-hard-1k
+    grad_clip=1.0 betas=[0.9,0.999] weight_decay=0.0 kl=0.0 eps_low=0.2 eps_high=0.2 loss=sequence
+    correction=guided guided_probs=[0.5,0.25,0.25] eda=True advantage_std=group sft=False
+    updates_per_rollout=1"""
 
 
-def test_a_group_of_one_has_no_advantage():
-    assert eg.group_advantages(torch.ones(3, 1)).tolist() == [[0.0]] * 3
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--model Qwen2.5-Math-7B", PAPER),
+        ("--model tiny --profile paper", PAPER),
+        ("--model tiny", "steps=60 data=tiny:5-8 lr=0.0001 correction=guided eda=True"),
+        ("--model tiny --steps 3 --method grpo", "steps=3 lr=0.0001 eda=False"),
+        ("--method force-r-eda", "correction=reflect eda=True"),
+        ("--method force-r", "correction=reflect eda=False"),
+        ("--no-eda", "correction=guided eda=False"),
+        ("--method grpo --eda", "correction=none eda=True"),
+        ("--method dr-grpo", "correction=none eda=False advantage_std=none loss=constant"),
+        ("--method dapo", "eda=False eps_high=0.28 loss=token mask_truncated=True"),
+        ("--method dapo --eps-high .3", "eps_high=0.3 resample_rounds=10"),
+        ("--method sft", "sft=True correction=none eda=False"),
+        ("--eda-grad --updates-per-rollout 2 --injected-shaping .1", "eda_grad=True"),
+        ("--group-size 1 --all-wrong-advantage -1", "group_size=1"),
+        ("--group-size 1 --method sft", "group_size=1"),
+    ],
+)
+def test_flags_are_the_profile_then_the_methods_row_then_what_is_given(argv, expected):
+    flags = vars(flags_of(argv))
+    for setting in expected.split():
+        name, _, value = setting.partition("=")
+        assert str(flags[name]).replace(" ", "") == value, name
 
 
-def test_format_reward_that_is_constant_changes_no_advantage():
-    accuracy = torch.tensor([[1.0, 0, 0, 1]], dtype=torch.float64)
-    assert torch.allclose(
-        eg.group_advantages(accuracy), eg.group_advantages(accuracy + 1.0), atol=1e-12
-    )
+def test_the_tiny_settings_belong_to_the_profile_not_to_the_name():
+    tiny, other = flags_of("--model tiny"), flags_of("--model runs/X/final --profile tiny")
+    assert replace(other, model="tiny", out=tiny.out, profile="auto") == tiny
 
 
-def test_eda_on_worked_numbers():
-    A = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
-    P = torch.tensor([[0.2, 0.6]], dtype=torch.float64)  # mean .4, relative .5 and 1.5
-    assert eg.entropy_driven_advantages(A, P)[0].tolist() == pytest.approx([2.0, -2 / 3])
-    assert eg.entropy_driven_advantages(A, P, (0.8, 1.2))[0].tolist() == pytest.approx(
-        [1 / 0.8, -1 / 1.2]
-    )
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ("--stepz 3", "--stepz"),
+        ("--step 3", "--step"),
+        ("--loss mean", "--loss"),
+        ("--steps many", "--steps"),
+        ("--all-wrong-advantage 1", "--all-wrong-advantage"),
+        ("--group-size 1", "a group of one has no advantage"),
+        ("--correction wait", "must be none, guided, reflect"),
+        ("--guided-probs .2 .2 .2 .2 .1 .1", "at most 5"),
+        ("--guided-probs .5 .4", "sum to 1"),
+        ("--method force-r --guided-probs 0 .5 .5", "belongs to --correction guided"),
+        ("--method grpo --guide all-wrong", "--guide"),
+        ("--method grpo --guide-at-most 1", "--guide-at-most"),
+        ("--correction-factors 1 1 1 1 1 1", "at most 5"),
+        ("--eda-clamp 1", "LO HI"),
+        ("--eda-clamp 1 2 3", "LO HI"),
+        ("--eda-clamp 0 1", "0 < LO < HI"),
+        ("--eda-clamp .5 1 2 1", "0 < LO < HI"),
+        ("--no-eda --eda-clamp .5 2", "need EDA"),
+        ("--no-eda --eda-grad", "need EDA"),
+        ("--no-eda --eda-rows right", "need EDA"),
+        ("--betas .9 1", "below 1"),
+        ("--resume --overwrite", "one of the two"),
+        ("--method sft --correction reflect", "--sft trains"),
+        ("--method sft --eda", "--sft trains"),
+        ("--method sft --kl .1", "--sft trains"),
+        ("--method sft --injected-shaping .1", "--sft trains"),
+        ("--method sft --mask-injected", "--sft trains"),
+        ("--method sft --updates-per-rollout 2", "--sft trains"),
+    ],
+)
+def test_flags_in_conflict_are_refused_in_a_sentence_that_names_them(argv, says):
+    with pytest.raises(UserError, match=says):
+        flags_of(argv)
 
 
-def test_eda_uses_each_groups_own_mean():
-    A = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    P = torch.tensor([[0.2, 0.6], [2.0, 6.0]])
-    A_hat = eg.entropy_driven_advantages(A, P)
-    assert torch.allclose(A_hat[0], A_hat[1])
+# --- Groups of responses ---------------------------------------------------------------------
 
 
-def test_eda_cannot_revive_a_collapsed_group_and_survives_zero_entropy():
-    P = torch.tensor([[0.5, 0.1, 0.9]])
-    assert eg.entropy_driven_advantages(torch.zeros(1, 3), P).abs().max() == 0
-    A = torch.tensor([[1.0, -0.5, -0.5]])
-    assert torch.equal(eg.entropy_driven_advantages(A, torch.zeros(1, 3)), A)
-    assert torch.isfinite(eg.entropy_driven_advantages(A, torch.tensor([[0.0, 1.0, 1.0]]))).all()
+def questions(line, *steps):
+    batches = [eg.batch_of_problems(PROBLEMS, flags_of(line), *step) for step in steps]
+    return [p.question for batch in batches for p in batch]
 
 
-def test_eda_gradient_flows_through_each_responses_own_entropy_only_if_it_has_one():
+def test_epochs_are_permutations_and_rounds_of_resampling_have_their_own():
+    everything = sorted(p.question for p in PROBLEMS)
+    order = questions("--questions-per-step 4", (0,), (1,), (2,), (3,), (4,))
+    assert sorted(order[:10]) == sorted(order[10:]) == everything and order[:10] != order[10:]
+    long = questions("--questions-per-step 25", (0,), (1,))  # more than there are
+    assert sorted(long) == sorted(everything * 5) and long[:20] == order
+    others = ["--questions-per-step 4 --seed 1", (0,)], ["--questions-per-step 4", (0, 1)]
+    rounds = [questions(*other) for other in others] + [order[:4]]
+    assert len(set(map(tuple, rounds))) == 3
+
+
+def columns(r):
+    return r.ids, r.injected, r.sampler_logp, r.entropies
+
+
+def same_length(r):
+    return len(set(map(len, columns(r)))) == 1
+
+
+def test_a_step_samples_groups_within_the_limit_each_row_with_a_stream_of_its_own(policy):
+    flags = flags_of("--temperature 9 --max-new-tokens 12 --group-size 4")
+    problems, seen = data.load("tiny:5-8")[:2] * 2, set()  # each problem comes twice
+    for key in ((0,), (1,), (0, 1)):
+        for number, group in enumerate(eg.sample(policy, problems, flags, *key)):
+            assert group.number == number and group.row(3) == 4 * number + 3
+            assert group.problem is problems[number]
+            assert group.prompt == policy.prompt_ids(group.problem.question)
+            for r in group.sampled:
+                assert same_length(r) and 0 < len(r.ids) == r.sampled_tokens <= 12
+                assert r.finished == (r.ids[-1] in policy.end_ids) and not any(r.injected)
+                seen.add(tuple(r.ids))
+    assert len(seen) == 3 * 16
+
+
+def test_reflections_draw_from_other_streams_than_samples(policy, monkeypatch):
+    """A stream's numbers belong to positions, and a reflection begins where a sample may end."""
+    seeds, plain = [], engine.Policy.sample
+
+    def spy(self, prompts, limits, of_rows, *rest):
+        assert rest == (2.0, 0.9)
+        seeds.extend(of_rows)
+        return plain(self, prompts, limits, of_rows, *rest)
+
+    monkeypatch.setattr(engine.Policy, "sample", spy)
+    flags = flags_of("--method force-r --temperature 2 --top-p .9 --max-new-tokens 4")
+    for step in (0, 1):
+        groups = eg.sample(policy, data.load("tiny:5-8")[:2], flags, step)
+        for _, r in rows_of(groups):
+            r.accuracy = 0.0
+        eg.correct_errors(policy, groups, flags, step)
+    assert len(set(seeds)) == len(seeds) == 4 * 16
+
+
+def test_grading_fills_in_what_is_missing_and_nothing_else(policy, monkeypatch):
+    calls, score_all = [], reward.score_all
+
+    def spy(*call):
+        calls.append(call)
+        return score_all(*call)
+
+    monkeypatch.setattr(reward, "score_all", spy)
+    known = response(0.5, text="as it was", format=0.25)
+    ids = policy.encode("\\boxed{2}") + [policy.end_id]
+    new = response(None, ids, format=None)
+    eg.grade(policy, [group_of([known, new])])
+    assert (new.text, new.format, new.accuracy) == ("\\boxed{2}", 1.0, 1.0)
+    assert calls.pop() == ([new.text], [["2"]])
+    assert (known.text, known.format, known.accuracy) == ("as it was", 0.25, 0.5)
+
+
+def mixed(group):
+    return len({r.accuracy for r in group.sampled}) > 1
+
+
+def test_dapo_replaces_equal_groups_by_new_questions_and_counts_all_that_was_sampled(policy):
+    flags = flags_of("--method dapo --questions-per-step 6 --resample-rounds 3 --temperature 1")
+    problems = data.load("tiny:3-5")
+    first = sampled_groups(policy, flags, eg.batch_of_problems(problems, flags, 4), step=4)
+    kept, again = list(first), list(first)
+    everything = eg.resample_equal_groups(policy, kept, problems, flags, 4)
+    eg.resample_equal_groups(policy, again, problems, flags, 4)  # a resumed run draws the same
+    assert [r.ids for _, r in rows_of(kept)] == [r.ids for _, r in rows_of(again)]
+    was_mixed = [mixed(group) for group in first]
+    assert [new is old for new, old in zip(kept, first)] == was_mixed
+    assert [group.number for group in kept] == [0, 1, 2, 3, 4, 5]
+    assert 0 < sum(was_mixed) < sum(map(mixed, kept))
+    old, new = everything[:6], everything[6:]
+    assert old == first and len(new) <= 3 * 6 and {*map(id, kept)} <= {*map(id, everything)}
+    asked = eg.batch_of_problems(problems, flags, 4, 1)[: 6 - sum(was_mixed)]
+    assert [group.problem for group in new[: len(asked)]] == asked
+    assert eg.resample_equal_groups(policy, first, problems, flags_of(), 4) == first
+
+
+def test_with_a_dense_reward_collapse_is_still_one_of_accuracy(monkeypatch):
+    """Shorter is better. (That advantages follow the reward: test_update.py, test_new_equations)"""
+
+    def shorter(responses, flags):
+        return torch.tensor([r.accuracy - 0.1 * len(r.ids) for r in responses]).double()
+
+    def sample(policy, problems, *rest):
+        return [group_of([response(1), response(0)], k) for k in range(len(problems))]
+
+    monkeypatch.setattr(eg, "rewards", shorter)
+    monkeypatch.setattr(eg, "sample", sample)
+    groups = []
+    for accuracies in ((1, 1), (0, 0), (1, 0)):
+        rows = [response(a, ids) for a, ids in zip(accuracies, ([5] * 4, [5] * 2))]
+        groups.append(group_of(rows, len(groups)))
+    punish = flags_of("--all-wrong-advantage -1")
+    A = [eg.advantages(group, punish).tolist() for group in groups]
+    assert A[1] == [-1, -1] and -1 < A[0][0] < 0 < A[0][1]
+    flags, kept = flags_of("--method dapo --questions-per-step 3"), list(groups)
+    everything = eg.resample_equal_groups(None, kept, PROBLEMS, flags, 0)
+    assert kept == [*everything[3:], groups[2]] and everything[:3] == groups
+
+
+# --- Advantages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",  # of rewards: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4
+    [
+        "group | 1 0 0 0 | 1.499700 -0.499900 -0.499900 -0.499900",
+        "group | 2 1 1 1 | 1.499700 -0.499900 -0.499900 -0.499900",
+        "none  | 1 0 0 0 | 0.75 -0.25 -0.25 -0.25",
+        "group | 1 1 1 1 | 0 0 0 0",
+        "none  | 0 0     | 0 0",
+        "group | 1       | 0",
+    ],
+)
+def test_group_advantages_on_worked_numbers(row):
+    std, rewards, expected = cells(row)
+    both = torch.tensor([numbers(rewards)] * 2)
+    for A in eg.group_advantages(both.double(), std=std):
+        assert A.tolist() == pytest.approx(numbers(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| 1 0 | 0.707007 -0.707007",
+        "--method dr-grpo | 1 0 | 0.5 -0.5",
+        "--method dr-grpo --format-weight .5 | 1 0 | 0.25 -0.25",
+        "--all-wrong-advantage -1 | 0 0 0 | -1 -1 -1",
+        "--all-wrong-advantage -1 | 1 1 1 | 0 0 0",
+        "--all-wrong-advantage -1 --method dr-grpo | 1 0 | 0.5 -0.5",
+        "--all-wrong-advantage -1 --correction-factors 1 3 | 0 0 0 | -1 -3 -1",
+        "--method dr-grpo --correction-factors 2 3 | 1 0 1 0 | 0.5 -1.5 1 -0.5",
+    ],
+)
+def test_advantages_of_a_group_with_its_flags(row):
+    """The first is not well formed, an answer corrected the second, a reflection the third."""
+    line, accuracies, expected = cells(row)
+    group = group_of([response(a) for a in numbers(accuracies)])
+    group.responses[0].format = 0.0
+    for r, correction in zip(group.responses[1:], ("answer", "reflect")):
+        r.correction = correction
+    A = eg.advantages(group, flags_of(line))
+    assert A.tolist() == pytest.approx(numbers(expected), rel=1e-6)
+
+
+# --- Entropy-Driven Advantage ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",  # A | P | clamp | A^
+    [
+        "1 -1       | .2 .6       |          | 2 -0.6666667",  # mean .4, relative .5 and 1.5
+        "1 -1       | .2 .6       | .8 1.2   | 1.25 -0.8333333",
+        "1 1 -1 -1  | .2 .6 .2 .6 | 1 2 .5 1 | 1 0.6666667 -2 -1",
+        "1 1 -1 -1  | .2 .6 .2 .6 | .5 1 1 2 | 2 1 -1 -0.6666667",
+        "0 0 0      | .5 .1 .9    |          | 0 0 0",  # it cannot revive a collapsed group
+        "1 -.5 -.5  | 0 0 0       |          | 1 -.5 -.5",
+        "1 -.5 -.5  | 1e-45 0 0   |          | 1e4 -5e3 -5e3",
+        "1 -.5 -.5  | 0 .8 .4     |          | 1e4 -.25 -.5",  # one repeated token
+        "1 -.5 -.5  | 0 .8 .4     | .5 2     | 2 -.25 -.5",
+    ],
+)
+def test_entropy_driven_advantages_on_worked_numbers(row):
+    A, P, clamp, expected = map(numbers, cells(row))
+    other = [1.0] * len(A)  # another group of the batch, with a mean of its own
+    A, P = torch.tensor([A, other]).double(), torch.tensor([P, other]).double()
+    A_hat = eg.entropy_driven_advantages(A, P, clamp or None).tolist()
+    assert A_hat == [pytest.approx(expected), other]
+
+
+def test_the_gradient_goes_through_each_responses_own_entropy_and_not_through_the_mean():
     A, P = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.2, 0.6]], requires_grad=True)
     eg.entropy_driven_advantages(A, P).sum().backward()
-    # A^_1 = mean / P_1 with the mean as it is, 0.4: d/dP1 = -0.4 / P1^2; A^_2 = -mean / P_2: d/dP2 = 0.4 / P2^2
+    # A^_1 = c / P_1 with c = .4 held fixed: -c / P_1^2; A^_2 = -c / P_2: c / P_2^2
     assert P.grad[0].tolist() == pytest.approx([-0.4 / 0.04, 0.4 / 0.36])
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------
-
-LENGTHS = [9, 1, 4, 7, 3]
-
-
-def padded(seed=0, B=5, T=9):
-    """logp (B, T), old logp (B, T), advantages (B,) and the mask (B, T) of responses of those LENGTHS."""
-    g = torch.Generator().manual_seed(seed)
-    logp = -torch.rand(B, T, generator=g, dtype=torch.float64)
-    old = logp + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64)
-    mask = (torch.arange(T)[None] < torch.tensor(LENGTHS)[:, None]).double()
-    return logp.requires_grad_(), old, torch.randn(B, generator=g, dtype=torch.float64), mask
-
-
-def trl_loss(logp, old, advantages, mask, low, high, loss_type):
-    """GRPOTrainer's loss, written from its formulas (grpo, bnpo and dr_grpo with max_completion_length = T)."""
-    coef_1 = torch.exp(logp - old)
-    coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
-    per_token = -torch.min(coef_1 * advantages.unsqueeze(1), coef_2 * advantages.unsqueeze(1))
-    if loss_type == "grpo":
-        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-    if loss_type == "bnpo":
-        return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
-    return (per_token * mask).sum() / (per_token.size(0) * per_token.size(1))
-
-
 @pytest.mark.parametrize(
-    "ours, theirs", [("sequence", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")]
-)
-def test_the_loss_equals_trls_formula_in_value_and_gradient(ours, theirs):
-    """token_weights and policy_loss on the tokens of five responses, one after the other: what a step is trained on.
-    There is no padding in it, so what would stand there (infinities) cannot enter."""
-    logp, old, advantages, mask = padded()
-    expected = trl_loss(logp, old, advantages, mask, 0.2, 0.3, theirs)
-    (g_expected,) = torch.autograd.grad(expected, logp)
-    real, lengths = mask.bool(), torch.tensor(LENGTHS)
-    weights = torch.tensor(eg.token_weights(LENGTHS, ours, 9), dtype=torch.float64)  # (B,)
-    dirty = logp.detach().masked_fill(~real, -math.inf).requires_grad_()
-    A, w = (of_row.repeat_interleave(lengths) for of_row in (advantages, weights))  # (M,)
-    loss = eg.policy_loss(dirty[real], old[real], A, w, 0.2, 0.3)
-    (gradient,) = torch.autograd.grad(loss, dirty)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
-    assert torch.allclose(gradient, g_expected, atol=1e-12) and g_expected.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    "ours, theirs", [("sequence", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")]
-)
-def test_a_step_hands_that_loss_what_it_needs_of_each_token(ours, theirs):
-    """From responses and advantages to the loss of all their tokens, as `update` goes."""
-    logp, old, advantages, mask = padded()
-    flags = flags_of("--loss", ours, "--max-new-tokens", "9", "--eps-high", "0.3")
-    responses = [eg.Response(None, [1], [5] * n, [False] * n, finished=True) for n in LENGTHS]
-    tokens = eg.tokens_of(responses, advantages.view(1, 5), flags)
-    for t, row, n in zip(tokens, old, LENGTHS):
-        t.old_logp = row[:n]
-    parts = [eg.loss_of_tokens(row[:n], None, t, flags) for row, n, t in zip(logp, LENGTHS, tokens)]
-    assert sum(parts).item() == pytest.approx(
-        trl_loss(logp, old, advantages, mask, 0.2, 0.3, theirs).item(), abs=1e-7
-    )
-
-
-def test_clipping_on_worked_numbers():
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    A = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss = [
-        eg.policy_loss(*(x[k : k + 1] for x in (ratio, torch.zeros(4), A, torch.ones(4)))).item()
-        for k in range(4)
-    ]
-    assert loss == pytest.approx([-1.2, 1.5, -0.5, 0.8])
-
-
-def test_kl_penalty_is_zero_at_equality_and_positive_elsewhere():
-    penalty = eg.kl_penalty(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
-    assert penalty.tolist() == pytest.approx([0.0, math.e - 2])
-
-
-# --- GEC -------------------------------------------------------------------------------------------------------------
-
-
-def wrong_and_right(policy, n=40):
-    """n responses, every fourth of them right, half of them cut by the limit (no end token)."""
-    problems, rows = data.load("tiny:1-3"), []
-    for k in range(n):
-        p = problems[k]
-        right = k % 4 == 0
-        ids = policy.encode(
-            "(1)1+1=2\nThe answer is \\boxed{%s}" % (data.gold_text(p) if right else "1000")
-        )
-        finished = k % 2 == 0
-        ids = ids + [policy.end_id] * finished
-        unknown = [math.nan] * len(ids)
-        rows.append(
-            eg.Response(
-                p,
-                policy.prompt_ids(p.question),
-                ids,
-                [False] * len(ids),
-                [-0.5] * len(ids),
-                unknown,
-                sampled=len(ids),
-                finished=finished,
-            )
-        )
-    eg.grade(policy, rows)
-    assert [r.accuracy for r in rows] == [float(k % 4 == 0) for k in range(n)]
-    return rows
-
-
-def test_branch_frequencies():
-    probabilities = eg.correction_probabilities(flags_of())
-    assert probabilities == {"reflect": 0.5, "answer": 0.25, "reference": 0.25}
-    drawn = [eg.draw_correction(probabilities, stream(0, "test", k) / 2**63) for k in range(20000)]
-    for branch, p in probabilities.items():
-        assert drawn.count(branch) / 20000 == pytest.approx(
-            p, abs=4 * math.sqrt(p * (1 - p) / 20000)
-        )
-
-
-def test_a_draw_at_its_edges():
-    def draw(probabilities, u):
-        return eg.draw_correction(dict(zip(("reflect", "answer", "reference"), probabilities)), u)
-
-    assert draw([0.5, 0.25, 0.25], 0.0) == "reflect"
-    assert draw([0.5, 0.25, 0.25], 0.5) == "answer"
-    assert draw([0.5, 0.25, 0.25], 1 - 2**-53) == "reference"
-    assert draw([1 / 3, 1 / 3, 1 / 3 - 1e-9], 1 - 1e-12) == "reference"
-    assert draw([], 0.0) == ""
-    assert {draw([1], u) for u in (0.0, 0.5, 1 - 2**-53)} == {"reflect"}
-
-
-def test_right_responses_are_untouched_and_wrong_ones_keep_their_prefix(policy):
-    rows = wrong_and_right(policy)
-    before = copy.deepcopy(rows)
-    corrected = eg.correct_errors(policy, rows, flags_of(), step=3)
-    for r, b, c in zip(rows, before, corrected):
-        assert (r.ids, r.injected, r.logprobs, r.finished) == (
-            b.ids,
-            b.injected,
-            b.logprobs,
-            b.finished,
-        )
-        if r.accuracy:
-            assert c is r
-            continue
-        kept = len(r.ids) - r.finished
-        assert c.correction in BRANCHES and c.accuracy is None
-        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
-        assert all(math.isnan(p) == x for p, x in zip(c.logprobs, c.injected))
-        if c.correction == "reference":
-            assert (
-                c.ids == policy.encode(r.problem.solution) + [policy.end_id]
-                and all(c.injected)
-                and c.finished
-            )
-            continue
-        assert c.ids[:kept] == r.ids[:kept] and not any(c.injected[:kept])
-        text = (
-            eg.REFLECT if c.correction == "reflect" else eg.ANSWER.format(data.gold_text(r.problem))
-        )
-        added = policy.encode(text)
-        assert c.ids[kept : kept + len(added)] == added and all(
-            c.injected[kept : kept + len(added)]
-        )
-        if c.correction == "answer":
-            assert c.ids[kept + len(added) :] == [policy.end_id] and c.finished
-        else:
-            assert not any(c.injected[kept + len(added) :])
-            assert c.finished == (c.ids[-1] in policy.end_ids)
-    assert {c.correction for c in corrected} == {"", *BRANCHES}
-
-
-def test_end_tokens_inside_a_response_are_only_at_its_end(policy):
-    for c in eg.correct_errors(policy, wrong_and_right(policy), flags_of(), step=1):
-        assert not set(c.ids[:-1]) & policy.end_ids
-
-
-def test_injected_answers_and_references_grade_right(policy):
-    corrected = eg.correct_errors(policy, wrong_and_right(policy), flags_of(), step=2)
-    eg.grade(policy, corrected)
-    fixed = [c.accuracy for c in corrected if c.correction in ("answer", "reference")]
-    assert fixed and all(fixed)
-
-
-def test_force_r_reflects_on_every_wrong_response_and_none_on_nothing(policy):
-    rows = wrong_and_right(policy)
-    forced = eg.correct_errors(policy, rows, flags_of("--method", "force-r"), step=0)
-    assert all(c.correction == ("" if r.accuracy else "reflect") for r, c in zip(rows, forced))
-    untouched = eg.correct_errors(policy, rows, flags_of("--method", "grpo"), step=0)
-    assert all(c is r for r, c in zip(rows, untouched))
-
-
-def test_a_corrected_row_does_not_depend_on_the_others(policy):
-    """Same row of the same step, continued among other rows or with another number of sampler rows: the same tokens."""
-    flags, rows = flags_of("--method", "force-r"), wrong_and_right(policy)
-    together = eg.correct_errors(policy, rows, flags, step=5)
-    policy.sampler.max_rows = 3
-    try:
-        again = eg.correct_errors(policy, rows, flags, step=5)
-    finally:
-        policy.sampler.max_rows = None
-    assert [c.ids for c in together] == [c.ids for c in again]
-    wrong = [i for i, r in enumerate(rows) if not r.accuracy]
-    rows[wrong[0]].accuracy = 1.0
-    fewer = eg.correct_errors(policy, rows, flags, step=5)
-    assert [fewer[i].ids for i in wrong[1:]] == [together[i].ids for i in wrong[1:]]
-
-
-def test_caps_of_reflection_and_of_corrected_length(policy):
-    rows = wrong_and_right(policy)
-    reflected = eg.correct_errors(
-        policy, rows, flags_of("--method", "force-r", "--correction-tokens", "2"), step=0
-    )
-    for r, c in zip(rows, reflected):
-        if c.correction:
-            added = len(c.ids) - (len(r.ids) - r.finished) - len(policy.encode(eg.REFLECT))
-            assert added <= 2
-    capped = eg.correct_errors(policy, rows, flags_of("--max-corrected-tokens", "9"), step=0)
-    for r, c in zip(rows, capped):
-        same = len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
-        assert (len(c.ids) <= 9 and same) if c.correction else c is r
-
-
-@pytest.mark.parametrize("method", ["edge-grpo", "force-r", "sft"])
-def test_no_correction_goes_past_the_models_context(policy, method):
-    """Learned positions end there. A cut response has no end, and what can be scored can be trained on."""
-    own, flags, rows = (
-        copy.deepcopy(policy.model),
-        flags_of("--method", method),
-        wrong_and_right(policy),
-    )
-    longest = max(len(r.prompt) + len(r.ids) for r in rows)
-    own.config.max_position_embeddings = longest
-    small = replace(policy, model=own)
-    corrected = (
-        eg.references(small, [r.problem for r in rows])
-        if method == "sft"
-        else eg.correct_errors(small, rows, flags, step=0)
-    )
-    assert all(len(c.prompt) + len(c.ids) <= longest for c in corrected)
-    cut = [c for c in corrected if c.correction and len(c.prompt) + len(c.ids) == longest]
-    assert cut and not any(c.finished and c.ids[-1] not in policy.end_ids for c in cut)
-    assert all(not c.finished for c in cut if c.ids[-1] not in policy.end_ids)
-    for c in corrected:
-        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
-
-
-def test_every_sample_of_a_step_has_its_own_stream_and_no_step_repeats_another(policy):
-    flags, problems = (
-        flags_of("--temperature", "9", "--max-new-tokens", "12"),
-        data.load("tiny:5-8")[:2] * 2,
-    )
-    first, second = (eg.sample(policy, problems, flags, step) for step in (0, 1))
-    assert (
-        len({tuple(r.ids) for r in first}) == len(first) == 32
-    )  # also of one problem that comes twice
-    assert not {tuple(r.ids) for r in first} & {tuple(r.ids) for r in second}
-    for r in first:
-        r.accuracy, r.finished = 0.0, False
-    reflect = flags_of("--method", "force-r", "--temperature", "9")
-    once, twice = (eg.correct_errors(policy, first, reflect, step) for step in (0, 1))
-    assert all(a.ids != b.ids for a, b in zip(once, twice))
-    guided = [
-        [c.correction for c in eg.correct_errors(policy, first, flags, step)] for step in (0, 1)
-    ]
-    assert guided[0] != guided[1]
-
-
-def test_reflections_draw_from_another_stream_than_samples(policy, monkeypatch):
-    """A stream's numbers belong to positions, and a reflection comes where the sample may have been."""
-    seen, plain = [], policy.sampler.sample
-    monkeypatch.setattr(
-        policy.sampler,
-        "sample",
-        lambda p, n, most, T, seeds, top_p: (
-            seen.append((seeds, top_p)) or plain(p, n, most, T, seeds, top_p)
-        ),
-    )
-    flags = flags_of(
-        "--method", "force-r", "--max-new-tokens", "4", "--correction-tokens", "2", "--top-p", "0.9"
-    )
-    rows = eg.sample(policy, data.load("tiny:5-8")[:2], flags, step=0)
-    for r in rows:
-        r.accuracy = 0.0
-    eg.correct_errors(policy, rows, flags, step=0)
-    assert (
-        len(seen) == 2 and not set(seen[0][0]) & set(seen[1][0]) and seen[0][1] == seen[1][1] == 0.9
-    )
-
-
-# --- the update ------------------------------------------------------------------------------------------------------
-
-
-def trainer_of(policy, flags, **more):
-    """A trainer as the run makes it."""
-    return Trainer(
-        policy,
-        flags.micro_batch_tokens,
-        temperature=1.0 if flags.sft else flags.temperature,
-        entropy_grad=flags.eda_grad,
-        betas=tuple(flags.betas),
-        offload=flags.offload_optimizer,
-        checkpointing=flags.gradient_checkpointing,
-        **more,
-    )
-
-
-def a_step(trainer, responses, flags, lr, A=None):
-    """From graded responses to the weights, as the run does it; returns update's numbers and (A, A^, P)."""
-    A_hat = A = eg.advantages_of(responses, flags) if A is None else A
-    P = None
-    if flags.eda:
-        P = eg.response_entropy(trainer, responses, A.shape[1]).requires_grad_(flags.eda_grad)
-        A_hat = eg.entropy_driven_advantages(A, P)
-    return eg.update(trainer, responses, A_hat, P, flags, lr=lr), (A, A_hat, P)
-
-
-def test_a_disagreement_of_sampler_and_trainer_is_told(policy):
-    """The sampler's numbers stay beside the trainer's; tokens of which it has told nothing take those."""
-    flags = flags_of("--method", "grpo", "--max-new-tokens", "6", "--temperature", "0.7")
-    own = replace(policy, model=copy.deepcopy(policy.model))
-    rows = eg.sample(own, data.load("tiny:5-8")[:1], flags, step=0)
-    eg.grade(own, rows)
-    for r in rows:
-        r.entropies, r.logprobs = (
-            [h + 0.5 for h in r.entropies],
-            [logp - 0.25 for logp in r.logprobs],
-        )
-    told, rows[0].entropies[0] = [list(r.entropies) for r in rows], math.nan
-    _, (A, A_hat, _) = a_step(trainer_of(own, flags), rows, flags, lr=0.0)
-    assert [r.entropies[1:] for r in rows] == [h[1:] for h in told]
-    assert rows[0].entropies[0] == pytest.approx(told[0][0] - 0.5, abs=1e-4)
-    metrics = measure(rows, rows, A, A_hat, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags)
-    assert metrics["logprob_gap"] == pytest.approx(0.25, abs=1e-4)
-    count = sum(len(r.ids) for r in rows)
-    assert metrics["entropy_gap"] == pytest.approx(0.5 * (count - 1) / count, abs=1e-4)
-
-
-def step_gradient(policy, flags, responses, micro_batch_tokens=None, reference=None, A=None):
-    """The gradient of one step as {name: tensor}, without an optimizer step."""
-    own = replace(policy, model=copy.deepcopy(policy.model))
-    trainer = trainer_of(
-        own, replace(flags, micro_batch_tokens=micro_batch_tokens or flags.micro_batch_tokens)
-    )
-    trainer.reference = reference
-    grads = {}
-
-    def catch(lr, clip):
-        grads.update({name: p.grad.clone() for name, p in trainer.params.items()})
-        trainer.skip()
-        return 1.0
-
-    trainer.step = catch
-    return grads, *a_step(trainer, responses, flags, 1e-3, A)
-
-
-def graded_groups(policy, groups=2):
-    rows = wrong_and_right(policy, 8 * groups)
-    corrected = eg.correct_errors(policy, rows, flags_of(), step=4)
-    eg.grade(policy, corrected)
-    return corrected
-
-
-def naive_loss(model, responses, A_hat, flags, entropy=False):
-    """One row at a time, float64, whole logits, no padding: sum_i 1/B 1/|o_i| sum_t -A^_i exp(logp - sg(logp))."""
-    total, P = 0.0, []
-    for r, a in zip(responses, A_hat.flatten()):
-        logits = (
-            model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1]
-            / flags.temperature
-        )
-        logits = logits[:, : flags.vocab_size] if hasattr(flags, "vocab_size") else logits
-        logp_all = torch.log_softmax(logits, -1)
-        logp = logp_all.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
-        P.append(-(logp_all.exp() * logp_all).sum(-1).mean())
-        total = total - (torch.exp(logp - logp.detach()) * a).mean() / len(responses)
-    return total, torch.stack(P)
-
-
-def test_the_steps_gradient_equals_a_naive_float64_one_and_not_the_micro_batching(policy):
-    flags, responses = flags_of("--temperature", "0.7"), graded_groups(policy)
-    by_budget = [step_gradient(policy, flags, responses, budget) for budget in (1, 300, 100_000)]
-    model = copy.deepcopy(policy.model).double()
-    loss, P = naive_loss(model, responses, by_budget[0][2][1], flags)
-    loss.backward()
-    assert torch.allclose(P, by_budget[0][2][2].flatten(), atol=1e-5)
-    assert by_budget[0][1]["loss"] == pytest.approx(loss.item(), abs=1e-6)
-    for grads, stats, _ in by_budget:
-        for name, p in model.named_parameters():
-            assert torch.allclose(grads[name].double(), p.grad, atol=2e-6, rtol=1e-4), name
-    assert max(p.grad.abs().max() for p in model.parameters()) > 1e-3
-
-
-def test_eda_grad_equals_autograd_through_the_whole_expression(policy):
-    flags, responses = flags_of("--eda-grad", "--temperature", "1"), graded_groups(policy)
-    grads, _, (A, _, _) = step_gradient(policy, flags, responses, 300)
-    plain, _, _ = step_gradient(policy, flags_of("--temperature", "1"), responses, 300)
-    model = copy.deepcopy(policy.model).double()
-    _, P = naive_loss(model, responses, A, flags)
-    A_hat = eg.entropy_driven_advantages(A, P.view_as(A))
-    naive_loss(model, responses, A_hat, flags)[0].backward()
-    for name, p in model.named_parameters():
-        assert (grads[name].double() - p.grad).norm() < 1e-4 * p.grad.norm(), name
-        assert (plain[name].double() - p.grad).norm() > 0.1 * p.grad.norm(), (
-            name
-        )  # the flag does something
-
-
-def test_entropies_come_from_the_sampler_and_a_pass_over_injected_rows_only(policy, monkeypatch):
-    """Three sources, one function: what a scoring pass over everything would tell. Without EDA the update tells it."""
-    flags, scored, score = (
-        flags_of("--questions-per-step", "4", "--max-new-tokens", "30"),
-        [],
-        Trainer.score,
-    )
-    responses = eg.sample(policy, data.load("tiny:1-3")[:4], flags, step=0)
-    eg.grade(policy, responses)
-    corrected = eg.correct_errors(policy, responses, flags, step=0)
-    eg.grade(policy, corrected)
-    assert {r.correction for r in corrected} == {"", *BRANCHES}
-    trainer = trainer_of(replace(policy, model=copy.deepcopy(policy.model)), flags)
-    expected = [
-        entropy.tolist()
-        for _, entropy in score(trainer, [r.prompt for r in corrected], [r.ids for r in corrected])
-    ]
-    unscored = [copy.copy(r) for r in corrected]
-    monkeypatch.setattr(
-        Trainer, "score", lambda self, prompts, ids: scored.extend(ids) or score(self, prompts, ids)
-    )
-    eg.response_entropy(trainer, corrected, flags.group_size)
-    assert len(scored) == sum(any(r.injected) for r in corrected) < len(corrected)
-    step_gradient(policy, flags_of("--no-eda"), unscored)
-    assert len(scored) == sum(any(r.injected) for r in corrected)  # no pass of its own
-    for r, u, entropies in zip(corrected, unscored, expected):
-        assert r.entropies == pytest.approx(entropies, abs=1e-5) == u.entropies
-        assert len(u.logp) == len(u.ids)
-
-
-def test_injected_weight_zero_leaves_only_sampled_tokens(policy):
-    responses = graded_groups(policy)
-    flags = flags_of("--injected-weight", "0", "--no-eda")
-    grads, _, (A, _, _) = step_gradient(policy, flags, responses)
-    model, total = copy.deepcopy(policy.model), 0.0
-    for r, a in zip(responses, A.flatten()):
-        logits = (
-            model(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1]
-            / flags.temperature
-        )
-        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(r.ids)[:, None])[:, 0]
-        total = total - a * (logp * ~torch.tensor(r.injected)).sum() / len(r.ids) / len(responses)
-    total.backward()
-    for name, p in model.named_parameters():
-        assert torch.allclose(grads[name], p.grad, atol=2e-6, rtol=1e-3), name
-
-
-def test_ratios_differ_from_one_only_after_the_first_of_several_updates(policy, monkeypatch):
-    seen, plain = [], eg.policy_loss
-    monkeypatch.setattr(
-        eg,
-        "policy_loss",
-        lambda logp, old_logp, *rest: (
-            plain(logp, old_logp, *rest)
-            if seen.append((logp - old_logp).abs().max().item()) is None
-            else None
-        ),
-    )
-    flags, responses = (
-        flags_of("--updates-per-rollout", "3", "--micro-batch-tokens", "100000"),
-        graded_groups(policy),
-    )
-    own = replace(policy, model=copy.deepcopy(policy.model))
-    a_step(trainer_of(own, flags), responses, flags, lr=1e-5)
-    assert len(seen) == 3 and seen[0] < 1e-5 and seen[1] > 1e-3 and seen[2] > seen[1]
-
-
-def independent_step(model, reference, responses, flags, lr):
-    """The updates of one rollout in float64: a row at a time, whole logits, autograd through everything, torch's
-    AdamW. Changes the model; returns its mean loss and gradient norm."""
-    Q, G = flags.questions_per_step, flags.group_size
-
-    def told(m, r):
-        logits = (
-            m(torch.tensor([r.prompt + r.ids])).logits[0, len(r.prompt) - 1 : -1]
-            / flags.temperature
-        )
-        logp = torch.log_softmax(logits, -1)
-        return logp[range(len(r.ids)), r.ids], -(logp.exp() * logp).sum(-1)
-
-    accuracy = torch.tensor([r.accuracy for r in responses], dtype=torch.float64).view(Q, G)
-    A = (accuracy - accuracy.mean(1, keepdim=True)) / (accuracy.std(1, keepdim=True) + 1e-4)
-    tokens = sum(len(r.ids) for r in responses)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=tuple(flags.betas), weight_decay=0.0
-    )
-    losses, norms = [], []
-    for k in range(flags.updates_per_rollout):
-        now = [told(model, r) for r in responses]
-        if k == 0:
-            old = [logp.detach() for logp, _ in now]
-            P = torch.stack([entropy.sum() / max(len(entropy), 1) for _, entropy in now]).view(Q, G)
-            P = (
-                P if flags.eda_grad else P.detach()
-            )  # the gradient is that of each row's own entropy
-            A_hat = A / (P / P.mean(1, keepdim=True).detach()).clamp(min=1e-4) if flags.eda else A
-        loss = 0.0
-        for r, (logp, _), before, a in zip(responses, now, old, A_hat.flatten()):
-            weight = {
-                "sequence": 1 / (Q * G * max(len(r.ids), 1)),
-                "token": 1 / tokens,
-                "constant": 1 / (Q * G * flags.max_new_tokens),
-            }[flags.loss]
-            of_token = torch.tensor(
-                [flags.injected_weight if x else 1.0 for x in r.injected], dtype=torch.float64
-            )
-            ratio = (logp - before).exp()
-            d = told(reference, r)[0].detach() - logp
-            term = -torch.min(ratio * a, ratio.clamp(1 - flags.eps_low, 1 + flags.eps_high) * a)
-            kl = (d.exp() - d - 1) * ~torch.tensor(
-                r.injected, dtype=torch.bool
-            )  # of what the policy has drawn
-            loss = loss + weight * (of_token * (term + flags.kl * kl)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), flags.grad_clip).item())
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses), sum(norms) / len(norms)
-
-
-@pytest.mark.parametrize(
-    "argv",
+    "row",
     [
-        "--eda-grad --injected-weight 0.5",
-        "--updates-per-rollout 4 --loss token --offload-optimizer",
-        "--updates-per-rollout 2 --loss constant --no-eda --injected-weight 0 --grad-clip 0.05",
-        "--updates-per-rollout 3 --eps-low 0.02 --eps-high 0.5 --gradient-checkpointing",
+        "| 2 -2.6666667 0.5714286",
+        "--eda-rows right | 2 -2 0.5714286",
+        "--eda-rows wrong | 1 -2.6666667 1",
+        "--eda-rows not-reference | 2 -2.6666667 1",
+        "--eda-clamp .5 1 | 2 -2.6666667 1",
     ],
 )
-def test_a_whole_step_equals_an_independent_one_in_float64(policy, argv):
-    """Weights, loss and gradient norm, with KL, empty responses, responses of one token, one prompt in two groups."""
-    flags = flags_of(
-        "--kl",
-        "0.7",
-        "--temperature",
-        "0.8",
-        "--questions-per-step",
-        "3",
-        "--group-size",
-        "4",
-        "--micro-batch-tokens",
-        "150",
-        *argv.split(),
-    )
-    draw, responses = torch.Generator().manual_seed(3), []
-    prompts = [policy.prompt_ids(p.question) for p in data.load("tiny:1-3")[:2]]
-    for row, length in enumerate([0, 1, 5, 30, 1, 2, 0, 40, 12, 1, 3, 20]):
-        ids = torch.randint(300, (length,), generator=draw).tolist()
-        r = eg.Response(
-            None,
-            prompts[row // 4 % 2],
-            ids,
-            (torch.rand(length, generator=draw) < 0.4).tolist(),
-            [math.nan] * length,
-            [math.nan] * length,
-        )
-        r.accuracy, r.format = float(row % 4 in (1, row // 4 + 1)), 0.0
-        responses.append(r)
-    own = replace(policy, model=copy.deepcopy(policy.model))
-    expected, start = copy.deepcopy(own.model).double(), copy.deepcopy(own.model).double()
-    trainer = trainer_of(own, flags, keep_reference=True)
-    with torch.no_grad():
-        for p in trainer.reference.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=draw))
-    loss, norm = independent_step(
-        expected, copy.deepcopy(trainer.reference).double(), responses, flags, lr=1e-4
-    )
-    stats, _ = a_step(trainer, responses, flags, lr=1e-4)
-    assert stats["loss"] == pytest.approx(
-        loss, rel=1e-5, abs=1e-5
-    )  # float32; it is a sum of terms that cancel
-    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    moved, off = (
-        [(x.double() - y).norm() ** 2 for x, y in zip(a.parameters(), expected.parameters())]
-        for a in (start, own.model)
-    )
-    assert sum(off) ** 0.5 < 2e-3 * sum(moved) ** 0.5
+def test_eda_divides_the_rows_that_the_flag_names(row):
+    line, expected = cells(row)
+    rows = [response(1, correction="answer"), response(0), response(1, correction="reference")]
+    A, P = torch.tensor([[1, -2, 1], [0.2, 0.3, 0.7]]).double()  # relative .5, .75, 1.75
+    A_hat = eg.eda(group_of(rows, A=A), P, flags_of(line))
+    assert A_hat.tolist() == pytest.approx(numbers(expected))
 
 
-def test_kl_pulls_towards_the_reference(policy):
-    responses = graded_groups(policy)
-    flags = flags_of("--kl", "0.5", "--no-eda")
-    zero = torch.zeros(2, 8, dtype=torch.float64)
-    grads, stats, _ = step_gradient(policy, flags, responses, reference=policy.model, A=zero)
-    assert (
-        stats["loss"] == pytest.approx(0, abs=1e-7)
-        and max(g.abs().max() for g in grads.values()) < 1e-6
-    )
-    other = copy.deepcopy(policy.model)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    grads, stats, _ = step_gradient(policy, flags, responses, reference=other, A=zero)
-    assert stats["loss"] > 0.01 and max(g.abs().max() for g in grads.values()) > 1e-3
+def test_entropies_come_from_the_sampler_and_one_pass_over_injected_rows(policy):
+    flags = flags_of("--max-new-tokens 30")
+    groups = sampled_groups(policy, flags, data.load("tiny:1-3")[:4])
+    eg.correct_errors(policy, groups, flags, step=0)
+    trainer, passes = trainer_of(own_copy(policy), flags), []
+    expected, logprobs = logprobs_of(trainer, groups), trainer.logprobs
+
+    def spy(prompts, ids):
+        passes.append(ids)
+        return logprobs(prompts, ids)
+
+    trainer.logprobs = spy
+    eg.fill_in_entropies(trainer, groups)
+    rows = [r for _, r in rows_of(groups)]
+    injected = [r.ids for r in rows if any(r.injected)]
+    assert passes == [injected] and 0 < len(injected) < len(rows)
+    for r, (_, entropies) in zip(rows, expected, strict=True):
+        assert r.entropies == pytest.approx(entropies.tolist(), abs=1e-5)
 
 
-def test_sft_is_the_mean_log_likelihood_of_the_references(policy):
-    flags = flags_of("--method", "sft")
-    responses = eg.references(policy, data.load("tiny:5-8")[:4])
-    eg.grade(policy, responses)
-    grads, stats, _ = step_gradient(policy, flags, responses)
-    model, total = copy.deepcopy(policy.model), 0.0
-    for r in responses:
-        labels = torch.tensor([[-100] * len(r.prompt) + r.ids])
-        total = total + model(torch.tensor([r.prompt + r.ids]), labels=labels).loss / len(responses)
-    total.backward()
-    assert stats["loss"] == pytest.approx(total.item(), rel=1e-5)
-    for name, p in model.named_parameters():
-        assert torch.allclose(grads[name], p.grad, atol=2e-6, rtol=1e-3), name
+# --- Guided Error Correction -----------------------------------------------------------------
 
 
-# --- data order, metrics ---------------------------------------------------------------------------------------------
-
-
-def test_every_epoch_is_a_permutation_and_epochs_differ():
-    problems = [Problem(str(k), ("1",), None, str(k)) for k in range(10)]
-    flags = flags_of("--questions-per-step", "4")
-    order = [p.question for step in range(5) for p in eg.batch_of_problems(problems, flags, step)]
-    assert (
-        sorted(order[:10]) == sorted(order[10:]) == sorted(str(k) for k in range(10))
-        and order[:10] != order[10:]
-    )
-
-
-def test_a_dataset_shorter_than_a_step_goes_round():
-    problems = [Problem(str(k), ("1",), None, str(k)) for k in range(3)]
-    batch = eg.batch_of_problems(problems, flags_of("--questions-per-step", "8"), 0)
-    assert len(batch) == 8 and {p.question for p in batch} == {"0", "1", "2"}
-
-
-def test_tokens_per_second_counts_what_was_sampled_and_nothing_else(policy, monkeypatch, tmp_path):
-    flags, rows = flags_of(), wrong_and_right(policy)
-    corrected = eg.correct_errors(policy, rows, flags, step=3)
-    added = 0
-    for r, c in zip(rows, corrected):
-        if c.correction == "reflect":
-            added += len(c.ids) - (len(r.ids) - r.finished) - len(policy.encode(eg.REFLECT))
-    eg.grade(policy, corrected)
-    for c in corrected:  # as after the update
-        c.logp = c.trainer_entropies = torch.zeros(len(c.ids))
-    A = eg.advantages_of(corrected, flags)
-    m = eg.measure(rows, corrected, A, A, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags)
-    assert m["sampled_tokens"] == sum(len(r.ids) for r in rows) + added and added > 0
-    monkeypatch.setattr(run, "SECONDS", Counter(sample=3.0, correct=1.0, grade=9.0, update=9.0))
-    around = SimpleNamespace(
-        bad_steps=0, out=tmp_path, policy=policy, progress=SimpleNamespace(show=lambda line: None)
-    )
-    run.Run.log(around, 0, m | dict(skipped_updates=0), [])
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["tokens_per_second"] == (sum(len(r.ids) for r in rows) + added) / 4
-
-
-# --- flags -----------------------------------------------------------------------------------------------------------
-
-
-def test_method_rows_and_overrides():
-    force_r_eda = flags_of("--method", "force-r-eda")
-    assert (force_r_eda.correction, force_r_eda.eda) == ("reflect", True)
-    gec_only = flags_of("--method", "edge-grpo", "--no-eda")
-    assert gec_only.correction == "guided" and not gec_only.eda
-    eda_only = flags_of("--method", "grpo", "--eda")
-    assert eda_only.correction == "none" and eda_only.eda
-
-
-def test_the_papers_settings_are_the_defaults_of_a_real_model():
-    f = flags_of("--model", "Qwen2.5-Math-7B")
-    assert (f.questions_per_step, f.group_size, f.steps, f.lr, f.temperature) == (
-        1,
-        8,
-        1000,
-        1e-6,
-        0.6,
-    )
-    assert (f.max_new_tokens, f.correction_tokens, f.max_prompt_tokens, f.grad_clip) == (
-        1024,
-        256,
-        512,
-        1.0,
-    )
-    assert (f.betas, f.weight_decay, f.seed, f.kl, f.eps_low) == ([0.9, 0.999], 0, 42, 0, 0.2)
-    assert f.data == "deepscaler-hard-1k" and f.guided_probs == [0.5, 0.25, 0.25]
+def test_branches_are_drawn_as_often_as_their_probabilities_say_and_anew_in_each_step(policy):
+    probabilities = eg.correction_probabilities(flags_of())
+    assert probabilities == {"reflect": 0.5, "answer": 0.25, "reference": 0.25}
+    drawn = [eg.draw_correction(probabilities, eg.uniform(0, "test", k)) for k in range(20000)]
+    for branch, p in probabilities.items():
+        assert drawn.count(branch) / 20000 == pytest.approx(p, abs=0.015)
+    steps = [rows_of(corrected_groups(policy, step=step)) for step in (3, 4)]
+    assert [r.correction for _, r in steps[0]] != [r.correction for _, r in steps[1]]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--stepz", "3"], ["--step", "3"], ["--loss", "mean"], ["--steps", "many"]]
+    "row",
+    [
+        ".5 .25 .25 | 0 | reflect",
+        ".5 .25 .25 | .5 | answer",
+        ".5 .25 .25 | .75 | reference",
+        ".5 .25 .25 | 0.9999999999999999 | reference",
+        ".333333333 .333333333 .333333333 | 0.999999999999 | reference",
+        "0 1 | 0 | answer",
+        ".3333337 .666666 0 | 0.9999999999999999 | answer",  # what has none is never drawn
+        "1 | 0.9999999999999999 | reflect",
+    ],
 )
-def test_unknown_flags_and_values_fail(argv):
-    with pytest.raises(data.UserError, match=argv[0]):
-        flags_of(*argv)
+def test_a_draw_at_its_edges(row):
+    probabilities, u, expected = cells(row)
+    flags = flags_of("--guided-probs " + probabilities)
+    assert eg.draw_correction(eg.correction_probabilities(flags), float(u)) == expected
+
+
+def test_a_problem_without_a_solution_leaves_its_share_to_the_other_corrections():
+    flags, without = flags_of("--guided-probs .5 .2 .2 .1"), PROBLEMS[0]
+    shares = eg.correction_probabilities(flags, without)
+    assert shares == pytest.approx({"reflect": 5 / 7, "answer": 2 / 7})
+    assert list(eg.correction_probabilities(flags)) == list(eg.CORRECTIONS)[:4]
+    for line in ("--correction reference", "--method grpo"):
+        assert eg.correction_probabilities(flags_of(line), without) == {}
+
+
+@pytest.mark.parametrize(
+    "line, rows",
+    [
+        ("", [[1, 2], [0, 1, 2]]),
+        ("--guide all-wrong", [[], [0, 1, 2]]),
+        ("--guide-at-most 1", [[1], [0]]),
+        ("--guide all-wrong --guide-at-most 2", [[], [0, 1]]),
+    ],
+)
+def test_which_wrong_responses_are_corrected(line, rows):
+    groups = [group_of([response(a) for a in accuracies]) for accuracies in ([1, 0, 0], [0, 0, 0])]
+    assert [eg.rows_to_correct(group, flags_of(line)) for group in groups] == rows
+
+
+def test_right_responses_are_untouched_and_wrong_ones_corrected_as_the_paper_says(policy):
+    kinds, end = set(), [policy.end_id]
+    for group, before in zip(corrected_groups(policy, step=3), wrong_and_right(policy)):
+        for r, old, c in zip(group.sampled, before.sampled, group.responses):
+            assert repr(columns(r)) == repr(columns(old))  # byte for byte; NaN is not equal to NaN
+            kinds.add(c.correction)
+            if r.accuracy:
+                assert c is r
+                continue
+            kept = r.ids[: len(r.ids) - r.finished]
+            if c.correction == "reference":
+                kept, added = [], policy.encode(group.problem.solution) + end
+            elif c.correction == "answer":
+                added = policy.encode(eg.ANSWER.format(data.gold_text(group.problem))) + end
+            else:
+                added = policy.encode(eg.REFLECT)
+            n, injected = len(kept), len(added)
+            continued = c.ids[n + injected :]
+            assert c.ids == kept + added + continued and same_length(c)
+            assert c.injected == [False] * n + [True] * injected + [False] * len(continued)
+            assert list(map(math.isnan, c.sampler_logp)) == c.injected
+            assert c.sampler_logp[:n] == r.sampler_logp[:n]
+            assert c.sampled_tokens == len(continued)
+            assert bool(continued) == (c.correction == "reflect")
+            assert c.finished == (c.ids[-1] in policy.end_ids)
+            assert not set(c.ids[:-1]) & policy.end_ids
+            assert continued or c.accuracy == 1
+    assert kinds == {"", "reflect", "answer", "reference"}
+
+
+def test_force_r_reflects_on_every_wrong_response_and_no_correction_on_none(policy):
+    for line, kind in (("--method force-r", "reflect"), ("--method grpo", "")):
+        for group in corrected_groups(policy, line):
+            for r, c in zip(group.sampled, group.responses):
+                assert c.correction == ("" if r.accuracy else kind)
+                assert (c is r) == (not c.correction)
+
+
+def test_a_corrected_row_does_not_depend_on_the_others(policy, monkeypatch):
+    """Beside other rows, or with another number of sampler rows: the same tokens."""
+    flags, together, fewer = flags_of("--method force-r"), *map(wrong_and_right, [policy] * 2)
+    eg.correct_errors(policy, together, flags, step=5)
+    monkeypatch.setattr(policy.sampler, "max_rows", 3)
+    fewer[0].responses[1].accuracy = 1.0
+    eg.correct_errors(policy, fewer, flags, step=5)
+    same = [a.ids == b.ids for (_, a), (_, b) in zip(rows_of(together), rows_of(fewer))]
+    assert same == [True, False] + [True] * 38
+
+
+def test_caps_of_reflections_and_of_corrected_responses(policy):
+    reflected = corrected_groups(policy, "--method force-r --correction-tokens 2")
+    assert max(r.sampled_tokens for _, r in rows_of(reflected)) == 2
+    lengths = []
+    for _, r in rows_of(corrected_groups(policy, "--max-corrected-tokens 9")):
+        assert same_length(r)
+        if r.correction:
+            lengths.append(len(r.ids))
+            assert r.finished == (r.ids[-1] in policy.end_ids)
+        else:
+            assert len(r.ids) > 9
+    assert max(lengths) == 9
+
+
+@pytest.mark.parametrize("line", ["", "--method force-r --max-corrected-tokens 999", "sft"])
+def test_nothing_goes_past_the_models_context(policy, line):
+    """Learned positions end there. A response that is cut there has no end."""
+    groups, small, room = wrong_and_right(policy), own_copy(policy), []
+    longest = max(len(prompt) + len(r.ids) for prompt, r in rows_of(groups))
+    small.model.config.max_position_embeddings = longest
+    if line == "sft":
+        groups = eg.references(small, [group.problem for group in groups])
+    else:
+        eg.correct_errors(small, groups, flags_of(line), step=0)
+    for prompt, r in rows_of(groups):
+        assert same_length(r)
+        if r.correction:
+            room.append(longest - len(prompt) - len(r.ids))
+            assert r.finished == (r.ids[-1] in policy.end_ids)
+    assert min(room) == 0
+
+
+def test_a_prefix_is_a_quarter_a_half_or_three_quarters_of_the_reference(policy):
+    """The policy goes on behind it."""
+    groups, quarters = [], []
+    for number, problem in enumerate(data.load("tiny:5-8")[:90]):
+        groups.append(group_of([response(0)], number, problem))
+    eg.correct_errors(policy, groups, flags_of("--correction prefix"), step=0)
+    for group in groups:
+        [r] = group.responses
+        solution, n = policy.encode(group.problem.solution), sum(r.injected)
+        assert r.correction == "prefix" and r.ids[:n] == solution[:n]
+        assert r.injected == [True] * n + [False] * r.sampled_tokens and r.sampled_tokens > 0
+        quarters.append([math.ceil(len(solution) * k / 4) for k in (1, 2, 3)].index(n))
+    assert all(15 < quarters.count(k) < 45 for k in range(3))
+
+
+# --- The problems of a run -------------------------------------------------------------------
+
+SOLUTIONS = """{"problem": "1+1?", "answer": "2", "solution": "It is \\\\boxed{2}."}
+{"problem": "1+2?", "answer": "3", "solution": "It is three."}"""
+
+
+def test_wrong_references_are_told_and_can_be_left_out(policy, tmp_path, capsys):
+    path, right, wrong = tmp_path / "two.jsonl", "It is \\boxed{2}.", "It is three."
+    path.write_text(SOLUTIONS)
+    for line, expected in (
+        ("", [right, wrong]),
+        ("--drop-wrong-references", [right, None]),
+        ("--method sft --drop-wrong-references", [right]),
+    ):
+        problems, _, told = eg.training_problems(flags_of(f"--data {path} {line}"), policy, True)
+        assert [p.solution for p in problems] == expected and len(told) == 1
+        assert "1 of 2 reference solutions are not graded right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "tiny:5-8:test"])
+def test_a_test_set_is_refused_for_training(policy, name):
+    with pytest.raises(UserError, match=f"--data {name} is for testing"):
+        eg.training_problems(flags_of(f"--data {name}"), policy, False)
+
+
+def test_a_prompt_leaves_room_for_a_response(policy, tmp_path):
+    path, small = tmp_path / "two.jsonl", own_copy(policy)
+    path.write_text(SOLUTIONS.replace("1+2?", "How many are 1 and 2?"))
+    flags = flags_of(f"--data {path}")
+    longest = max(len(policy.prompt_ids(p.question)) for p in data.load(str(path)))
+    for context, kept in ((longest + 1, 2), (longest, 1)):
+        small.model.config.max_position_embeddings = context
+        problems, left_out, _ = eg.training_problems(flags, small, False)
+        assert (len(problems), len(left_out)) == (kept, 2 - kept)
+    small.model.config.max_position_embeddings = 1
+    with pytest.raises(UserError, match="no room for a response in the model's context"):
+        eg.training_problems(flags, small, False)

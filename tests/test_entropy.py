@@ -8,6 +8,7 @@ from engine.outputlayer import check_output_layer
 from entropy import default_chunk, logprob_entropy, mean_entropy
 
 N, H, V = 7, 16, 101
+pytestmark = pytest.mark.method
 
 
 def inputs(dtype=torch.float32, n=N, scale=3.0, seed=0):

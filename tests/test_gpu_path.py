@@ -6,10 +6,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODELS, backward, random_rows, shared_rows, small_policy
+from helpers import MODELS, backward, one_batch, random_rows, shared_rows, small_policy
 
 import rollout
-from engine.forward import Scorer, micro_batches, response_logprobs
+from engine.forward import ForwardPass, response_logprobs
 from engine.trainer import Trainer
 from rollout import Sampler
 
@@ -49,42 +49,18 @@ def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    [batch] = micro_batches(*shared_rows(), 10_000, "cpu")
+    batch = one_batch(*shared_rows())
     for device in ("cpu", "cuda"):
         with monkeypatch.context() as patch:
             patch.setattr(kind, "device", torch.device(device))
-            scorer = Scorer(copy.deepcopy(model))
-        norms = [norm for norm in copy.deepcopy(scorer).modules() if "forward" in vars(norm)]
+            forward_pass = ForwardPass(copy.deepcopy(model))
+        norms = [norm for norm in copy.deepcopy(forward_pass).modules() if "forward" in vars(norm)]
         assert len(norms) == (0 if device == "cpu" else 9 if name == "qwen3" else 5)
         assert all(norm.forward.args[0] is norm for norm in norms)
-        logp, entropy = scorer(batch, 0.7, 60, True)
+        logp, entropy = forward_pass(batch, 0.7, 60, True)
         (logp.sum() + entropy.sum()).backward()
-        told.append([logp.detach(), entropy.detach(), *(p.grad for p in scorer.parameters())])
+        told.append([logp.detach(), entropy.detach(), *(p.grad for p in forward_pass.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*told))
-
-
-def test_the_update_is_tried_again_when_cuda_itself_is_out_of_memory(monkeypatch):
-    trainer, calls = Trainer(small_policy(), 200), []
-    plain, words = (
-        trainer.scorer.forward,
-        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
-    )
-
-    def scarce(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise torch.AcceleratorError(words)
-        return plain(*args)
-
-    monkeypatch.setattr(trainer.scorer, "forward", scarce)
-    backward(trainer, *random_rows(12))
-    again = Trainer(small_policy(), 100)
-    backward(again, *random_rows(12))
-    assert trainer.micro_batch_tokens == 100
-    assert all(torch.equal(p.grad, again.params[name].grad) for name, p in trainer.params.items())
-    words, calls = "CUDA error: an illegal memory access was encountered", [None]
-    with pytest.raises(torch.AcceleratorError, match="illegal"):
-        backward(trainer, *random_rows(12))
 
 
 @pytest.mark.parametrize(

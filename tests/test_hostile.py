@@ -193,20 +193,17 @@ def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
 
 
 def graded(policy, problem, rows):
-    responses = [
-        eg.Response(
-            problem,
-            policy.prompt_ids(problem.question),
-            row,
-            [False] * len(row),
-            [0.0] * len(row),
-            [math.nan] * len(row),
-            finished=bool(row) and row[-1] in policy.end_ids,
+    responses = []
+    for row in rows:
+        finished = bool(row) and row[-1] in policy.end_ids
+        unknown = [math.nan] * len(row)
+        responses.append(
+            eg.Response(row, [False] * len(row), [0.0] * len(row), unknown, finished=finished)
         )
-        for row in rows
-    ]
-    eg.grade(policy, responses)
-    return responses
+    prompt = policy.prompt_ids(problem.question)
+    group = eg.Group(0, problem, prompt, sampled=responses, responses=responses)
+    eg.grade(policy, [group])
+    return group
 
 
 @FEW
@@ -223,35 +220,31 @@ def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, sol
     flags = eg.parse_flags(
         f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split()
     )
-    responses = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
-    corrected = eg.correct_errors(policy, responses, flags, seed % 7)
-    eg.grade(policy, corrected)
+    group = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
+    eg.correct_errors(policy, [group], flags, seed % 7)
+    eg.grade(policy, [group])
     trainer = Trainer(policy, flags.micro_batch_tokens, temperature=flags.temperature)
-    eg.response_entropy(trainer, responses, 2)
-    A = eg.advantages_of(corrected, flags)
-    P = eg.response_entropy(trainer, corrected, 2)
-    A_hat = eg.entropy_driven_advantages(A, P)
-    assert A_hat.isfinite().all()
-    scored = trainer.score([c.prompt for c in corrected], [c.ids for c in corrected])
-    for r, c, row, (logp, entropy) in zip(responses, corrected, rows, scored):
+    eg.fill_in_entropies(trainer, [group])
+    group.A = eg.advantages(group, flags)
+    group.P = eg.group_entropy(group)
+    group.A_hat = eg.eda(group, group.P, flags)
+    assert group.A_hat.isfinite().all()
+    for r in group.sampled:  # of the sampler
+        [(_, entropies)] = trainer.logprobs([group.prompt], [r.ids])
+        r.entropies = entropies.tolist()
+    for r, c, row in zip(group.sampled, group.responses, rows):
+        [(logp, entropy)] = trainer.logprobs([group.prompt], [c.ids])
         assert r.ids == row and (c is r or c.correction)
-        assert len(c.ids) == len(c.injected) == len(c.logprobs) == len(c.entropies)
+        assert len(c.ids) == len(c.injected) == len(c.sampler_logp) == len(c.entropies)
         assert logp.isfinite().all() and (logp <= 1e-4).all()
-        assert (
-            c.entropies == pytest.approx(entropy.tolist(), abs=1e-4)
-            and min(c.entropies, default=0) >= -1e-4
-        )
-        c.logp, c.trainer_entropies = logp, entropy  # as the update would tell it
-        assert all(math.isnan(x) == y for x, y in zip(c.logprobs, c.injected))
-    metrics = eg.measure(
-        responses, corrected, A, A_hat, partial(eg.rewards, flags=flags), eg.CORRECTIONS, flags
-    )
+        assert c.entropies == pytest.approx(entropy.tolist(), abs=1e-4)
+        assert min(c.entropies, default=0) >= -1e-4
+        c.trainer_logp, c.trainer_entropies = logp, entropy  # as the update would fill them in
+        assert all(math.isnan(x) == y for x, y in zip(c.sampler_logp, c.injected))
+    rewards = partial(eg.rewards, flags=flags)
+    metrics = eg.measure([group], [group], rewards, eg.CORRECTIONS, flags)
     assert all(v is None or math.isfinite(v) for v in metrics.values())
-    for key, of in (("entropy_sampled", responses), ("entropy", corrected)):
-        told = trainer.score([r.prompt for r in of], [r.ids for r in of])
-        means = [sum(h.tolist()) / max(len(h), 1) for _, h in told]
-        assert metrics[key] == pytest.approx(sum(means) / 2, abs=1e-4)
-    for row in eg.readable(policy, responses, corrected, A, A_hat, with_tokens=True):
+    for row in eg.readable(policy, [group], with_tokens=True):
         json.loads(json.dumps(row).encode())
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODELS, backward, random_rows, small_policy
+from helpers import MODELS, backward, one_batch, random_rows, small_policy
 from transformers import Qwen2Config
 
 import edge_grpo
-from engine.forward import Scorer, micro_batches
+from engine.forward import ForwardPass
 from engine.memory import GIB, describe, memory_plan, preflight, rows_that_fit
 from engine.trainer import Trainer
 
@@ -89,17 +89,17 @@ def test_memory_plan_is_what_a_small_model_takes_and_not_much_more(checkpointing
 def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
     kind, config, _ = MODELS[name]
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "layer_types": None})
-    scorer = Scorer(kind(config).to(dtype))
-    weights, kept = {p.untyped_storage().data_ptr() for p in scorer.parameters()}, {}
+    forward_pass = ForwardPass(kind(config).to(dtype))
+    weights, kept = {p.untyped_storage().data_ptr() for p in forward_pass.parameters()}, {}
     prompts, responses = [[i] * 50 for i in range(8)], [[1] * 50] * 8
-    [batch] = micro_batches(prompts, responses, 800, "cpu")
+    batch = one_batch(prompts, responses)
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        scorer(batch, 1.0, 60)
+        forward_pass(batch, 1.0, 60)
     size = sum(
         t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights
     )

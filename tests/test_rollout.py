@@ -13,6 +13,7 @@ import rollout
 from rollout import Sampler, has_llama_layers
 
 V = 96
+pytestmark = pytest.mark.method
 ENDS = {2, 7, 33}
 PROMPTS = [
     [5, 6, 7],

@@ -1,194 +1,129 @@
-"""engine/trainer.py: AdamW on fp32 masters, clipping, offload, recomputed activations, the reference of the KL penalty.
-
-That a step's gradient is that of its loss, at any micro-batch size, is pinned in test_edge_grpo.py; on several
-processes in test_distributed.py.
-"""
+"""engine/trainer.py: fp32 masters, offload, recomputed activations, its state. That an update is
+that of its loss is pinned in test_update.py, on several processes in test_distributed.py."""
 
 import copy
+import math
 
 import pytest
 import torch
 from helpers import SHAPE, backward, random_rows, small_policy, train_steps
+from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
-from engine.forward import micro_batches, response_logprobs
+from engine.forward import response_logprobs
 from engine.models import load_model
 from engine.trainer import Trainer
 
 
-def test_one_step_equals_torchs_adamw_with_clipping():
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_steps_equal_torchs_adamw_with_clipping():
     policy = small_policy()
     model = copy.deepcopy(policy.model)
-    train_steps(policy, 3, 1e-2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    prompts, responses = random_rows(12)
-    for _ in range(3):
-        for p, r in zip(prompts, responses):
-            logits = model(torch.tensor([p + r])).logits[0, len(p) - 1 : -1]
-            (
-                -torch.log_softmax(logits, -1).gather(1, torch.tensor(r)[:, None]).sum() / 100
-            ).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    how = dict(betas=(0.8, 0.95), weight_decay=0.1)
+    trainer, optimizer = Trainer(policy, 200, **how), AdamW(model.parameters(), lr=1e-2, **how)
+    for clip, size in ((1.0, 1e-3), (1.0, 1.0), (0, 1.0), (1.0, 1e-5)):
+        for p, own in zip(trainer.params.values(), model.parameters(), strict=True):
+            p.grad = size * torch.randn_like(p)
+            own.grad = p.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad()
-    for a, b in zip(policy.model.parameters(), model.parameters()):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert trainer.step(1e-2, clip) == pytest.approx(norm.item())
+    for p, own in zip(trainer.params.values(), model.parameters()):
+        assert torch.allclose(p, own, atol=1e-6)
 
 
-def test_hundred_steps_at_1e_6_move_bf16_weights_as_fp32_training_does():
-    start = small_policy(torch.bfloat16)
-    fp32 = small_policy(torch.bfloat16)
+def test_a_hundred_steps_at_1e_6_move_bf16_weights_as_fp32_training_does():
+    start, fp32 = small_policy(torch.bfloat16), small_policy(torch.bfloat16)
+    before = {name: p.detach().float() for name, p in start.model.named_parameters()}
     fp32.model.float()
-    before = {n: p.detach().float().clone() for n, p in start.model.named_parameters()}
-    with_masters, plain = (
-        train_steps(start, 100, 1e-6, rows=2),
-        train_steps(fp32, 100, 1e-6, rows=2),
-    )
-    flat = lambda masters: torch.cat([(masters[n] - before[n]).flatten() for n in sorted(before)])
-    ours, reference = flat(with_masters.masters), flat(plain.masters)
-    assert torch.nn.functional.cosine_similarity(ours, reference, dim=0) > 0.95
-    assert ours.norm() == pytest.approx(reference.norm().item(), rel=0.05)
-    for name, p in start.model.named_parameters():  # the bf16 weights are the masters, rounded
-        assert torch.equal(p, with_masters.masters[name].bfloat16())
-
-    naive = small_policy(torch.bfloat16)  # what would be lost without them
-    frozen = {n: p.detach().clone() for n, p in naive.model.named_parameters()}
-    optimizer = torch.optim.AdamW(naive.model.parameters(), lr=1e-6)
-    for p in naive.model.parameters():
-        p.grad = torch.ones_like(p)
-    for _ in range(100):
-        optimizer.step()
-    still = [
-        torch.eq(p, frozen[n]).float().mean().item()
-        for n, p in naive.model.named_parameters()
-        if "proj.weight" in n
-    ]
-    assert sum(still) / len(still) > 0.8
+    moves = []
+    for policy in (start, fp32):
+        masters = train_steps(policy, 100, 1e-6, rows=2).masters
+        moves.append(torch.cat([(masters[name] - before[name]).flatten() for name in before]))
+        for name, p in policy.model.named_parameters():  # the masters, rounded
+            assert torch.equal(p, masters[name].to(p.dtype))
+    assert torch.cosine_similarity(*moves, dim=0) > 0.95
+    assert moves[0].norm() == pytest.approx(moves[1].norm().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_equals_no_offload_bit_for_bit(dtype):
-    a, b = small_policy(dtype), small_policy(dtype)
-    train_steps(a, 5, 1e-3)
-    trainer = train_steps(b, 5, 1e-3, offload=True)
-    assert all(
-        m.data_ptr() != p.data_ptr()
-        for m, p in zip(trainer.masters.values(), trainer.params.values())
-    )
+    plain, offloaded = small_policy(dtype), small_policy(dtype)
+    train_steps(plain, 5, 1e-3)
+    trainer = train_steps(offloaded, 5, 1e-3, offload=True)
+    for master, p in zip(trainer.masters.values(), trainer.params.values()):
+        assert master.data_ptr() != p.data_ptr()
     blocks = {g.untyped_storage().data_ptr() for g in trainer.host_grads.values()}
     assert len(blocks) == 1  # each would be rounded up to a power of two, if pinned
-    for x, y in zip(a.model.parameters(), b.model.parameters()):
-        assert torch.equal(x, y)
+    assert same(plain.model.parameters(), offloaded.model.parameters())
 
 
 def test_gradient_checkpointing_changes_nothing_and_is_in_force(monkeypatch):
-    a, b = small_policy(), small_policy()
-    train_steps(a, 2, 1e-3)
-    calls = []
-    layer = type(b.model.model.layers[0].mlp)
-    plain = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda self, x: calls.append(1) or plain(self, x))
-    train_steps(b, 2, 1e-3, checkpointing=True)
-    for x, y in zip(a.model.parameters(), b.model.parameters()):
+    plain, recomputed, calls = small_policy(), small_policy(), []
+    batches = list(train_steps(plain, 2, 1e-3).micro_batches(*random_rows(12)))
+    layer = type(plain.model.model.layers[0].mlp)
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    train_steps(recomputed, 2, 1e-3, checkpointing=True)
+    for x, y in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.allclose(x, y, atol=1e-6)
-    assert not b.model.training  # only while it recomputes
-    batches = len(micro_batches(*random_rows(12), 200, "cpu"))
-    assert (
-        len(calls) == 2 * 2 * 2 * batches
-    )  # layers x steps x (forward + recomputed) x micro-batches
+    assert not recomputed.model.training  # only while it recomputes
+    assert len(calls) == 2 * 2 * 2 * len(batches)  # layers x steps x (forward, recomputed)
 
 
 DROPOUTS = {
     "gpt2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_embd=32, n_layer=2, n_head=4),
-    "opt": dict(
-        dropout=0.3, attention_dropout=0.3, layerdrop=0.3, ffn_dim=48, word_embed_proj_dim=32
-    ),
-    "falcon": dict(hidden_dropout=0.3, attention_dropout=0.3),  # reads its config as it runs
-    "starcoder2": dict(
-        residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3, num_key_value_heads=2
-    ),
-    "mixtral": dict(
-        router_jitter_noise=0.3, attention_dropout=0.3, num_key_value_heads=2, num_local_experts=4
-    ),
-    "qwen2": dict(attention_dropout=0.3, num_key_value_heads=2),
+    "opt": dict(dropout=0.3, layerdrop=0.3, ffn_dim=48, word_embed_proj_dim=32),
+    "falcon": dict(hidden_dropout=0.3),  # reads its config as it runs
+    "starcoder2": dict(residual_dropout=0.3, embedding_dropout=0.3, num_key_value_heads=2),
+    "mixtral": dict(router_jitter_noise=0.3, num_key_value_heads=2, num_local_experts=4),
+    "qwen2": dict(num_key_value_heads=2),
 }
 
 
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_nothing_is_dropped_in_training_whatever_the_config_says(name, tmp_path):
-    """A scorer that recomputes is in training mode, and must still be the function that samples."""
+    """A model that recomputes is in training mode, and must still be the one that samples. The
+    trainer works at its temperature and within the vocabulary."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **SHAPE, **DROPOUTS[name])
-    ).save_pretrained(tmp_path)
+    config = AutoConfig.for_model(name, **SHAPE, attention_dropout=0.3, **DROPOUTS[name])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), torch.device("cpu"), torch.float32)
     policy = engine.Policy(model, None, None, {0}, 0, 60, torch.device("cpu"), "qwen")
     rows = random_rows(6, vocab=60)
-    expected = response_logprobs(model, *rows, 1.0, 60, 100)
-    _, told, _ = backward(Trainer(policy, 100, checkpointing=True), *rows)
-    for logp, (wanted, _) in zip(told, expected, strict=True):
-        assert torch.allclose(logp, wanted, atol=1e-5)
+    expected = response_logprobs(model, *rows, 0.7, 60, 100)
+    trainer = Trainer(policy, 100, temperature=0.7, checkpointing=True)
+    for ours in (backward(trainer, *rows), trainer.logprobs(*rows)):
+        for row, wanted in zip(ours, expected, strict=True):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(row, wanted))
 
 
-def test_what_a_trainer_scores_is_at_its_temperature_and_within_the_vocabulary():
-    policy, rows = small_policy(), random_rows(6, vocab=60)
-    policy.vocab_size = 60
-    expected = response_logprobs(policy.model, *rows, 0.7, 60, 100)
-    trainer = Trainer(policy, 100, temperature=0.7)
-    _, logp, entropy = backward(trainer, *rows)
-    for scored in (trainer.score(*rows), list(zip(logp, entropy))):
-        for told, wanted in zip(scored, expected, strict=True):
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(told, wanted))
-
-
-def test_a_skipped_update_leaves_weights_and_optimizer_as_they_were():
-    trainer = Trainer(engine.load_policy("tiny", "cpu"), 512)
-    before = {k: v.detach().clone() for k, v in trainer.params.items()}
+def test_a_gradient_that_is_not_finite_makes_no_step_of_the_optimizer():
+    trainer = Trainer(small_policy(), 512)
     for p in trainer.params.values():
-        p.grad = torch.full_like(p, 1.0)
-    next(iter(trainer.params.values())).grad.view(-1)[0] = float("inf")
-    assert trainer.step(1.0, 1.0) == float("inf")
-    assert (
-        all(torch.equal(before[k], v) for k, v in trainer.params.items())
-        and trainer.adam_steps == 0
-    )
+        p.grad = torch.full_like(p, float("inf"))
+    assert trainer.step(1.0, 1.0) == float("inf") and trainer.adam_steps == 0
     assert all(p.grad is None for p in trainer.params.values())
+    assert trainer.reference is None  # it takes as much memory as the model
 
 
-def test_the_reference_stays_as_the_model_was():
-    policy, rows = small_policy(), random_rows(3)
-    start = copy.deepcopy(policy.model.state_dict())
-    trainer = Trainer(policy, 200, keep_reference=True)
-    before = trainer.score(*rows)
-    for _ in range(2):
-        backward(trainer, *rows, factor=-1 / 100)
-        trainer.step(1e-2, 1.0)
-    assert not any(p.requires_grad for p in trainer.reference.parameters())
-    for name, weight in trainer.reference.state_dict().items():
-        assert torch.equal(weight, start[name])
-    assert not torch.equal(policy.model.state_dict()[name], start[name])
-    for (then, _), (kept, _), (now, _) in zip(
-        before, trainer.score(*rows, reference=True), trainer.score(*rows)
-    ):
-        assert torch.equal(then, kept) and not torch.allclose(then, now)
-    assert Trainer(policy, 200).reference is None  # it takes as much memory as the model
-
-
-def test_a_parameter_that_had_no_gradient_yet_is_saved_and_loaded():
-    """An expert that no token went to, say."""
+def test_a_state_is_loaded_whole_also_of_a_parameter_that_had_no_gradient_yet():
+    """An expert that no token went to, say. The next step is then the same."""
     trainer, again = Trainer(small_policy(), 200), Trainer(small_policy(seed=1), 200)
-    backward(trainer, *random_rows(4))
     untouched = next(iter(trainer.params))
-    trainer.params[untouched].grad = None
-    trainer.step(1e-2, 1.0)
-    saved = dict(trainer.state()) | {name: p.detach().clone() for name, p in trainer.params.items()}
+    for _ in range(2):
+        backward(trainer, *random_rows(4))
+        trainer.params[untouched].grad = None
+        trainer.step(1e-2, 1.0)
+    saved = {name: p.detach().clone() for name, p in trainer.params.items()} | dict(trainer.state())
     again.load_state(saved.get, trainer.adam_steps)
-    assert (
-        all(torch.equal(p, again.params[name]) for name, p in trainer.params.items())
-        and again.adam_steps == 1
-    )
-    assert (
-        not again.adam[untouched].state
-        and dict(again.state()).keys() == dict(trainer.state()).keys()
-    )
+    assert not again.adam[untouched].state and again.adam_steps == 2
+    assert dict(again.state()).keys() == dict(trainer.state()).keys()
+    for one in (trainer, again):
+        backward(one, *random_rows(4))
+        one.step(1e-2, 1.0)
+    assert same(trainer.params.values(), again.params.values())
