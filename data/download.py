@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for name in flags.names:
             print(f"{name}: {len(load(name, flags.mirror))} problems")
-    except UserError as error:
+    except (OSError, UserError) as error:
         parser.error(str(error))
 
 
