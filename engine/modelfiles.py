@@ -191,17 +191,16 @@ def with_old_keys(config: dict, dtype: str) -> dict:
 def old_rope_keys(rope: dict, model_type: str) -> dict:
     """Returns transformers 4's keys for the rotations that version 5 keeps in rope_parameters."""
     old = {}
-    local = rope.get("sliding_attention")  # Gemma 3 has one for each type of layer
-    if local:
-        old["rope_local_base_freq"] = local["rope_theta"]
-    rope = rope.get("full_attention") or rope
+    if "sliding_attention" in rope:  # Gemma 3 has one for each type of layer
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = dict(rope.get("full_attention", rope))
     theta_key, partial_key = "rope_theta", "partial_rotary_factor"
     if model_type.startswith("gpt_neox"):  # this family had its own names
         theta_key, partial_key = "rotary_emb_base", "rotary_pct"
     if "rope_theta" in rope:
-        old |= {theta_key: rope["rope_theta"], "rope_scaling": None}
+        old |= {theta_key: rope.pop("rope_theta"), "rope_scaling": None}
     if "partial_rotary_factor" in rope:
-        old[partial_key] = rope["partial_rotary_factor"]
+        old[partial_key] = rope.pop("partial_rotary_factor")
     rope_type = rope.get("rope_type", "default")
     if rope_type == "longrope":  # Phi-3 takes these three alone
         old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
@@ -211,8 +210,5 @@ def old_rope_keys(rope: dict, model_type: str) -> dict:
             "long_factor": rope["long_factor"],
         }
     elif rope_type != "default":
-        scaling = dict(rope)
-        scaling.pop("rope_theta", None)
-        scaling.pop("partial_rotary_factor", None)
-        old["rope_scaling"] = scaling
+        old["rope_scaling"] = rope
     return old

@@ -67,15 +67,13 @@ class Policy:
         every row in its batch.
         """
         config = self.model.config.get_text_config()
-        lengths = [
-            getattr(config, "max_position_embeddings", None),
-            getattr(config, "max_seq_len", None),
-        ]
         rope = getattr(config, "rope_parameters", None) or {}
-        for part in (rope, *rope.values()):  # one, or one for each type of layer
-            if isinstance(part, dict) and part.get("rope_type") == "longrope":
-                lengths.append(part["original_max_position_embeddings"])
-        return min(filter(None, lengths), default=2**31)
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        for name in ("max_position_embeddings", "max_seq_len"):
+            if getattr(config, name, None):
+                return getattr(config, name)
+        return 2**31
 
     def prompt_ids(self, question: str) -> list[int]:
         """Returns the ids of the question in the model's chat template.
