@@ -1,13 +1,9 @@
-"""Download the public data sets from pinned addresses into data/cache/ and check their sha256.
+"""Public data sets (8.9 MB in all), downloaded once from pinned addresses into data/cache/.
 
-    python -m data.download                        # all of them (8.9 MB)
-    python -m data.download aime gsm8k             # some of them
-    python -m data.download --mirror FOLDER        # from a folder, or another base address
-
-A mirror holds the files as OWNER/REPO/COMMIT/PATH. `data.load` downloads what it needs by itself.
+`data.load` downloads what it needs by itself; each file is checked by its sha256. A mirror is a
+folder or another base address, which holds the files as OWNER/REPO/COMMIT/PATH.
 """
 
-import argparse
 import hashlib
 import http.client
 import sys
@@ -113,21 +109,3 @@ def _download(name: str, base: str) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    from data import load  # imported here because data imports this module
-
-    parser = argparse.ArgumentParser("python -m data.download", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", default=list(FILES), help="sets to download [all]")
-    parser.add_argument("--mirror", help="folder or base address that holds the files")
-    flags = parser.parse_args(arguments)
-    try:
-        for name in flags.names:
-            print(f"{name}: {len(load(name, flags.mirror))} problems")
-    except (OSError, UserError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -69,18 +69,17 @@ tiny => unrecognized arguments: tiny
 --betas 0.9 => --betas
 --method force-r --guided-probs 0.2 0.4 0.4 => belongs to --correction guided
 --method sft --mask-injected => drop
---guided-probs 0.5 0.5 0.5 => must sum to 1, not 1.5
+--guided-probs 0.5 0.5 0.5 => sum to 1
 --guided-probs .4 .3 .1 .1 .1 0 => at most 5
 --guided-probs -1 1 1 => --guided-probs
---guided-probs 0.5 0.25 => must sum to 1, not 0.75
+--guided-probs 0.5 0.25 => sum to 1
 --eda-clamp 2 1 => LO < HI
 --eda-clamp 0 1 => 0 < LO
 --eda-clamp 0.5 2 --no-eda => --eda-clamp
 --eda-grad --no-eda => --eda-grad
---eda-grad --updates-per-rollout 2 => --updates-per-rollout 1
---method sft --eda => --no-eda
---method sft --correction reflect => --correction none
---method sft --kl 0.1 => --kl 0
+--method sft --eda => drop --correction, --eda
+--method sft --correction reflect => drop --correction
+--method sft --kl 0.1 => --kl
 --resume --overwrite => one of the two
 --device tpu => --device tpu
 --device cpu:x => --device cpu:x
@@ -152,13 +151,13 @@ tiny => unrecognized arguments: tiny
 --model {tmp}/template-refuses => no system turn
 --model {tmp}/templates-without-default => multiple chat templates
 --model {tmp}/no-weights => no *.safetensors
---model {tmp}/weights-pickled => pickled weights are not loaded
---model {tmp}/weights-cut-off => cannot be loaded
+--model {tmp}/weights-pickled => pickles are not loaded
+--model {tmp}/weights-cut-off => the weights have only 5,000 bytes
 --model {tmp}/weights-empty => cannot be loaded
---model {tmp}/weights-no-safetensors => cannot be loaded
+--model {tmp}/weights-no-safetensors => the weights have only 4,096 bytes
 --model {tmp}/weights-one-missing => model.norm.weight
 --model {tmp}/weights-one-of-another-shape => model.norm.weight
---model {tmp}/weights-of-another-model => weights missing
+--model {tmp}/weights-of-another-model => it belongs to another model
 --model {tmp}/weights-not-finite => not finite
 --model {tmp}/end-token-outside-vocabulary => 50256
 --model {tmp}/remote-code => trust
@@ -401,9 +400,11 @@ def test_with_permission_a_model_brings_its_own_code(tmp_path):
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
     """Neither a network nor a cache; returns the list of addresses asked for."""
-    asked = []
+    asked, urlopen = [], urllib.request.urlopen
 
-    def away(address, *_, **__):
+    def away(address, *args, **more):
+        if str(address).startswith("file:"):
+            return urlopen(address, *args, **more)
         asked.append(address)
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 

@@ -521,17 +521,6 @@ def test_unwritable_cache(tmp_path, small_set, monkeypatch):
             download.fetch("small", str(tmp_path))
 
 
-def test_download_command(tmp_path, small_set, capsys):
-    for argv, says in ((["tinee"], "'tinee' is neither"), (["--mirror", str(tmp_path)], "No such")):
-        with pytest.raises(SystemExit) as stop:
-            download.main(argv)
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-    (tmp_path / "b/repo/commit").mkdir(parents=True)
-    (tmp_path / "b/repo/commit/x.json").write_bytes(CONTENT)
-    download.main(["--mirror", str(tmp_path)])
-    assert "small: 3000 problems" in capsys.readouterr().out
-
-
 def test_loading_problems_does_not_import_torch():
     code = "import sys, data; data.load('tiny:5-8'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -39,7 +39,7 @@ def test_help_has_sections_and_shows_the_default_in_force_beside_the_papers():
 
 def test_help_of_the_default_command_shows_both_profiles():
     parser = make_parser(edge_grpo.Flags, edge_grpo.TINY, "", "")
-    text = " ".join(parser.format_help().split()).replace("deepscaler- hard", "deepscaler-hard")
+    text = " ".join(parser.format_help().split()).replace("- ", "-")
     assert "(paper: deepscaler-hard-1k)]" in text and "[60 (paper: 1000)]" in text
 
 
