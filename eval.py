@@ -36,7 +36,6 @@ import engine
 import report
 import reward
 from data import Problem
-from data.overlap import contaminated
 from engine.console import exit_code, say
 from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
@@ -82,9 +81,6 @@ class Flags:
         False, "Figure 3: entropy of right and of wrong responses", section="the paper's analyses"
     )
     reflect: bool = flag(False, "Figure 2: self-reflection, and one forced on each wrong response")
-    exclude_contaminated: bool = flag(
-        False, "leave out the problems that also stand in the paper's training set"
-    )
 
     top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1, section="everything else")
     context: int = flag(
@@ -582,10 +578,6 @@ def run(flags: Flags) -> None:
         tasks[task] = data.load(task, mirror)
         problems += tasks[task][: flags.limit]
     check_golds(problems)
-    if flags.exclude_contaminated:
-        training = data.load("deepscaler-hard-1k", mirror)
-        left_out = contaminated(problems, training)
-        problems = [p for p in problems if p.source not in left_out]
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )
