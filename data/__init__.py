@@ -6,9 +6,9 @@
     load("my_problems.jsonl")         # rows {"problem" or "question", "answer", maybe "solution"}
     load("tiny:5-8:test")             # synthetic problems, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it, except for GSM8K's solutions (_gsm8k) and golds
-that wear markup which no boxed answer has (_golds). A row that cannot be a problem stops the
-loading with its file and row number; no row is ever skipped.
+Text is kept byte for byte as the file gives it, except for GSM8K's solutions (_gsm8k_solution) and
+golds in markup that no boxed answer has (_golds). A row that cannot be a problem stops the loading
+with its file and row number; no row is ever skipped.
 """
 
 import hashlib

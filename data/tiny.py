@@ -121,7 +121,7 @@ def full_solution(chain: Chain, mistake: tuple[int, int] = (0, 0)) -> str:
 
 
 def terse_solution(chain: Chain) -> str:
-    r"""Return an expression and its value, `(5+3)*4-2=\boxed{30}.`; the model has not seen such."""
+    r"""Return an expression and its value, `(5+3)*4-2=\boxed{30}.`; a form new to the model."""
     start, operations = chain
     expression, last = str(start), ""
     for operator, operand in operations:

@@ -91,8 +91,8 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
-    """Raise UserError if the disk has no room for the final model and the checkpoints to come,
-    `keep` of which stay."""
+    """Raise UserError if the disk cannot hold the final model and the checkpoints still to be
+    saved, of which the newest `keep` stay."""
     parameters = list(trainer.policy.model.parameters())
     weights = sum(p.nbytes for p in parameters)
     state = 12 * sum(p.numel() for p in parameters)  # masters and moments
@@ -118,8 +118,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first. Raises OSError if the folder cannot be read: it may
-    not be empty."""
+    """The checkpoints of a run, newest first. Raises OSError if the folder cannot be read, because
+    it may hold some."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
@@ -127,8 +127,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its manifest; damaged ones are named on stderr and left
-    alone."""
+    """The newest whole checkpoint and its manifest, None if there is none. Damaged ones are named
+    on stderr and left as they are."""
     for path in checkpoint_folders(folder):
         try:
             return path, verified(path)

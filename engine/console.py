@@ -52,9 +52,8 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
     """Return the exit code of work(); a mistake of the user ends in one sentence on stderr and
     code 2.
 
-    go_on: how to continue after the mistake is mended; less_memory: which flags to set where
-    memory is short;
-    if_unread: the code if nobody reads the output.
+    go_on: how to continue once the mistake is corrected. less_memory: which flags to set where
+    memory is short. if_unread: the code where the output goes to a pipe that nobody reads.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console without ± does not end a run
@@ -91,8 +90,8 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 class Stop:
     """SIGINT, SIGTERM and SIGHUP let the step finish and save.
 
-    A second SIGINT or SIGTERM ends the process at once, but not under torchrun: it may pass on a
-    signal that each process got already, and it ends them by itself."""
+    A second SIGINT or SIGTERM ends the process at once. Under torchrun it does not: torchrun
+    forwards signals that the processes may have received already, and ends the processes itself."""
 
     def __init__(self):
         self.signal = 0
@@ -134,9 +133,9 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """Prints a line about the first step, the last one, and at most every ten seconds between.
+    """Prints a line about the first step, about the last, and at most every ten seconds in between.
 
-    shown: the metrics in it, and their short names."""
+    shown: the metrics in that line, and their short names."""
 
     def __init__(self, steps: int, first: int, shown: dict[str, str]):
         self.steps, self.first, self.shown = steps, first, shown

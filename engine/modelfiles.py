@@ -33,7 +33,7 @@ FILES_BESIDE_WEIGHTS = (
 def from_model(name: str, problem: str, advice: str = "", memory: bool = False) -> Iterator[None]:
     """Turns whatever a model's folder raises into one sentence that names the model.
 
-    memory: whether running out of memory is no fault of the folder, and passes as it is.
+    memory: let an out-of-memory error through as it is, because it is no fault of the folder.
     """
     try:
         yield
@@ -88,9 +88,9 @@ def check_folder(name: str, folder: Path) -> None:
 
 @functools.cache
 def hub_is_away() -> bool:
-    """Returns whether the hub cannot be reached, asking once.
+    """Returns whether the hub cannot be reached; asks once.
 
-    Files then come from the cache at once, or not at all, instead of after 20 s of retries each.
+    Then only the cache is used, because each file would be tried again for 20 s.
     """
     try:
         urllib.request.urlopen(ENDPOINT, timeout=10).close()
@@ -100,7 +100,7 @@ def hub_is_away() -> bool:
 
 
 def where(name: str) -> dict:
-    """Returns the arguments that tell any from_pretrained where to find `name`."""
+    """Returns the arguments with which any from_pretrained finds `name`."""
     path = find_model(name)
     local = Path(path).is_dir() or hub_is_away()
     return dict(pretrained_model_name_or_path=path, local_files_only=local)
@@ -150,7 +150,7 @@ def files_beside_weights(
 
 
 def saved_config(original: bytes, model: nn.Module, config) -> bytes:
-    """Returns config.json as it came, with what training changed and keys for all readers."""
+    """Returns the original config.json with what training changed and keys for all readers."""
     content = json.loads(original)
     if type(model.config) is not type(config):  # the text part of a larger model
         content = json.loads(config.get_text_config().to_json_string())

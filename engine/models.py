@@ -434,7 +434,7 @@ def check_prompt(policy: Policy, name: str) -> None:
 def usable_header(policy: Policy) -> str:
     """Returns the response header, "" if references cannot begin with it.
 
-    Prints a note unless responses stand right behind the prompt, as in most templates.
+    Prints a note unless responses directly follow the prompt, as they do in most templates.
     """
     prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
     header = response_header(policy.tokenizer, policy.template)

@@ -150,9 +150,9 @@ class Run(AbstractContextManager):
         return manifest["step"]
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """Write a checkpoint that knows the length of each log, and before the last one, the final
-        model, because that needs less space. Raises CannotSample if the policy has diverged; then
-        nothing is replaced."""
+        """Write a checkpoint, which records the length of each log. The final model is written
+        before the last checkpoint, because it needs less space. Raises CannotSample, and replaces
+        nothing, if the policy has diverged."""
         prompt = self.policy.prompt_ids(self.problems[0].question)
         self.policy.sample([prompt], [8], [0], self.flags.temperature)
         logs = {}
