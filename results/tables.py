@@ -1,0 +1,232 @@
+"""Prints the tables of results/README.md from the packed runs.
+
+    python results/tables.py            # every table
+    python results/tables.py --write    # put them into README.md, below each <!-- table NAME -->
+
+Accuracies come from the packed counts of right responses per problem. tests/test_results.py holds
+the README against what is printed here.
+"""
+
+import json
+import lzma
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+HARD, EASY = "tiny:5-8:test", "tiny:1-3:test"
+COLUMNS = [(HARD, 1), (HARD, 8), (EASY, 1)]  # task, responses per problem
+METHODS = [  # (label, run)
+    ("SFT", "sft"),
+    ("GRPO", "grpo"),
+    ("GRPO + EDA", "grpo-eda"),
+    ("GEC only (no EDA)", "gec"),
+    ("Force-R", "force-r"),
+    ("Force-R & EDA", "force-r-eda"),
+    ("EDGE-GRPO", "edge"),
+    ("DAPO", "dapo"),
+    ("A = −1 in all-wrong groups", "nsr"),
+    ("SFT, then GRPO", "sft-grpo"),
+]
+CONTROLS = [
+    ("EDGE-GRPO", "edge"),
+    ("GEC only (`--no-eda`)", "gec"),
+    ("no EDA, references × 5 (`--correction-factors 1 1 5`)", "gec-ref5"),
+    ("EDA on all rows but references (`--eda-rows not-reference`)", "edge-not-ref"),
+    ("EDA on right rows (`--eda-rows right`)", "edge-right"),
+    ("EDA on wrong rows (`--eda-rows wrong`)", "edge-wrong"),
+    ("EDGE-GRPO without answers (`--guided-probs .5 0 .5`)", "edge-no-answers"),
+    ("the same, no EDA", "gec-no-answers"),
+    ("Force-R & EDA", "force-r-eda"),
+    ("Force-R", "force-r"),
+    ("Force-R, EDA on right rows", "force-r-eda-right"),
+    ("Force-R, EDA on wrong rows", "force-r-eda-wrong"),
+]
+CURES = [
+    ("GRPO", "grpo"),
+    ("GRPO, a random reward", "random"),
+    ("DAPO", "dapo"),
+    ("A = −1 in all-wrong groups", "nsr"),
+    ("A = ∓.33 in equal groups", "const.33"),
+    ("A = ∓.78 in equal groups", "const.78"),
+    ("RL-ZVP, .5", "zvp.5"),
+    ("MaxRL", "maxrl"),
+    ("EDGE-GRPO", "edge"),
+    ("EDGE-GRPO in all-wrong groups only", "edge-all-wrong"),
+    ("GEC without answers and EDA", "gec-no-answers"),
+    ("the same, fading out", "gec-decay"),
+    ("GEC from a sibling, 3e-4", "sibling-3e-4"),
+    ("GEC from a sibling, 1e-4", "sibling-1e-4"),
+    ("hint: an untrained prefix, 3e-4", "hint-3e-4"),
+    ("hint: an untrained prefix, 1e-4", "hint-1e-4"),
+    ("one reference in all-wrong groups", "imitate-neg"),
+    ("the same, A > 0 only", "imitate"),
+    ("GRPO + SFT in one loss, 1e-4", "joint-9-1e-4"),
+    ("GRPO + SFT in one loss, 3e-4", "joint-9-3e-4"),
+    ("SFT", "sft"),
+    ("SFT of 200 steps", "sft-200"),
+    ("SFT, then GRPO", "sft-grpo"),
+    ("SFT, then GRPO + SFT, 1e-4", "sft-joint-9-1e-4"),
+    ("SFT, then GRPO + SFT, 3e-4", "sft-joint-9-3e-4"),
+]
+KINDS = ("right", "wrong", "reflect", "answer", "reference")
+Runs = dict[str, dict[int, dict]]  # run -> seed -> what is packed
+
+
+def load(file: Path) -> Runs:
+    runs: Runs = {}
+    with lzma.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            packed = json.loads(line)
+            name, seed = packed["name"].rsplit("-seed", 1)
+            runs.setdefault(name, {})[int(seed)] = packed
+    return {name: dict(sorted(seeds.items())) for name, seeds in runs.items()}
+
+
+def accuracy(packed: dict, task: str, n: int) -> float:
+    """Percent of right responses."""
+    for summary in packed["summaries"]:
+        if summary["n"] == n:
+            for result in summary["results"].values():
+                right = result["tasks"][task]["right"]
+                return 100 * sum(right) / (n * len(right))
+    raise KeyError((packed["name"], task, n))
+
+
+def mean_and_std(values: list[float], digits: int = 1) -> str:
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def paired(seeds: dict[int, dict], baseline: dict[int, dict], task: str, n: int) -> str:
+    """Mean difference over common seeds ± its standard error, and t."""
+    differences = []
+    for seed in seeds.keys() & baseline.keys():
+        differences.append(accuracy(seeds[seed], task, n) - accuracy(baseline[seed], task, n))
+    if len(differences) < 3 or not any(differences):
+        return "–"
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.1f} ± {error:.1f} (t = {mean / error:.1f})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracies(runs: Runs, labels: list[tuple[str, str]], baseline: str) -> str:
+    """One row a method: accuracies, paired differences to the baseline, tokens and seconds."""
+    rows = []
+    for label, name in labels:
+        if name not in runs:
+            continue
+        seeds = runs[name]
+        row = [label, str(len(seeds))]
+        for task, n in COLUMNS:
+            values = [accuracy(packed, task, n) for packed in seeds.values()]
+            row.append(mean_and_std(values))
+        row.append(paired(seeds, runs[baseline], HARD, 8))
+        tokens = [sum(packed["metrics"]["sampled_tokens"]) / 1000 for packed in seeds.values()]
+        seconds = [packed["config"]["cpu_seconds"] for packed in seeds.values()]
+        row += [f"{statistics.fmean(tokens):.0f}", f"{statistics.fmean(seconds):.0f}"]
+        rows.append(row)
+    header = ["", "seeds", "hard, greedy", "hard, avg@8", "easy, greedy"]
+    header += [f"avg@8 − {baseline}", "k tokens", "CPU s"]
+    return markdown(header, rows)
+
+
+def mean_of(packed: dict, key: str, steps: slice) -> float | None:
+    values = [v for v in packed["metrics"].get(key, [])[steps] if v is not None]
+    return statistics.fmean(values) if values else None
+
+
+def what_eda_sees(runs: Runs) -> str:
+    """P/mean and share of |A^| by kind of row, in the first and the last ten steps."""
+    rows = []
+    for label, name in CONTROLS:
+        if name not in ("edge", "gec", "edge-no-answers", "force-r-eda", "force-r"):
+            continue
+        for when, steps in (("first 10", slice(10)), ("last 10", slice(-10, None))):
+            row = [label.split(" (")[0], when]
+            for kind in KINDS:
+                cell = []
+                for key in (f"relative_entropy_{kind}", f"advantage_share_{kind}"):
+                    values = [mean_of(packed, key, steps) for packed in runs[name].values()]
+                    known = [v for v in values if v is not None]
+                    if known:
+                        cell.append(f"{statistics.fmean(known):.2f}")
+                row.append(", ".join(cell) if len(cell) == 2 else "–")
+            rows.append(row)
+    return markdown(["P/mean, share of Σ\\|Â\\|", "steps", *KINDS], rows)
+
+
+def groups(runs: Runs, labels: list[tuple[str, str]]) -> str:
+    """Mixed groups and variances of advantages: means over steps, but medians of the ratio."""
+    rows = []
+    for label, name in labels:
+        columns = {}
+        for seed in runs.get(name, {}).values():
+            metrics = seed["metrics"]
+            if "mixed_groups" in metrics and metrics["mixed_groups"][0] is not None:
+                for key in ("mixed_groups", "mixed_groups_corrected", "entropy_sampled"):
+                    columns.setdefault(key, []).append(statistics.fmean(metrics[key]))
+                ratios = []
+                variances = zip(metrics["advantage_variance"], metrics["advantage_variance_eda"])
+                for before, after in variances:
+                    if before:
+                        ratios.append(after / before)
+                columns.setdefault("ratio", []).append(statistics.median(ratios))
+                for key, step in (("first", 0), ("last", -1)):
+                    columns.setdefault(key, []).append(metrics["entropy_sampled"][step])
+        if columns:
+            mean = {key: statistics.fmean(values) for key, values in columns.items()}
+            rows.append(
+                [
+                    label,
+                    f"{mean['mixed_groups']:.2f} → {mean['mixed_groups_corrected']:.2f}",
+                    f"{mean['ratio']:.1f}",
+                    f"{mean['first']:.2f} → {mean['last']:.2f}",
+                ]
+            )
+    header = ["", "mixed groups, sampled → corrected", "variance × by EDA, median step"]
+    return markdown([*header, "P as sampled, first → last step"], rows)
+
+
+def by_seed(runs: Runs) -> str:
+    rows = []
+    for name in sorted(runs):
+        values = [f"{accuracy(packed, HARD, 8):.1f}" for packed in runs[name].values()]
+        rows.append([f"`{name}`", " ".join(map(str, runs[name])), " ".join(values)])
+    return markdown(["run", "seeds", "hard, avg@8, by seed"], rows)
+
+
+def tables() -> dict[str, str]:
+    runs = load(HERE / "tiny.jsonl.xz")
+    return {
+        "methods": accuracies(runs, METHODS, "grpo"),
+        "groups": groups(runs, METHODS),
+        "controls": accuracies(runs, CONTROLS, "edge"),
+        "sees": what_eda_sees(runs),
+        "cures": accuracies(runs, CURES, "grpo"),
+        "seeds": by_seed(runs),
+    }
+
+
+def put_in(text: str, made: dict[str, str]) -> str:
+    """The README with each table below its marker."""
+    for name, table in made.items():
+        pattern = rf"(<!-- table {name} -->\n)(\|.*\n)*"
+        text = re.sub(pattern, lambda found: found[1] + table + "\n", text)
+    return text
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        README.write_text(put_in(README.read_text(), tables()))
+    else:
+        print("\n\n".join(f"## {name}\n\n{table}" for name, table in tables().items()))
