@@ -936,7 +936,11 @@ def test_the_command_line_from_another_folder_without_git_on_a_console_that_is_n
     """No --out, no OMP_NUM_THREADS, and a standard output that has no ±: started as a user does."""
     env = dict(os.environ, PYTHONIOENCODING="ascii", PATH=str(tmp_path))
     env.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, str(ROOT / "edge_grpo.py"), *RUN, "--kl", "0.1", "--no-eda"]
+    argv = [*RUN, "--kl", "0.1", "--no-eda"]
+    for option in ("--data", "--eval-tasks"):  # short names, because the folder's name has them
+        at = argv.index(option) + 1
+        argv[at] = Path(shutil.copy(argv[at], tmp_path / f"{option}.jsonl")).name
+    command = [sys.executable, str(ROOT / "edge_grpo.py"), *argv]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120
     )
