@@ -939,7 +939,7 @@ def test_the_command_line_from_another_folder_without_git_on_a_console_that_is_n
     argv = [*RUN, "--kl", "0.1", "--no-eda"]
     for option in ("--data", "--eval-tasks"):  # short names, because the folder's name has them
         at = argv.index(option) + 1
-        argv[at] = Path(shutil.copy(argv[at], tmp_path / f"{option}.jsonl")).name
+        argv[at] = Path(shutil.copy(argv[at], tmp_path / f"{option[2:]}.jsonl")).name
     command = [sys.executable, str(ROOT / "edge_grpo.py"), *argv]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120
