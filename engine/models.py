@@ -29,7 +29,7 @@ from engine.prompts import (
 from errors import UserError
 from rollout import Sample, Sampler
 
-transformers.utils.logging.disable_progress_bar()  # the run prints its own
+transformers.utils.logging.disable_progress_bar()  # else its bars stand between our lines
 
 # Tokenizers that disagree on prompts or solutions disagree on some of these.
 PROBE = (
