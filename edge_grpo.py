@@ -40,6 +40,7 @@ from engine.problems import check_golds, training_problems
 from engine.processes import gather, leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
+from entropy import response_entropy
 from errors import UserError
 from report.metrics import SHOWN, measure, readable
 from report.page import conclude
@@ -148,12 +149,6 @@ class Flags:
     all_right_advantage: float = flag(
         0.0, "advantage of every response in an all-right group, after GEC", low=0, high=100
     )
-    zero_variance_shaping: float = flag(
-        0.0,
-        "RL-ZVP, for groups whose advantages are all 0: token t gets the advantage F H_t if the "
-        "response is right, F (H_t - max H) if it is wrong; F is this number, H the entropy",
-        low=0,
-    )
     negative_factor: float = flag(1.0, "multiply negative advantages by this", low=0)
     random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
@@ -192,9 +187,6 @@ class Flags:
     guide_at_most: int = flag(0, "maximum number of corrections per group; 0: no limit", low=0)
     correction_decay: bool = flag(
         False, "correct a random share of the wrong responses, which falls linearly from 1 to 0"
-    )
-    sft_weight: float = flag(
-        0.0, "add an SFT loss on the questions' reference solutions, with this weight", low=0
     )
     correction_factors: list[float] = flag(
         [1, 1, 1, 1, 1],
@@ -398,6 +390,7 @@ class Response:
     entropies: list[float] = field(default_factory=list)  # H_t of each token, nats; NaN: unknown
     finished: bool = False  # the last token is an end token
     sampled_tokens: int = 0  # newly sampled for this object: a corrected copy counts only its own
+    random: float = 0.0  # in [0, 1), for --random-reward
     correction: str = ""  # the row of CORRECTIONS that made it, or ""
     text: str = ""  # once it is graded
     format: float | None = None
@@ -467,6 +460,8 @@ def sample(
     rows = [(group, i) for group in groups for i in range(flags.group_size)]
     key = (step, "sample", *resample_round)
     continue_responses(policy, rows, flags.max_new_tokens, flags, key)
+    for group, i in rows:
+        group.responses[i].random = uniform(flags.seed, "reward", *key, group.row(i))
     return groups
 
 
@@ -515,10 +510,7 @@ def rewards(responses: list[Response], flags: Flags) -> Tensor:
     use them: they look at `accuracy` only."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     if flags.random_reward:
-        # The log-probabilities differ from step to step, so they serve as a random key.
-        values = [
-            float(uniform(flags.seed, i, r.sampler_logp) < 0.5) for i, r in enumerate(responses)
-        ]
+        values = [float(r.random < 0.5) for r in responses]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -578,21 +570,12 @@ def advantages(group: Group, flags: Flags) -> Tensor:
 MIN_RELATIVE_ENTROPY = 1e-4  # a response with hardly any entropy would get a huge advantage
 
 
-def response_entropy(entropies: Tensor) -> Tensor:
-    """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (T,) -> scalar; 0 if T = 0."""
-    return entropies.float().sum() / max(len(entropies), 1)
-
-
 def group_entropy(group: Group) -> Tensor:
     """P (G,) of a group."""
     return torch.tensor([r.entropy for r in group.responses], dtype=torch.float64)
 
 
-def entropy_driven_advantages(
-    advantages: Tensor,
-    response_entropy: Tensor,
-    clamp: tuple[float, ...] | list[float] | None = None,
-) -> Tensor:
+def entropy_driven_advantages(A: Tensor, P: Tensor, clamp: list[float] | None = None) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
     Low entropy enlarges an advantage: more reward if right, more penalty if wrong. `clamp`
@@ -600,14 +583,14 @@ def entropy_driven_advantages(
     it the only bound is MIN_RELATIVE_ENTROPY. If every P_i of a group is 0, its advantages stay as
     they are. The result is differentiable in each P_i, but the mean is detached, as in the released
     code."""
-    mean = response_entropy.mean(dim=1, keepdim=True).detach()
-    relative = response_entropy / mean.clamp(min=1e-30)
+    mean = P.mean(dim=1, keepdim=True).detach()
+    relative = P / mean.clamp(min=1e-30)
     relative = torch.where(mean > 0, relative, torch.ones_like(relative))
     *positive, lo, hi = clamp or (MIN_RELATIVE_ENTROPY, None)  # positive: [] or its own [lo, hi]
     bounded = relative.clamp(lo, hi)
     if positive:
-        bounded = torch.where(advantages > 0, relative.clamp(*positive), bounded)
-    return advantages / bounded
+        bounded = torch.where(A > 0, relative.clamp(*positive), bounded)
+    return A / bounded
 
 
 def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
@@ -756,6 +739,7 @@ def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0
         sampler_logp=old.sampler_logp[:kept] + unknown,
         entropies=old.entropies[:kept] + unknown,
         finished=not correction.goes_on,
+        random=old.random,
         correction=name,
     )
 
@@ -786,7 +770,7 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
             u = uniform(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)
-            if CORRECTIONS[name].goes_on:
+            if responses[i].correction and CORRECTIONS[name].goes_on:
                 to_continue.append((group, i))
         group.responses = responses
     key = (step, "reflect")
@@ -872,16 +856,11 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
         for response, a_hat in zip(group.responses, group.A_hat.tolist()):
             injected = torch.tensor(response.injected, dtype=torch.bool)
             mask = torch.ones(len(injected))
-            shaping = torch.ones(len(injected))
-            if flags.zero_variance_shaping and not group.A.any():
-                H = torch.tensor(response.entropies)
-                shaping = flags.zero_variance_shaping * (H if response.accuracy else H - H.max())
-                a_hat = 1.0
             if flags.mask_truncated and not response.finished:
                 mask[:] = 0
             if flags.mask_injected:
                 mask[injected] = 0
-            advantages = a_hat * shaping
+            advantages = torch.full_like(mask, a_hat)
             tokens.append(Tokens(weights=mask, advantages=advantages, injected=injected))
             if mask.any() or not response.ids:
                 counted.append(tokens[-1])
@@ -939,13 +918,14 @@ def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> di
             store_first_pass(rows, tokens, by_row)
         sums = trainer.add_over_processes(sums)
         norm = trainer.step(lr, flags.grad_clip)
+        # The ratio is 1 in the first update, so a statistic of the ratio (a clip fraction, say)
+        # is a mean over updates[1:] alone.
         updates.append({"loss": sums["loss"], "grad_norm": norm})
     return update_statistics(updates, lr)
 
 
 def update_statistics(updates: list[dict], lr: float) -> dict:
-    """Means over the updates of a step. (The ratio is 1 in the first one, so a statistic of the
-    ratio, such as a clip fraction, belongs to updates[1:] alone.)"""
+    """Means over the updates of a step."""
     norms = [u["grad_norm"] for u in updates]
     return {
         "loss": sum(u["loss"] for u in updates) / len(updates),
@@ -1032,13 +1012,7 @@ def train(flags: Flags) -> int:
                 for group in groups:
                     group.P = group_entropy(group)  # (G,) Eq. 3
                     group.A_hat = eda(group, group.P, flags)  # (G,) Eq. 6-7
-            trained = list(groups)
-            if flags.sft_weight:
-                reference_groups = references(policy, batch)
-                for group in reference_groups:
-                    group.A_hat = group.A_hat + flags.sft_weight
-                trained += reference_groups
-            stats = update(trainer, trained, flags, lr=flags.lr * (1 - step / flags.steps))
+            stats = update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
             stats |= measure(groups, all_groups, partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats, readable(policy, groups, flags.save_tokens))
     return run.code or conclude(flags)

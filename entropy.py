@@ -13,7 +13,7 @@ a single matrix product over all tokens. It is summed in fp32 and rounded once, 
 needs no fp32 copy of a 152k x 3584 gradient.
 
 The entropy is the paper's token entropy H_t = -sum_v p_t(v) log p_t(v) with p_t = softmax(z_t / T),
-in nats, and `mean_entropy` is its Eq. 3. tests/bench_entropy.py measures time and memory.
+in nats, and `response_entropy` is its Eq. 3. tests/bench_entropy.py measures time and memory.
 """
 
 import torch
@@ -54,13 +54,10 @@ def logprob_entropy(
     )
 
 
-def mean_entropy(entropies: list[Tensor]) -> Tensor:
-    """Entropy P_i of each response (Eq. 3): the mean over its own tokens, 0 if it has none.
-
-    entropies: (T_i,) for each of B responses -> (B,)."""
-    if not entropies:
-        return torch.zeros(0)
-    return torch.stack([e.float().sum() / max(len(e), 1) for e in entropies])
+def response_entropy(entropies: Tensor) -> Tensor:
+    """P_i of Eq. 3 for one response: 1/|o_i| sum_t H_t over all of its tokens, injected ones too.
+    (T,) -> scalar, float32; 0 if T = 0. Whatever uses a P uses this function."""
+    return entropies.float().sum() / max(len(entropies), 1)
 
 
 def default_chunk(hidden: Tensor) -> int:
