@@ -14,8 +14,8 @@ from report.tables import mean
 SHOWN = {  # on the screen: metric and short name
     "accuracy": "acc",
     "accuracy_corrected": "acc trained",
-    "mixed_groups": "mixed",
-    "mixed_groups_corrected": "mixed trained",
+    "mixed_accuracy": "mixed",
+    "mixed_accuracy_corrected": "mixed trained",
     "entropy": "entropy",
     "loss": "loss",
 }

@@ -95,8 +95,8 @@ def summary(metrics: list[dict], evals: list[dict]) -> str:
 
 ROWS = [  # key of metrics.jsonl, name, how it is shown
     ("accuracy", "accuracy, sampled (%)", percent),
-    ("mixed_groups", "mixed groups, sampled (%)", percent),
-    ("mixed_groups_corrected", "mixed groups, trained on (%)", percent),
+    ("mixed_accuracy", "mixed groups, sampled (%)", percent),
+    ("mixed_accuracy_corrected", "mixed groups, trained on (%)", percent),
     ("loss", "loss", number),
 ]
 
@@ -105,7 +105,7 @@ def kinds_of_rows(metrics: list[dict]) -> str | None:
     """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
     early, late = first_and_last(metrics)
     rows = []
-    for kind, name in plot.KINDS.items():
+    for kind, name in plot.kinds_of(metrics).items():
         row = {f"first and last {len(early)} of {len(metrics)} steps": name}
         for when, steps in (("early", early), ("late", late)):
             relative = average(steps, f"relative_entropy_{kind}")

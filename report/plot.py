@@ -25,6 +25,15 @@ KINDS = {  # of rows that a step trains on
     "prefix": "prefixes of references",
     "sibling": "responses of a sibling",
 }
+
+
+def kinds_of(metrics: list[dict]) -> dict[str, str]:
+    """The kinds of rows that these lines of metrics.jsonl tell apart, with a name for each."""
+    prefix = "relative_entropy_"
+    keys = [key.removeprefix(prefix) for key in metrics[-1] if key.startswith(prefix)]
+    return {kind: KINDS.get(kind, kind) for kind in keys}
+
+
 TRAINING = {  # a figure's panels: the title of each key of metrics.jsonl
     "accuracy": {"accuracy": "Accuracy in training, as sampled", "reward": "Reward, as trained on"},
     "advantage": {
@@ -91,7 +100,8 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
             "eval.py --entropy or --reflect"
         )
     style = {}
-    for names in (KINDS.values(), dict.fromkeys(run.label for run in runs)):
+    kinds = KINDS | kinds_of([key for run in runs for key in run.metrics[-1:]] or [{}])
+    for names in (kinds.values(), dict.fromkeys(run.label for run in runs)):
         style |= zip(names, cycle(product(LINES, COLOURS)))
     out.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
@@ -124,7 +134,7 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
             add(figure, title, steps, compare(partial(metric, key), window))
     for label, seeds in labels.items():
         lines = {}
-        for kind, name in KINDS.items():
+        for kind, name in kinds_of(seeds[0].metrics or [{}]).items():
             points = partial(metric, f"relative_entropy_{kind}")
             lines[name] = curve(map(points, seeds), window)
         add("relative_entropy", f"P / mean of its group\n{label}", steps, lines)
