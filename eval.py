@@ -15,10 +15,10 @@ The next four commands read what training and evaluation wrote (report/):
 
 The released evaluation is seeded from the clock. Here a sample depends only on the seed, the
 problem and its index among the n responses to that problem, so neither --limit nor an
-interruption changes it. The folder --out holds responses.jsonl (one response a line), settings.json and
-summary.json; the same command continues an interrupted evaluation. edge_grpo.py calls
-`while_training` on held-out problems. To use several GPUs, run
-`torchrun --nproc-per-node 8 -- eval.py ...`; without the -- torchrun would read --n as a flag of its own.
+interruption changes it. The folder --out holds responses.jsonl (one response a line),
+settings.json and summary.json; the same command continues an interrupted evaluation.
+edge_grpo.py calls `while_training` on held-out problems. To use several GPUs, run
+`torchrun --nproc-per-node 8 -- eval.py ...`; without the -- torchrun would read --n as its own.
 """
 
 import functools
@@ -36,7 +36,6 @@ import engine
 import report
 import reward
 from data import Problem
-from data.overlap import contaminated
 from engine.console import exit_code, say
 from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
@@ -86,9 +85,6 @@ class Flags:
     )
     reflect: bool = flag(
         False, "Figure 2: self-reflection, and reflections forced on each wrong response"
-    )
-    exclude_contaminated: bool = flag(
-        False, "leave out problems that also occur in the paper's training set"
     )
 
     top_p: float = flag(
@@ -587,10 +583,6 @@ def run(flags: Flags) -> None:
         tasks[task] = data.load(task, mirror)
         problems += tasks[task][: flags.limit]
     check_golds(problems)
-    if flags.exclude_contaminated:
-        training = data.load("deepscaler-hard-1k", mirror)
-        left_out = contaminated(problems, training)
-        problems = [p for p in problems if p.source not in left_out]
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )

@@ -2,6 +2,7 @@
 exit code."""
 
 import io
+import math
 import os
 import re
 import signal
@@ -14,7 +15,6 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from engine.processes import is_main, one_error, world_size
 from errors import UserError
@@ -23,7 +23,7 @@ from errors import UserError
 def say(line: str = "") -> None:
     """Print a line, on the one process that prints."""
     if is_main():
-        tqdm.write(line)
+        print(line, flush=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -48,30 +48,12 @@ def is_lost_process(error: BaseException) -> bool:
     return world_size() > 1 and from_collective
 
 
-def try_with_less(work: Callable, with_less: Callable[[], str] | None, where: str, advice: str):
-    """Return work(). If the GPU runs out of memory, try it once more after with_less(), which says
-    what it took less of.
-
-    That is called outside of `except`, because the traceback keeps tensors alive.
-    """
-    for retry in (with_less, None):
-        try:
-            return work()
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # PyTorch's, and CUDA's
-            if not is_out_of_memory(error):
-                raise
-            if retry is None:
-                raise UserError(f"out of GPU memory {where}: set {advice}") from error
-        print(f"out of GPU memory {where}: going on with {retry()}", file=sys.stderr)
-
-
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
     """Return the exit code of work(); a mistake of the user ends in one sentence on stderr and
     code 2.
 
-    go_on: how to continue after the mistake is mended; less_memory: which flags to set where
-    memory is short;
-    if_unread: the code if nobody reads the output.
+    go_on: how to continue once the mistake is corrected. less_memory: which flags to set where
+    memory is short. if_unread: the code where the output goes to a pipe that nobody reads.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console without ± does not end a run
@@ -108,8 +90,8 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 class Stop:
     """SIGINT, SIGTERM and SIGHUP let the step finish and save.
 
-    A second SIGINT or SIGTERM ends the process at once, but not under torchrun: it may pass on a
-    signal that each process got already, and it ends them by itself."""
+    A second SIGINT or SIGTERM ends the process at once. Under torchrun it does not: torchrun
+    forwards signals that the processes may have received already, and ends the processes itself."""
 
     def __init__(self):
         self.signal = 0
@@ -151,29 +133,24 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line about every twentieth of the run. shown: metrics, and
-    their short names."""
+    """Prints a line about the first step, about the last, and at most every ten seconds in between.
 
-    def __init__(self, steps: int, done: int, shown: dict[str, str]):
-        self.steps, self.first, self.shown = steps, done, shown
+    shown: the metrics in that line, and their short names."""
+
+    def __init__(self, steps: int, first: int, shown: dict[str, str]):
+        self.steps, self.first, self.shown = steps, first, shown
         self.started = time.perf_counter()
-        self.bar = tqdm(
-            total=steps,
-            initial=done,
-            disable=not (is_main() and sys.stderr.isatty()),
-            bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}",
-        )
+        self.printed = -math.inf  # when the last line was
 
     def show(self, line: dict) -> None:
-        step = line["step"]
+        now = time.perf_counter()
+        if now - self.printed < 10 and line["step"] < self.steps:
+            return
+        self.printed = now
         parts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
         if line["tokens_per_second"]:  # SFT samples nothing
             parts.append(f"{line['tokens_per_second']:.0f} tok/s")
-        text = ", ".join(parts)
-        is_due = step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)
-        if self.bar.disable and is_due:
-            pace = (time.perf_counter() - self.started) / (step - self.first)
-            minutes = pace * (self.steps - step) / 60
-            say(f"step {step}/{self.steps}: {text}, {minutes:.1f} min left")
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
+        step = line["step"]
+        pace = (now - self.started) / (step - self.first)
+        minutes = pace * (self.steps - step) / 60
+        say(f"step {step}/{self.steps}: {', '.join(parts)}, {minutes:.1f} min left")

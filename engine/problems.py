@@ -81,7 +81,7 @@ def check_references(problems: list[Problem], needed_by: str) -> list[str]:
 
 
 def not_right(problems: list[Problem], responses: list[str]) -> list[Problem]:
-    """Return the problems whose response (one each) is not readable and right: not (1, 1)."""
+    """Return the problems whose response, one for each, is not both readable and right."""
     scores = reward.score_all(responses, [p.answers for p in problems])
     return [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
 

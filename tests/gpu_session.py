@@ -149,7 +149,7 @@ def main() -> None:
         return
     until = time.perf_counter() + args.seconds
     args.world = out / "world"
-    make = f"-m data.tiny --out {args.world} --device {args.device}"
+    make = f"-m results.make_tiny_model --out {args.world} --device {args.device}"
     make += f" --hidden {args.hidden} --layers {args.layers}"
     if args.rehearse:
         make += " --share 0.002"

@@ -20,15 +20,10 @@ import engine
 import eval as evaluation
 import reward
 from data import Problem
-from data.overlap import contaminated
 from eval import Record
 from rollout import Sample
 
 ROOT = Path(evaluation.__file__).parent
-UPSTREAM = ROOT.parent / "shared" / "upstream"
-needs_files = pytest.mark.skipif(
-    not UPSTREAM.is_dir(), reason="the real data files are not beside the project"
-)
 END = 0
 
 
@@ -533,48 +528,6 @@ def test_importing_eval_loads_neither_matplotlib_nor_the_training_program():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     assert "engine" in imported and not imported & {"matplotlib", "edge_grpo"}
-
-
-# --- Contamination ----------------------------------------------------------------------------
-
-
-def test_contamination_ignores_layout_but_not_numbers():
-    long = r"Find the number of integers $k$ in $[-500,500]$ for which $\log(kx)=2\log(x+2)$ holds."
-    training = [problem(long, 1, source="t:1"), problem("How many?", 1, source="t:2")]
-    same = long.replace(" ", "\n").replace("$", "") + "\n[i]Author[/i][asy]draw(A);[/asy]"
-    other = "Find the number of primes $p$ below $1000$ for which $p+2$ is a prime as well."
-    questions = [long, same, other, "how  many", ""]
-    problems = [problem(q, 1, source=f"a:{i}") for i, q in enumerate(questions)]
-    assert contaminated(problems, training) == {"a:0", "a:1", "a:3"}
-
-
-@pytest.mark.slow
-@needs_files
-def test_contamination_finds_the_14_problems():
-    training = data.load("deepscaler-hard-1k", str(UPSTREAM))
-    problems = []
-    for task in evaluation.TASKS:
-        problems += data.load(task, str(UPSTREAM))
-    sources = contaminated(problems, training)
-    of_math = {source for source in sources if source.startswith("math:")}
-    assert of_math == {f"math:{i + 1}" for i in (80, 110, 285, 352, 412, 475)}
-    assert sum(source.startswith("olympiad_bench:") for source in sources - of_math) == 8
-    assert len(sources) == 14
-
-
-def test_contaminated_problems_can_be_left_out(tmp_path, monkeypatch):
-    real = data.load
-
-    def load(name, mirror):
-        return real("tiny:1-3:test")[1:3] if "hard" in name else real(name)
-
-    monkeypatch.setattr(data, "load", load)
-    assert evaluation.main(command(tmp_path)) == 0
-    everything = summary(tmp_path)["results"]["1"]["all"]
-    assert evaluation.main(command(tmp_path, "--exclude-contaminated")) == 0
-    without = summary(tmp_path)["results"]["1"]["all"]
-    assert without["problems"] == 3 and len(lines(tmp_path)) == 10
-    assert without["right"] == [everything["right"][i] for i in (0, 3, 4)]
 
 
 # --- Figure 2 ---------------------------------------------------------------------------------
