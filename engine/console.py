@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from engine.processes import is_main, one_error, world_size
 from errors import UserError
@@ -23,7 +24,7 @@ from errors import UserError
 def say(line: str = "") -> None:
     """Print a line, on the one process that prints."""
     if is_main():
-        print(line, flush=True)
+        tqdm.write(line)
 
 
 def first_line(error: BaseException) -> str:
@@ -133,24 +134,30 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """Prints a line about the first step, about the last, and at most every ten seconds in between.
-
-    shown: the metrics in that line, and their short names."""
+    """A bar on a terminal. Elsewhere a line at the first step, at the last, and at most every ten
+    seconds in between. shown: the metrics to show, and their short names."""
 
     def __init__(self, steps: int, first: int, shown: dict[str, str]):
         self.steps, self.first, self.shown = steps, first, shown
         self.started = time.perf_counter()
         self.printed = -math.inf  # when the last line was
+        self.bar = tqdm(
+            total=steps,
+            initial=first,
+            disable=not (is_main() and sys.stderr.isatty()),
+            bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}",
+        )
 
     def show(self, line: dict) -> None:
-        now = time.perf_counter()
-        if now - self.printed < 10 and line["step"] < self.steps:
-            return
-        self.printed = now
         parts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
         if line["tokens_per_second"]:  # SFT samples nothing
             parts.append(f"{line['tokens_per_second']:.0f} tok/s")
-        step = line["step"]
-        pace = (now - self.started) / (step - self.first)
-        minutes = pace * (self.steps - step) / 60
-        say(f"step {step}/{self.steps}: {', '.join(parts)}, {minutes:.1f} min left")
+        text = ", ".join(parts)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        now, step = time.perf_counter(), line["step"]
+        if self.bar.disable and (now - self.printed >= 10 or step == self.steps):
+            self.printed = now
+            pace = (now - self.started) / (step - self.first)
+            minutes = pace * (self.steps - step) / 60
+            say(f"step {step}/{self.steps}: {text}, {minutes:.1f} min left")

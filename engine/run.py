@@ -107,12 +107,14 @@ class Run(AbstractContextManager):
             if stopping or due or made == flags.steps:
                 self._save(trainer, made)
             if stopping:
+                self.progress.bar.close()
                 say(
                     f"stopped after step {made}, which is saved; the same command with --resume "
                     "goes on"
                 )
                 self.code = 128 + stopping
                 return
+        self.progress.bar.close()
         evaluate(flags.steps)
         prune(folder, flags.keep)
 

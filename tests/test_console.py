@@ -4,10 +4,12 @@ Every sentence that a user can meet stands in test_bad_input.py."""
 import errno
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
+import edge_grpo
 from engine import console, processes
 
 
@@ -46,6 +48,23 @@ def test_a_line_at_the_first_and_the_last_step_and_every_ten_seconds_between(mon
     shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert shown == [*range(11, 100, 4), 100]
     assert lines[0] == "step 11/100: loss 0.25, 3210 tok/s, 4.5 min left"
+
+
+@pytest.mark.parametrize("columns, holds", [(80, "mixed"), (200, "tok/s"), (40, "acc")])
+def test_the_bar_can_be_read_on_any_terminal(monkeypatch, capsys, columns, holds):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = edge_grpo.SHOWN
+    progress = console.Progress(1000, 0, shown)
+    monkeypatch.setattr(progress.bar, "mininterval", 0)
+    progress.bar.ncols = columns  # which tqdm asks the terminal
+    for step in range(1, 800):
+        progress.show(dict.fromkeys(shown, 0.25) | dict(step=step, tokens_per_second=3210.0))
+    progress.bar.refresh()
+    lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    last = [line for line in lines if "799/1000" in line][-1]
+    assert len(last.rstrip()) <= columns and holds in last and "left" in last
+    assert last.count("|") == 2
+    progress.bar.close()
 
 
 def test_no_speed_where_nothing_is_sampled(capsys):
