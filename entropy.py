@@ -88,7 +88,8 @@ class _LogprobEntropy(torch.autograd.Function):
             weights = logits.exp()  # proportional to the probabilities
             total = weights.sum(1)
             blocks_logz[i] = top + total.log()
-            blocks_entropy[i] = total.log() - weights.mul_(logits).sum(1) / total
+            mean_logit = weights.mul_(logits).sum(1) / total
+            blocks_entropy[i] = total.log() - mean_logit
         logz = blocks_logz.logsumexp(0)  # (N,)
         # The chain rule of entropy: H = H(which block) + the mean over blocks of H(within it).
         logp_block = blocks_logz - logz
@@ -100,7 +101,8 @@ class _LogprobEntropy(torch.autograd.Function):
         ctx.vocab_size = vocab_size
         ctx.entropy_grad = entropy_grad
         ctx.chunk = chunk
-        logp, entropy = logp.float(), entropy.float()
+        logp = logp.float()
+        entropy = entropy.float()
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
