@@ -135,9 +135,8 @@ class Flags:
     )
     advantage_std: str = flag(
         "group",
-        "divide advantages by the standard deviation of the group's rewards, by their mean "
-        "(MaxRL), or not at all (Dr. GRPO)",
-        choices=["group", "mean", "none"],
+        "divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)",
+        choices=["group", "none"],
     )
     all_wrong_advantage: float = flag(
         0.0,
@@ -146,10 +145,6 @@ class Flags:
         low=-100,
         high=0,
     )
-    all_right_advantage: float = flag(
-        0.0, "advantage of every response in an all-right group, after GEC", low=0, high=100
-    )
-    negative_factor: float = flag(1.0, "multiply negative advantages by this", low=0)
     random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
         0,
@@ -166,13 +161,13 @@ class Flags:
     correction: str = flag(
         "guided",
         "GEC of wrong responses: none, guided (drawn with --guided-probs), or always the same one: "
-        "reflect (Force-R), answer, reference, prefix, sibling (a right response of the group)",
+        "reflect (Force-R), answer, reference, prefix",
         section="corrections",
     )
     guided_probs: list[float] = flag(
         [0.5, 0.25, 0.25],
-        "probabilities of reflect, answer, reference, prefix, sibling (missing ones are 0). The "
-        "default is the paper's for G = 8 (2/G each for answer and reference); it does not follow "
+        "probabilities of reflect, answer, reference, prefix (missing ones are 0). The default is "
+        "the paper's for G = 8 (2/G each for answer and reference); it does not follow "
         "--group-size",
         low=0,
         high=1,
@@ -185,13 +180,10 @@ class Flags:
         choices=["every", "all-wrong"],
     )
     guide_at_most: int = flag(0, "maximum number of corrections per group; 0: no limit", low=0)
-    correction_decay: bool = flag(
-        False, "correct a random share of the wrong responses, which falls linearly from 1 to 0"
-    )
     correction_factors: list[float] = flag(
-        [1, 1, 1, 1, 1],
-        "factors on the advantages of responses corrected by reflect, answer, reference, prefix, "
-        "sibling (missing ones are 1)",
+        [1, 1, 1, 1],
+        "factors on the advantages of responses corrected by reflect, answer, reference, prefix "
+        "(missing ones are 1)",
         low=0,
         names="F",
     )
@@ -540,26 +532,20 @@ def resample_equal_groups(
 def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> Tensor:
     """A_i = (r_i - mean_j r_j) / (std_j r_j + eps), j over the group; (Q, G) -> (Q, G).
 
-    The standard deviation is unbiased (n - 1). std="mean" divides by the mean reward (MaxRL),
-    "none" does not divide (Dr. GRPO). In a group of one the advantage is 0."""
+    The standard deviation is unbiased (n - 1). std="none" does not divide (Dr. GRPO). In a group
+    of one the advantage is 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if rewards.shape[1] == 1 or std == "none":
         return centred
-    if std == "mean":
-        return centred / (rewards.mean(dim=1, keepdim=True) + eps)
     return centred / (rewards.std(dim=1, keepdim=True) + eps)
 
 
 def advantages(group: Group, flags: Flags) -> Tensor:
-    """Advantages A (G,) of a group, float64: the group-relative ones, or --all-wrong-advantage or
-    --all-right-advantage in such a group; then times --negative-factor where they are negative, and
-    times the --correction-factors entry of each corrected response."""
+    """Advantages A (G,) of a group, float64: the group-relative ones, or --all-wrong-advantage in
+    such a group, times the --correction-factors entry of each corrected response."""
     A = group_advantages(rewards(group.responses, flags)[None], std=flags.advantage_std)[0]
     if flags.all_wrong_advantage and not any(r.accuracy > 0 for r in group.responses):
         A = torch.full_like(A, flags.all_wrong_advantage)
-    if flags.all_right_advantage and all(r.accuracy > 0 for r in group.responses):
-        A = torch.full_like(A, flags.all_right_advantage)
-    A = torch.where(A < 0, A * flags.negative_factor, A)
     factor = dict(zip(CORRECTIONS, flags.correction_factors))
     factors = [factor.get(r.correction, 1.0) for r in group.responses]
     return A * torch.tensor(factors, dtype=A.dtype)
@@ -646,16 +632,6 @@ def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int
     return ids[: math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
 
 
-def right_sibling(policy: Policy, group: Group, i: int, u: float) -> list[int] | None:
-    """A right response of the same group (u decides which), without its end token; None if no
-    response is right."""
-    right = [r for r in group.responses if r.accuracy > 0]
-    if not right:
-        return None
-    chosen = right[int(u * len(right))]
-    return chosen.ids[: len(chosen.ids) - chosen.finished]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """How a wrong response is corrected. To add a correction, write its function and a row of
@@ -683,9 +659,6 @@ CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
     ),
     "prefix": Correction(
         adds=reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"
-    ),
-    "sibling": Correction(
-        adds=right_sibling, keeps=False, goes_on=False, needs_solution=False, count="from_sibling"
     ),
 }
 
@@ -764,9 +737,6 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             continue
         responses = list(group.responses)
         for i in rows_to_correct(group, flags):
-            if flags.correction_decay:
-                if uniform(flags.seed, step, "decay", group.row(i)) < step / flags.steps:
-                    continue
             name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
             u = uniform(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)

@@ -23,7 +23,6 @@ KINDS = {  # of rows that a step trains on
     "answer": "injected answers",
     "reference": "references",
     "prefix": "prefixes of references",
-    "sibling": "responses of a sibling",
 }
 
 

@@ -61,7 +61,6 @@ relative_entropy_right .5      relative_entropy_prefix null  advantage_share_rig
 relative_entropy_reflect 1.5   advantage_share_prefix 0      advantage_share_reflect .25
 relative_entropy_wrong 1.3333333                             advantage_share_wrong .125
 relative_entropy_reference .6666667                          advantage_share_reference .375
-relative_entropy_sibling null   advantage_share_sibling 0    from_sibling 0
 """  # logprob_gap: 2 in 4 of the 49 tokens that both sides know
 
 

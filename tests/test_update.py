@@ -568,7 +568,7 @@ HINT_ROW = """    "tokens_hint": Correction(
         adds=tokens_hint, keeps=True, goes_on=True, needs_solution=False, count="tokens_hinted"),"""
 
 
-@pytest.mark.parametrize("line", ["--correction tokens_hint", "--guided-probs .3 .2 .2 0 0 .3"])
+@pytest.mark.parametrize("line", ["--correction tokens_hint", "--guided-probs .3 .2 .2 0 .3"])
 def test_a_new_correction_is_one_row_and_one_function_which_sees_its_group(run, line):
     """It can be drawn, is counted, is seen in the samples, and the policy goes on behind it."""
     assert run(IDEA + line, edited(HINT, HINT_ROW)) == 0
