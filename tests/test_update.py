@@ -481,21 +481,6 @@ def test_out_of_memory_ends_the_run_with_the_flag_to_set(
     assert last.startswith("error: ") and "out of" in last and flag in last
 
 
-def test_out_of_memory_while_sampling_halves_the_rows_once(policy, monkeypatch, capsys):
-    asked, rows, sample = ([[1, 2]] * 4, [9] * 4, [1, 2, 3, 4], 1.0), [], Sampler.sample
-    expected = policy.sample(*asked)
-
-    def limited(self, prompts, *rest):
-        rows.append(min(self.max_rows or 4, len(prompts)))
-        return out_of_memory() if rows[-1] > 2 else sample(self, prompts, *rest)
-
-    monkeypatch.setattr(Sampler, "sample", limited)
-    monkeypatch.setattr(policy.sampler, "max_rows", None)
-    assert [s.ids for s in policy.sample(*asked)] == [s.ids for s in expected] and rows == [4, 2]
-    message = "out of GPU memory while sampling: going on with --max-rows 2\n"
-    assert capsys.readouterr().err == message
-
-
 def test_no_cache_of_an_evaluation_stands_in_the_way_of_the_update(tmp_path):
     flags, policy = flags_of(f"--out {tmp_path}"), engine.load_policy("tiny", "cpu")
     policy.sampler.fixed = True  # as on a GPU, where the cache outlives the call
