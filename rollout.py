@@ -9,8 +9,8 @@ each row that is being sampled, and sampling is one loop (`Sampler.sample_in_slo
     drop      finished rows leave, and rows from the end of the cache move into their slots
 
 Sampling is exact. Every row has its own stream of random numbers, so its tokens depend on the
-weights, its prompt, its seed and its limit, and not on the rows beside it (up to the rounding of
-matrix products, whose last bit may change with the number of rows).
+weights, its prompt, its seed and its limit, and not on the rows beside it or on drafts (up to the
+rounding of matrix products, whose last bit may change with the number of rows).
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) run straight from the model's own
 modules, so the next call sees an optimizer step. Other causal language models of transformers run
@@ -414,9 +414,15 @@ class Slots:
         source, target = torch.tensor(moves, device=self.device).T
         both = torch.cat((source, target))
         other = torch.cat((target, source))
-        tensors = [self.length, self.stop, self.group, self.ids]
-        tensors += [self.uniforms, self.logprobs, self.entropies]
-        for tensor in tensors:
+        for tensor in (
+            self.length,
+            self.stop,
+            self.group,
+            self.ids,
+            self.uniforms,
+            self.logprobs,
+            self.entropies,
+        ):
             tensor[other] = tensor[both]
 
 
@@ -478,7 +484,7 @@ def decode(model, slots, rule, rows):
     """Draws one more token for each live row among the first `rows` slots, on the device and in
     place. Rows that have finished are computed too but do not advance."""
     k = min(slots.drafts, TOKENS_PER_STEP // rows - 1)
-    if k > 0:
+    if k > 0:  # part 8 does the same for up to k + 1 tokens
         return decode_drafts(model, slots, rule, rows, k)
     at = slots.index[:rows]
     length = slots.length[:rows]
@@ -496,8 +502,8 @@ def decode(model, slots, rule, rows):
 
 
 def run_on_cache(model, slots, position):
-    """Runs the tokens at `position` (B, S) of the first B slots, of which only their own keys and
-    values are not in the cache yet -> the last hidden state (B, S, H)."""
+    """Runs the tokens at `position` (B, S) of the first B slots, the last ones of each row, whose
+    keys and values are not in the cache yet -> the last hidden state (B, S, H)."""
     rows, new = position.shape
     at = slots.index[:rows, None]
     cos = slots.cos[position]
@@ -513,7 +519,8 @@ def run_on_cache(model, slots, position):
         valid = mask.masked_fill_(beyond, -torch.inf)[:, None]
 
     def attend(layer, q, k, v, scale):
-        keys, values = slots.keys[layer], slots.values[layer]
+        keys = slots.keys[layer]
+        values = slots.values[layer]
         q = fused(rotate_and_store, q, k, v, cos, sin, keys, values, at, position)
         return attention(q, keys[:rows], values[:rows], valid, scale)
 
@@ -1001,40 +1008,37 @@ def join_projections(model, joined=None):
 
 # ---- 8. Drafts: several tokens in one decode step ------------------------------------------------
 # A decode step of a few rows waits for the weights to be read from memory, and several tokens of a
-# row take hardly longer than one. So guess the next k tokens (a draft), run them behind the last
-# token in one pass, and draw a token behind each with the random number of its position. As long as
-# the draws equal the draft, they are what the plain sampler draws, and so is the first one that
-# differs. A wrong draft costs time and changes no sample. Its keys and values lie behind the row's
-# end, where the mask hides them until the next steps overwrite them.
+# row take hardly longer than one. So guess the next k tokens of each row (its draft), run them
+# behind its last token in one pass, and draw at each position with the random number of this
+# position. As long as the draws equal the draft, they are what the plain sampler draws, and so is
+# the first one that differs. A wrong draft costs time and changes no sample: its keys and values
+# lie behind the row's end, where the mask hides them until later steps overwrite them.
 
 MAX_DRAFTS = 8
 TOKENS_PER_STEP = 64  # rows x (k + 1), as long as a step is bound by memory; not yet measured
 
 
 def look_up_drafts(slots, rows, k):
-    """What may come next in each of the first `rows` slots: (B, k) token ids.
+    """Guesses the next k tokens of each of the first `rows` slots: (B, k) ids.
 
-    The last three tokens of the row, else the last two, are looked up in all texts with its prompt:
-    its own, those of live rows, and those of finished rows whose slots were not used again. The
-    draft is what followed there, in its own text if possible, and where it stood last. If nothing
-    is found, the draft is wrong and does no harm."""
+    Looks the last three tokens of a row, else the last two, up in all texts with its prompt: its
+    own, those of live rows, and those of finished rows whose slots were not used again. The draft
+    is what followed where they stood last. Where nothing is found, the draft is any tokens."""
     at = slots.index[:rows, None]
     last = slots.length[:rows, None] - 3 + slots.positions[:3]
     tail = slots.ids[at, last.clamp(min=0)]  # (B, 3)
-    start = slots.positions[: slots.capacity - 3] + 3  # where a draft may start
-    windows = slots.ids[:, : slots.capacity - 1].unfold(
-        1, 3, 1
-    )  # the three tokens before (S, L, 3)
-    equal = windows == tail[:, None, None]  # (B, S, L, 3)
-    two = equal[..., 1] & equal[..., 2]
-    two &= (slots.group == slots.group[:rows, None])[..., None]
-    two &= start < slots.length[:, None]
-    own = slots.index == at
-    rank = start + slots.longest * (own[..., None] + 2 * equal[..., 0].int())
-    best = torch.where(two, rank, 0).flatten(1).argmax(1, keepdim=True)
-    slot = best // len(start)
-    first = start[best % len(start)]
-    return slots.ids[slot, first + slots.positions[:k]]
+    # Any three tokens of any slot, and the position of the token that follows them.
+    trigrams = slots.ids[:, :-1].unfold(1, 3, 1)  # (slots, W, 3)
+    follower = slots.positions[3:]  # (W,)
+    equal = trigrams == tail[:, None, None]  # (B, slots, W, 3)
+    same_prompt = slots.group == slots.group[:rows, None]  # (B, slots)
+    in_text = follower < slots.length[:, None]  # (slots, W)
+    found = equal[..., 1] & equal[..., 2] & same_prompt[..., None] & in_text
+    rank = follower + len(follower) * equal[..., 0]
+    best = (found * rank).flatten(1).argmax(1, keepdim=True)  # (B, 1)
+    slot = best // len(follower)
+    start = follower[best % len(follower)]
+    return slots.ids[slot, start + slots.positions[:k]]
 
 
 def decode_drafts(model, slots, rule, rows, k):
@@ -1052,10 +1056,10 @@ def decode_drafts(model, slots, rule, rows, k):
     slots.ids[at, position] = ids
     slots.logprobs[at, position] = logprobs
     slots.entropies[at, position] = entropies
-    # A draw counts if all earlier ones equal their drafts and do not end the row.
+    # A draw counts if all earlier ones equal their drafts and end no row.
     goes_on = (ids[:, :-1] == drafts) & ~slots.is_end[drafts]
     count = 1 + goes_on.cumprod(1).sum(1)
-    longer = torch.minimum(length + count, stop)
-    length.copy_(torch.maximum(length, longer))  # a finished row stays as it is
+    room = stop - length  # below 1 if the row has finished
+    length += torch.minimum(count, room).clamp(min=0)
     last = slots.ids[slots.index[:rows], length - 1]
     stop.copy_(torch.where(slots.is_end[last], length, stop))
