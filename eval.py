@@ -98,6 +98,13 @@ class Flags:
     max_rows: int = flag(
         None, "responses sampled at a time; None: as many as fit the memory", low=1
     )
+    drafts: int = flag(
+        0,
+        "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
+        "samples are the same; 0: off",
+        low=0,
+        high=8,
+    )
     mirror: str = flag("", "folder or base address to fetch the downloads from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = flag(False, "allow a model to bring its own code")
@@ -589,6 +596,7 @@ def run(flags: Flags) -> None:
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )
+    policy.sampler.drafts = flags.drafts
     settings = dict(
         seed=flags.seed,
         max_new_tokens=flags.max_new_tokens,
