@@ -867,9 +867,10 @@ def test_each_row_has_its_own_draft():
 
 
 def test_texts_of_finished_rows_stay_for_drafts(qwen, monkeypatch):
-    """Also when other rows move into their slots."""
+    """Also when other rows move into their slots, and when these are computed with the live ones,
+    because there is no graph of three rows."""
     looks = count_calls(monkeypatch, "look_up_drafts")
-    limits = [3, 30, 1, 6, 2, 30]
+    limits = [3, 40, 1, 40, 2, 40]
     samples = flat(qwen[1](set(), drafts=4).sample([PROMPTS[1]], 6, limits, 1.0, seed=21))
     slots = looks[-1][0]
     texts = [ids[:length] for ids, length in zip(slots.ids.tolist(), slots.length.tolist())]
