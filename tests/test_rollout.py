@@ -798,6 +798,13 @@ def test_drafts_change_no_sample(fixed, name, temperature, top_p, monkeypatch):
             expected = Sampler(model_of(name), ends).sample(*call)
             sampler.drafts = k
             check_equal(sampler.sample(*call), expected)
+            assert not fixed or sampler.slots.drafts == k
+
+
+def test_the_draft_of_the_longest_row_has_room(qwen):
+    """Prompt and response fill a fixed cache of 128 positions."""
+    expected = qwen[1](set()).sample([PROMPTS[1]], 1, 117, 0.0, seed=0)
+    check_equal(qwen[1](set(), drafts=8).sample([PROMPTS[1]], 1, 117, 0.0, seed=0), expected)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -871,10 +878,15 @@ def test_texts_of_finished_rows_stay_for_drafts(qwen, monkeypatch):
     because there is no graph of three rows."""
     looks = count_calls(monkeypatch, "look_up_drafts")
     limits = [3, 40, 1, 40, 2, 40]
-    samples = flat(qwen[1](set(), drafts=4).sample([PROMPTS[1]], 6, limits, 1.0, seed=21))
+    prompts = [PROMPTS[1], PROMPTS[3]]
+    out = qwen[1](set(), drafts=4).sample(prompts, 3, limits, 1.0, seed=21)
     slots = looks[-1][0]
-    texts = [ids[:length] for ids, length in zip(slots.ids.tolist(), slots.length.tolist())]
-    assert all(PROMPTS[1] + sample.ids in texts for sample in samples)
+    texts = []
+    for ids, length, group in zip(slots.ids.tolist(), slots.length, slots.group):
+        texts.append((ids[:length], group))
+    for prompt, samples in zip(prompts, out):
+        for sample in samples:
+            assert (prompt + sample.ids, hash(tuple(prompt))) in texts
 
 
 def test_texts_of_an_earlier_call_are_looked_up_too(monkeypatch):
