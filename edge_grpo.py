@@ -1,9 +1,9 @@
 """EDGE-GRPO: GRPO with Guided Error Correction (GEC) and Entropy-Driven Advantages (EDA).
 
-The method of arXiv 2507.21848 in plain PyTorch, in the paper's order: flags, groups of responses,
-group advantages, EDA, GEC, the loss, the update, the loop. rollout.py samples, reward.py grades,
-entropy.py computes log-probabilities and entropies, eval.py evaluates. engine/ holds what training
-needs and no paper describes.
+The method of arXiv 2507.21848 in plain PyTorch. This file holds, from top to bottom: flags, groups
+of responses, group advantages, EDA, GEC, the loss, the update, the training loop. rollout.py
+samples, reward.py grades, entropy.py computes log-probabilities and entropies, eval.py evaluates.
+engine/ holds the infrastructure: models, optimizer, checkpoints, processes.
 
     python edge_grpo.py                                  # the tiny model on a CPU
     python edge_grpo.py --model Qwen/Qwen2.5-Math-7B     # the paper's run
@@ -11,8 +11,8 @@ needs and no paper describes.
 
 docs/paper.md lists where this departs from the released code, and why.
 
-Letters: a step has B = Q x G responses, G to each of Q questions. T is the number of tokens of a
-response, M of a micro-batch's responses. P is an entropy (Eq. 3), never a length.
+Letters: a step has B = Q x G responses, G to each of Q questions. T is the number of tokens in one
+response, M the number of response tokens in a micro-batch. P is an entropy (Eq. 3).
 """
 
 import math
@@ -40,13 +40,14 @@ from engine.problems import check_golds, training_problems
 from engine.processes import gather, leave, spread, start_processes, stream, uniform
 from engine.run import Run
 from engine.trainer import Trainer
+from entropy import response_entropy
 from errors import UserError
 from report.metrics import SHOWN, measure, readable
 from report.page import conclude
 
 # --- Flags -----------------------------------------------------------------------------------
 
-METHODS = {  # the rows of the paper's tables and their rivals, each a set of flags
+METHODS = {  # presets of flags: the paper's five methods, Dr. GRPO and DAPO
     "edge-grpo": dict(correction="guided", eda=True),
     "force-r-eda": dict(correction="reflect", eda=True),
     "force-r": dict(correction="reflect", eda=False),
@@ -62,7 +63,7 @@ METHODS = {  # the rows of the paper's tables and their rivals, each a set of fl
     ),
     "sft": dict(correction="none", eda=False, sft=True),
 }
-TINY = dict(  # what `--profile tiny` overrides of the paper's settings below
+TINY = dict(  # `--profile tiny` puts these in place of the paper's settings below
     data="tiny:5-8",
     steps=60,
     questions_per_step=8,
@@ -98,16 +99,18 @@ class Flags:
     )
     method: str = flag(
         "edge-grpo",
-        "a row of METHODS; flags given beside it override the row",
+        "preset of flags; flags given explicitly override it",
         choices=list(METHODS),
     )
-    steps: int = flag(1000, "training steps: one rollout and its updates", low=1)
+    steps: int = flag(1000, "training steps, each one rollout and its updates", low=1)
     questions_per_step: int = flag(1, "questions in a step, Q", low=1)
     group_size: int = flag(8, "responses per question, G", low=1)
     lr: float = flag(1e-6, "peak learning rate; falls linearly to 0, without warm-up", low=0)
     seed: int = flag(42, "seed of everything", low=0)
     out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-FLAGS-seedN)")
-    resume: bool = flag(False, "go on from the newest checkpoint in --out; start if there is none")
+    resume: bool = flag(
+        False, "continue from the newest checkpoint in --out; start if there is none"
+    )
 
     overwrite: bool = flag(False, "delete an existing run in --out first", section="the run")
     profile: str = flag(
@@ -119,11 +122,11 @@ class Flags:
     save_every: int = flag(100, "steps between checkpoints; 0: only at the end", low=0)
     keep: int = flag(1, "how many of the newest checkpoints are kept", low=1)
     save_tokens: bool = flag(
-        False, "add each token with its numbers to samples.jsonl, for eval.py show --html"
+        False, "write each token's log-probability and entropy too, for eval.py show --html"
     )
-    template: str = flag("auto", "form of the prompt", choices=["auto", "qwen", "llama"])
-    mirror: str = flag("", "a folder or base address to take downloads from")
-    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+    template: str = flag("auto", "chat template of the prompt", choices=["auto", "qwen", "llama"])
+    mirror: str = flag("", "a folder or base URL to download from")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
     sft: bool = flag(
         False,
@@ -138,74 +141,66 @@ class Flags:
     )
     all_wrong_advantage: float = flag(
         0.0,
-        "advantage of every response of a group without a right one (-1: negative-sample "
+        "advantage of every response in an all-wrong group, after GEC (-1: negative-sample "
         "reinforcement)",
         low=-100,
         high=0,
     )
     all_right_advantage: float = flag(
-        0.0, "advantage of every response of a group without a wrong one", low=0, high=100
+        0.0, "advantage of every response in an all-right group, after GEC", low=0, high=100
     )
-    zero_variance_shaping: float = flag(
-        0.0,
-        "RL-ZVP: in such groups the advantage of each token is this times its entropy (all right), "
-        "or minus this times what its entropy lacks of the response's largest (all wrong)",
-        low=0,
-    )
-    negative_factor: float = flag(1.0, "factor on negative advantages", low=0)
+    negative_factor: float = flag(1.0, "multiply negative advantages by this", low=0)
     random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
         0,
-        "rounds in which all-right and all-wrong groups are replaced by new questions (DAPO)",
+        "maximum rounds of replacing all-right and all-wrong groups by new questions (DAPO)",
         low=0,
     )
     format_weight: float = flag(
         0.0,
-        "weight of the format reward, which a closed and readable box earns (the release's is "
-        "constant, so it has no effect)",
+        "weight of the format reward: 1 for a closed \\boxed{} that parses, else 0 (in the "
+        "released code it is constant, so it has no effect)",
         low=0,
     )
 
     correction: str = flag(
         "guided",
-        "GEC of wrong responses: none, guided (a random one), or one for all: reflect (Force-R), "
-        "answer, reference, prefix, sibling (a right response of the same group)",
+        "GEC of wrong responses: none, guided (drawn with --guided-probs), or always the same one: "
+        "reflect (Force-R), answer, reference, prefix, sibling (a right response of the group)",
         section="corrections",
     )
     guided_probs: list[float] = flag(
         [0.5, 0.25, 0.25],
-        "probabilities of reflect, answer, reference, prefix, sibling (left out: 0). The paper's "
-        "are for G = 8 (2/G each for answer and reference) and do not follow --group-size",
+        "probabilities of reflect, answer, reference, prefix, sibling (missing ones are 0). The "
+        "default is the paper's for G = 8 (2/G each for answer and reference); it does not follow "
+        "--group-size",
         low=0,
         high=1,
         names="P",
     )
     guide: str = flag(
         "every",
-        "which wrong responses are corrected: every one (the paper), or only those of groups "
-        "without a right one",
+        "which wrong responses are corrected: every one (the paper), or only those in all-wrong "
+        "groups",
         choices=["every", "all-wrong"],
     )
-    guide_at_most: int = flag(0, "corrections in a group at most; 0: no limit", low=0)
+    guide_at_most: int = flag(0, "maximum number of corrections per group; 0: no limit", low=0)
     correction_decay: bool = flag(
-        False, "the share of the wrong responses that are corrected falls linearly to 0"
-    )
-    sft_weight: float = flag(
-        0.0, "weight of the log-likelihood of the questions' references beside the RL loss", low=0
+        False, "correct a random share of the wrong responses, which falls linearly from 1 to 0"
     )
     correction_factors: list[float] = flag(
         [1, 1, 1, 1, 1],
         "factors on the advantages of responses corrected by reflect, answer, reference, prefix, "
-        "sibling (left out: 1)",
+        "sibling (missing ones are 1)",
         low=0,
         names="F",
     )
-    correction_tokens: int = flag(256, "tokens sampled after a reflection phrase", low=0)
+    correction_tokens: int = flag(256, "maximum tokens sampled after a reflection or prefix", low=0)
     max_corrected_tokens: int = flag(
         0, "cut corrected responses to this length; 0: only to the model's context", low=0
     )
     drop_wrong_references: bool = flag(
-        False, "do not use reference solutions that are not graded right"
+        False, "do not use reference solutions that the grader finds wrong"
     )
 
     eda: bool = flag(
@@ -221,12 +216,13 @@ class Flags:
     )
     eda_rows: str = flag(
         "all",
-        "the responses whose advantages are divided; not-reference: all but those that a reference "
-        "replaced",
+        "responses whose advantages are divided, after GEC; not-reference: all except those that a "
+        "reference replaced",
         choices=["all", "right", "wrong", "not-reference"],
     )
     eda_grad: bool = flag(
-        False, "let the gradient flow through each response's own entropy, as the release does"
+        False,
+        "let the gradient flow through each response's own entropy, as the released code does",
     )
 
     loss: str = flag(
@@ -240,17 +236,17 @@ class Flags:
     eps_high: float = flag(0.2, "clip range of the ratio above 1", low=0)
     kl: float = flag(
         0.0,
-        "weight of a KL penalty to the initial model on sampled tokens; above 0 that model stays "
-        "in memory",
+        "weight of a KL penalty to the initial model, on sampled tokens; above 0, a copy of that "
+        "model stays in memory",
         low=0,
     )
     updates_per_rollout: int = flag(
-        1, "optimizer updates on each rollout; the ratio differs from 1 after the first", low=1
+        1, "optimizer updates per rollout; in the first the ratio is 1", low=1
     )
     injected_shaping: float = flag(
         0.0,
-        "ratio p/(p + this), not clipped, for injected tokens (LUFFY: 0.1); 0: trained as if "
-        "sampled, as in the paper",
+        "for injected tokens, use the unclipped ratio p/(p + this) (LUFFY: 0.1); 0: train them as "
+        "if they were sampled, as in the paper",
         low=0,
     )
     mask_injected: bool = flag(False, "leave injected tokens out of the loss and of |o|")
@@ -261,23 +257,21 @@ class Flags:
 
     temperature: float = flag(
         0.6,
-        "sampling temperature, also that of every log-probability and entropy",
+        "sampling temperature; log-probabilities and entropies are computed at it too",
         low=1e-3,
         section="sampling",
     )
-    top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1)
-    max_new_tokens: int = flag(1024, "tokens sampled per response", low=1)
-    max_prompt_tokens: int = flag(
-        512, "problems with a longer prompt are left out, and counted", low=1
-    )
+    top_p: float = flag(1.0, "nucleus sampling; 1: off", low=1e-6, high=1)
+    max_new_tokens: int = flag(1024, "maximum tokens sampled per response", low=1)
+    max_prompt_tokens: int = flag(512, "training problems with a longer prompt are left out", low=1)
 
     micro_batch_tokens: int = flag(
         8192,
-        "tokens in one forward and backward pass, each response with its prompt",
+        "maximum tokens in one forward and backward pass; each response counts with its prompt",
         low=1,
         section="memory",
     )
-    max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit the memory", low=0)
+    max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit in memory", low=0)
     drafts: int = flag(
         0,
         "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
@@ -295,11 +289,13 @@ class Flags:
         section="evaluation during training",
     )
     eval_tasks: list[str] = flag([], "held-out problems (see eval.py --tasks)", names="TASK")
-    eval_limit: int = flag(0, "problems of each of these tasks; 0: all", low=0)
+    eval_limit: int = flag(0, "use only the first problems of each task; 0: all", low=0)
     eval_n: int = flag(1, "responses per problem", low=1)
     eval_temperature: float = flag(0.1, "sampling temperature; 0: greedy", low=0)
     eval_max_new_tokens: int = flag(
-        3000, "tokens per response; above 3000 the context of 4096 grows with it", low=1
+        3000,
+        "maximum tokens per response; what exceeds 3000 is added to the context of 4096",
+        low=1,
     )
     differing: ClassVar[dict] = {}  # the flags that differ from the profile and the method's row
 
@@ -325,7 +321,7 @@ def parse_flags(argv: list[str]) -> Flags:
 
 
 def conflicts(flags: Flags) -> list[tuple[bool, str]]:
-    """(whether there is this conflict, what to do about it)"""
+    """Pairs: whether these flags have the conflict, and the sentence that says what to change."""
     probabilities, clamp, guided = flags.guided_probs, flags.eda_clamp, flags.correction == "guided"
     known = len(CORRECTIONS)
     low, high = clamp[::2], clamp[1::2]
@@ -344,7 +340,8 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
         ),
         (
             (flags.guide != "every" or flags.guide_at_most > 0) and flags.correction == "none",
-            "--guide and --guide-at-most need a --correction, which is none: add one or drop them",
+            "--guide and --guide-at-most do nothing with --correction none: choose another "
+            "--correction, or drop them",
         ),
         (
             len(flags.correction_factors) > known,
@@ -371,7 +368,7 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
         ),
         (
             flags.resume and flags.overwrite,
-            "--resume goes on with a run, --overwrite deletes it: give one of the two",
+            "--resume continues a run, --overwrite deletes it: give one of the two",
         ),
     ]
 
@@ -397,15 +394,16 @@ class Response:
     ids: list[int] = field(default_factory=list)  # with its end token, once it is finished
     injected: list[bool] = field(default_factory=list)  # True: put there by GEC, False: sampled
     sampler_logp: list[float] = field(default_factory=list)  # NaN where injected
-    entropies: list[float] = field(default_factory=list)  # H_t of each token; NaN until it is known
+    entropies: list[float] = field(default_factory=list)  # H_t of each token, nats; NaN: unknown
     finished: bool = False  # the last token is an end token
-    sampled_tokens: int = 0  # how many the policy sampled for this copy of the response
+    sampled_tokens: int = 0  # newly sampled for this object: a corrected copy counts only its own
+    random: float = 0.0  # in [0, 1), for --random-reward
     correction: str = ""  # the row of CORRECTIONS that made it, or ""
     text: str = ""  # once it is graded
     format: float | None = None
     accuracy: float | None = None  # 0.0 or 1.0 once it is graded
     trainer_logp: Tensor | None = None  # (T,) from the first update's forward pass
-    trainer_entropies: Tensor | None = None
+    trainer_entropies: Tensor | None = None  # (T,) from the same pass
 
     @property
     def entropy(self) -> float:
@@ -426,7 +424,7 @@ class Group:
 
     Everything that logs, prints or draws a group reads these fields."""
 
-    number: int  # of the group in its step, from 0
+    number: int  # index of the group in its step, from 0
     problem: Problem
     prompt: list[int]
     sampled: list[Response]  # as the policy sampled them
@@ -436,28 +434,29 @@ class Group:
     A_hat: Tensor | None = None  # (G,) entropy-driven advantages, Eq. 7: what the loss uses
 
     def row(self, i: int) -> int:
-        """The number of response i among all B of the step: the key of its random choices."""
+        """Index of response i among all B of the step. Its random choices are keyed by it."""
         return self.number * len(self.responses) + i
 
 
 def batch_of_problems(
-    problems: list[Problem], flags: Flags, step: int, *again: int
+    problems: list[Problem], flags: Flags, step: int, *resample_round: int
 ) -> list[Problem]:
     """The Q problems of a step: consecutive items of an endless sequence of shuffled epochs.
 
-    `again` is the round of resampling, which draws from a sequence of its own."""
+    `resample_round` (absent in the first draw) selects another sequence for each round of DAPO's
+    resampling."""
     batch = []
     first = step * flags.questions_per_step
     for k in range(first, first + flags.questions_per_step):
         epoch, i = divmod(k, len(problems))
-        shuffle = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *again))
+        shuffle = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *resample_round))
         batch.append(problems[torch.randperm(len(problems), generator=shuffle)[i]])
     return batch
 
 
 @timed("sample")
 def sample(
-    policy: Policy, problems: list[Problem], flags: Flags, step: int, *again: int
+    policy: Policy, problems: list[Problem], flags: Flags, step: int, *resample_round: int
 ) -> list[Group]:
     """A group of G sampled responses for each problem."""
     groups = []
@@ -466,7 +465,10 @@ def sample(
         prompt = policy.prompt_ids(problem.question)
         groups.append(Group(number, problem, prompt, sampled=responses, responses=responses))
     rows = [(group, i) for group in groups for i in range(flags.group_size)]
-    continue_responses(policy, rows, flags.max_new_tokens, flags, (step, "sample", *again))
+    key = (step, "sample", *resample_round)
+    continue_responses(policy, rows, flags.max_new_tokens, flags, key)
+    for group, i in rows:
+        group.responses[i].random = uniform(flags.seed, "reward", *key, group.row(i))
     return groups
 
 
@@ -475,8 +477,8 @@ def continue_responses(
 ) -> None:
     """Lets the policy continue response i of each (group, i), in place, by at most `limit` tokens.
 
-    A row's random numbers are a hash of (seed, key, row): they depend neither on the batch nor on
-    the number of processes, and no state has to be saved."""
+    A row's random numbers are a hash of (--seed, key, group.row(i)): they depend neither on the
+    batch nor on the number of processes, and no generator state has to be saved."""
     prompts = [group.prompt + group.responses[i].ids for group, i in rows]
     seeds = [stream(flags.seed, *key, group.row(i)) for group, i in rows]
     limits = [limit] * len(rows)
@@ -511,14 +513,11 @@ def grade(policy: Policy, groups: list[Group]) -> None:
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
-    """(G,) rewards. A reward may be any number. Correction and resampling look at the accuracy
-    only."""
+    """Rewards (G,) of the responses, float64. Any real number is allowed. GEC and resampling do not
+    use them: they look at `accuracy` only."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     if flags.random_reward:
-        # A policy's log-probabilities never repeat, so they make a fresh key at each step.
-        values = [
-            float(uniform(flags.seed, i, r.sampler_logp) < 0.5) for i, r in enumerate(responses)
-        ]
+        values = [float(r.random < 0.5) for r in responses]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -527,19 +526,19 @@ def resample_equal_groups(
 ) -> list[Group]:
     """DAPO's dynamic sampling: groups that are all right or all wrong are replaced, in place, by
     new questions, round after round. Returns every group that was sampled for the step."""
-    everything = list(groups)
-    for again in range(1, flags.resample_rounds + 1):
-        equal = [group for group in groups if len({r.accuracy for r in group.sampled}) == 1]
-        if not equal:
+    all_groups = list(groups)
+    for resample_round in range(1, flags.resample_rounds + 1):
+        unmixed = [group for group in groups if len({r.accuracy for r in group.sampled}) == 1]
+        if not unmixed:
             break
-        new_problems = batch_of_problems(problems, flags, step, again)[: len(equal)]
-        new_groups = sample(policy, new_problems, flags, step, again)
+        new_problems = batch_of_problems(problems, flags, step, resample_round)[: len(unmixed)]
+        new_groups = sample(policy, new_problems, flags, step, resample_round)
         grade(policy, new_groups)
-        everything += new_groups
-        for old, new in zip(equal, new_groups):
+        all_groups += new_groups
+        for old, new in zip(unmixed, new_groups):
             new.number = old.number
             groups[old.number] = new
-    return everything
+    return all_groups
 
 
 # --- Group advantages (GRPO) -----------------------------------------------------------------
@@ -559,8 +558,9 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> 
 
 
 def advantages(group: Group, flags: Flags) -> Tensor:
-    """A (G,) of a group, or --all-wrong-advantage where no response is right, times the factor of
-    each response's correction."""
+    """Advantages A (G,) of a group, float64: the group-relative ones, or --all-wrong-advantage or
+    --all-right-advantage in such a group; then times --negative-factor where they are negative, and
+    times the --correction-factors entry of each corrected response."""
     A = group_advantages(rewards(group.responses, flags)[None], std=flags.advantage_std)[0]
     if flags.all_wrong_advantage and not any(r.accuracy > 0 for r in group.responses):
         A = torch.full_like(A, flags.all_wrong_advantage)
@@ -574,12 +574,7 @@ def advantages(group: Group, flags: Flags) -> Tensor:
 
 # --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------
 
-TINY_FLOOR = 1e-4  # of P^, so that a response of one repeated token cannot blow up the step
-
-
-def response_entropy(entropies: Tensor) -> Tensor:
-    """Eq. 3: P_i = 1/|o_i| sum_t H_t over the response's own tokens, (T,) -> scalar; 0 if T = 0."""
-    return entropies.float().sum() / max(len(entropies), 1)
+MIN_RELATIVE_ENTROPY = 1e-4  # a response with hardly any entropy would get a huge advantage
 
 
 def group_entropy(group: Group) -> Tensor:
@@ -587,29 +582,27 @@ def group_entropy(group: Group) -> Tensor:
     return torch.tensor([r.entropy for r in group.responses], dtype=torch.float64)
 
 
-def entropy_driven_advantages(
-    advantages: Tensor,
-    response_entropy: Tensor,
-    clamp: tuple[float, ...] | list[float] | None = None,
-) -> Tensor:
+def entropy_driven_advantages(A: Tensor, P: Tensor, clamp: list[float] | None = None) -> Tensor:
     """Eq. 6-7: P^_i = P_i / mean_j P_j over the group, A^_i = A_i / P^_i; (Q, G), (Q, G) -> (Q, G).
 
     Low entropy enlarges an advantage: more reward if right, more penalty if wrong. `clamp`
-    bounds P^: (lo, hi), or (lo, hi, lo, hi) separately for positive and negative advantages.
-    Without it there is only a tiny floor. A group without any entropy keeps its advantages. The
-    result is differentiable in each P_i, but the mean is detached, as in the released code."""
-    mean = response_entropy.mean(dim=1, keepdim=True).detach()
-    relative = response_entropy / mean.clamp(min=1e-30)
+    bounds P^: (lo, hi), or (lo, hi) for positive and then (lo, hi) for negative advantages. Without
+    it the only bound is MIN_RELATIVE_ENTROPY. If every P_i of a group is 0, its advantages stay as
+    they are. The result is differentiable in each P_i, but the mean is detached, as in the released
+    code."""
+    mean = P.mean(dim=1, keepdim=True).detach()
+    relative = P / mean.clamp(min=1e-30)
     relative = torch.where(mean > 0, relative, torch.ones_like(relative))
-    *positive, lo, hi = clamp or (TINY_FLOOR, None)
+    *positive, lo, hi = clamp or (MIN_RELATIVE_ENTROPY, None)  # positive: [] or its own [lo, hi]
     bounded = relative.clamp(lo, hi)
     if positive:
-        bounded = torch.where(advantages > 0, relative.clamp(*positive), bounded)
-    return advantages / bounded
+        bounded = torch.where(A > 0, relative.clamp(*positive), bounded)
+    return A / bounded
 
 
 def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
-    """A^ (G,) from A and P (G,) in the rows that --eda-rows names; A in the others."""
+    """Entropy-driven advantages A^ (G,) from group.A and P (G,). Responses that --eda-rows leaves
+    out keep their A."""
     A_hat = entropy_driven_advantages(group.A[None], P[None], flags.eda_clamp or None)[0]
     applies = {
         "all": lambda r: True,
@@ -622,8 +615,8 @@ def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
 
 @timed("update")
 def fill_in_entropies(trainer: Trainer, groups: list[Group]) -> None:
-    """A forward pass over the responses with injected tokens. The sampler has recorded the
-    entropies of all others (a pass over all would take 14% of a step: tests/bench_step.py)."""
+    """Computes the entropies of responses with injected tokens in a forward pass. The sampler has
+    recorded those of all others (a pass over all would take 14% of a step: tests/bench_step.py)."""
     rows = []
     for group in groups:
         rows += [(group.prompt, r) for r in group.responses if any(map(math.isnan, r.entropies))]
@@ -636,6 +629,10 @@ def fill_in_entropies(trainer: Trainer, groups: list[Group]) -> None:
 
 REFLECT = " Wait! Something is wrong here."
 ANSWER = "\nWait! Something is wrong here. After verification, the correct answer is \\boxed{{{}}}."
+
+
+# Each function below returns the token ids that its correction injects into response i of the
+# group (see Correction.adds).
 
 
 def reflection(policy: Policy, group: Group, i: int, u: float) -> list[int]:
@@ -651,13 +648,14 @@ def reference(policy: Policy, group: Group, i: int, u: float) -> list[int]:
 
 
 def reference_prefix(policy: Policy, group: Group, i: int, u: float) -> list[int]:
-    """The first quarter, half or three quarters of the reference solution."""
+    """The first quarter, half or three quarters (u decides) of the reference solution."""
     ids = policy.encode_response(group.problem.solution)
     return ids[: math.ceil(len(ids) * (1 + int(3 * u)) / 4)]
 
 
 def right_sibling(policy: Policy, group: Group, i: int, u: float) -> list[int] | None:
-    """A right response of the same group, without its end token; None where there is none."""
+    """A right response of the same group (u decides which), without its end token; None if no
+    response is right."""
     right = [r for r in group.responses if r.accuracy > 0]
     if not right:
         return None
@@ -667,16 +665,17 @@ def right_sibling(policy: Policy, group: Group, i: int, u: float) -> list[int] |
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """How a wrong response is corrected. A new correction is a row below and its function.
+    """How a wrong response is corrected. To add a correction, write its function and a row of
+    CORRECTIONS.
 
-    adds(policy, group, i, u) -> the token ids to inject into response i of the group; u in [0, 1)
-    is for its random choices."""
+    adds(policy, group, i, u) -> the token ids to inject into response i of the group; u, uniform in
+    [0, 1), is for its random choices. None: leave the response as it is."""
 
-    adds: Callable[[Policy, Group, int, float], list[int]]
-    keeps: bool  # True: behind the response's own tokens; False: in place of them
+    adds: Callable[[Policy, Group, int, float], list[int] | None]
+    keeps: bool  # True: inject after the response's own tokens; False: in place of them
     goes_on: bool  # True: the policy continues; False: an end token closes the response
     needs_solution: bool
-    count: str  # the key of its count in metrics.jsonl
+    count: str  # the key in metrics.jsonl that counts these corrections
 
 
 CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
@@ -718,7 +717,7 @@ def correction_probabilities(flags: Flags, problem: Problem | None = None) -> di
 
 
 def draw_correction(probabilities: dict[str, float], u: float) -> str:
-    """The correction that u in [0, 1) falls on; "" if there is none."""
+    """The correction whose share of [0, 1) contains u; "" if `probabilities` is empty."""
     name = ""
     for name, p in probabilities.items():
         if u < p:
@@ -728,7 +727,8 @@ def draw_correction(probabilities: dict[str, float], u: float) -> str:
 
 
 def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0.0) -> Response:
-    """Response i with the injected tokens of a correction. Sampled tokens stay as they were."""
+    """A copy of response i with the tokens of a correction injected, or response i itself if there
+    is nothing to inject. If the correction goes on, the copy is still to be continued."""
     correction = CORRECTIONS[name]
     old = group.responses[i]
     kept = 0
@@ -746,13 +746,14 @@ def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0
         sampler_logp=old.sampler_logp[:kept] + unknown,
         entropies=old.entropies[:kept] + unknown,
         finished=not correction.goes_on,
+        random=old.random,
         correction=name,
     )
 
 
 def rows_to_correct(group: Group, flags: Flags) -> list[int]:
-    """The wrong responses of a group: all of them (the paper), or as --guide and --guide-at-most
-    say."""
+    """Indices of the responses of a group that GEC corrects: all wrong ones (the paper), or fewer
+    with --guide and --guide-at-most."""
     wrong = [i for i, r in enumerate(group.responses) if r.accuracy == 0]
     if flags.guide == "all-wrong" and len(wrong) < len(group.responses):
         return []
@@ -763,7 +764,7 @@ def rows_to_correct(group: Group, flags: Flags) -> list[int]:
 def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int) -> None:
     """GEC: draws one correction for each wrong response and applies it once; a corrected response
     is not corrected again. Right responses are untouched."""
-    going_on = []
+    to_continue = []
     for group in groups:
         probabilities = correction_probabilities(flags, group.problem)
         if not probabilities:
@@ -776,11 +777,11 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
             u = uniform(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)
-            if CORRECTIONS[name].goes_on:
-                going_on.append((group, i))
+            if responses[i].correction and CORRECTIONS[name].goes_on:
+                to_continue.append((group, i))
         group.responses = responses
     key = (step, "reflect")
-    continue_responses(policy, going_on, flags.correction_tokens, flags, key)
+    continue_responses(policy, to_continue, flags.correction_tokens, flags, key)
     for group in groups:
         context = policy.room(group.prompt)
         for response in group.responses:
@@ -841,19 +842,19 @@ def token_weights(lengths: list[int], reduction: str, longest: int) -> list[floa
 
 @dataclass(kw_only=True)
 class Tokens:
-    """Per-token inputs of the loss: (T,) tensors of a response, (M,) of a batch.
+    """Per-token inputs of the loss: tensors (T,) for a response, (M,) for a micro-batch.
 
-    A new field needs no other change than to be filled in by `tokens_of`."""
+    To add an input, add a field here and set it in `tokens_of`."""
 
-    weights: Tensor  # in the whole step's loss
-    advantages: Tensor  # A^ of the response
+    weights: Tensor  # of the token in the loss of the whole step
+    advantages: Tensor  # A^ of the response, for each of its tokens
     injected: Tensor  # bool
-    old_logp: Tensor | None = None  # under the policy that sampled; None while it is unchanged
+    old_logp: Tensor | None = None  # under the policy that sampled; None in the first update
     reference_logp: Tensor | None = None  # under the initial model (KL)
 
 
 def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
-    """The tokens of each of the step's B responses.
+    """The loss inputs of each of the step's B responses.
 
     Masked tokens (--mask-truncated, --mask-injected) are left out of |o_i| and of the token total;
     fully masked rows are left out of B."""
@@ -862,16 +863,11 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
         for response, a_hat in zip(group.responses, group.A_hat.tolist()):
             injected = torch.tensor(response.injected, dtype=torch.bool)
             mask = torch.ones(len(injected))
-            shape = torch.ones(len(injected))
-            if flags.zero_variance_shaping and not group.A.any():
-                H = torch.tensor(response.entropies)
-                shape = flags.zero_variance_shaping * (H if response.accuracy else H - H.max())
-                a_hat = 1.0
             if flags.mask_truncated and not response.finished:
                 mask[:] = 0
             if flags.mask_injected:
                 mask[injected] = 0
-            advantages = a_hat * shape
+            advantages = torch.full_like(mask, a_hat)
             tokens.append(Tokens(weights=mask, advantages=advantages, injected=injected))
             if mask.any() or not response.ids:
                 counted.append(tokens[-1])
@@ -926,16 +922,17 @@ def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> di
             sums["loss"] += loss.item()
             by_row |= batch.by_row(logp, entropy)
         if k == 0:
-            keep_trainer_numbers(rows, tokens, by_row)
+            store_first_pass(rows, tokens, by_row)
         sums = trainer.add_over_processes(sums)
         norm = trainer.step(lr, flags.grad_clip)
+        # The ratio is 1 in the first update, so a statistic of the ratio (a clip fraction, say)
+        # is a mean over updates[1:] alone.
         updates.append({"loss": sums["loss"], "grad_norm": norm})
     return update_statistics(updates, lr)
 
 
 def update_statistics(updates: list[dict], lr: float) -> dict:
-    """Means over the updates of a step. (The ratio is 1 in the first one, so a statistic of the
-    ratio, such as a clip fraction, belongs to updates[1:] alone.)"""
+    """Means over the updates of a step."""
     norms = [u["grad_norm"] for u in updates]
     return {
         "loss": sum(u["loss"] for u in updates) / len(updates),
@@ -959,7 +956,7 @@ def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -
         trainer.backward(loss)
         sums["loss"] += loss.item()
         by_row |= batch.by_row(logp, entropy)
-    keep_trainer_numbers(rows, tokens, by_row)
+    store_first_pass(rows, tokens, by_row)
     sums = trainer.add_over_processes(sums)
     norm = trainer.step(lr, flags.grad_clip)
     return update_statistics([{"loss": sums["loss"], "grad_norm": norm}], lr)
@@ -968,9 +965,9 @@ def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -
 def advantages_with_gradient(
     rows: list[tuple[Group, int]], batch: Batch, entropy: Tensor, flags: Flags
 ) -> Tensor:
-    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). The value uses the group's
-    P; the gradient flows through the P_i computed here."""
-    columns = [entropy[:0]]
+    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). Its value uses the group's
+    P; its gradient flows through the P_i of this forward pass."""
+    columns = [entropy[:0]]  # torch.cat needs one, even if the batch has no row
     for row, entropies in zip(batch.rows, entropy.split(batch.lengths)):
         group, i = rows[row]
         P_i = response_entropy(entropies).cpu()
@@ -980,11 +977,12 @@ def advantages_with_gradient(
     return torch.cat(columns)
 
 
-def keep_trainer_numbers(
+def store_first_pass(
     rows: list[tuple[Group, int]], tokens: list[Tokens], by_row: dict[int, tuple]
 ) -> None:
     """Stores each response's log-probabilities and missing entropies from the first update's
-    forward pass, when the policy is still the one that sampled. Later ratios divide by them."""
+    forward pass, when the policy is still the one that sampled. The log-probabilities become the
+    old_logp of later updates. by_row: row -> (logp (T,), entropies (T,)) of this process's rows."""
     for share in gather(by_row):
         by_row |= share
     for row, (group, i) in enumerate(rows):
@@ -1011,7 +1009,7 @@ def train(flags: Flags) -> int:
             batch = batch_of_problems(problems, flags, step)  # Q problems
             groups = sample(policy, batch, flags, step)  # Q groups of G responses
             grade(policy, groups)
-            everything = resample_equal_groups(policy, groups, problems, flags, step)  # DAPO
+            all_groups = resample_equal_groups(policy, groups, problems, flags, step)  # DAPO
             correct_errors(policy, groups, flags, step)  # GEC
             grade(policy, groups)
             for group in groups:
@@ -1021,20 +1019,15 @@ def train(flags: Flags) -> int:
                 for group in groups:
                     group.P = group_entropy(group)  # (G,) Eq. 3
                     group.A_hat = eda(group, group.P, flags)  # (G,) Eq. 6-7
-            trained = list(groups)
-            if flags.sft_weight:
-                imitated = references(policy, batch)
-                for group in imitated:
-                    group.A_hat = group.A_hat + flags.sft_weight
-                trained += imitated
-            stats = update(trainer, trained, flags, lr=flags.lr * (1 - step / flags.steps))
-            stats |= measure(groups, everything, partial(rewards, flags=flags), CORRECTIONS, flags)
+            stats = update(trainer, groups, flags, lr=flags.lr * (1 - step / flags.steps))
+            stats |= measure(groups, all_groups, partial(rewards, flags=flags), CORRECTIONS, flags)
             run.log(step, stats, readable(policy, groups, flags.save_tokens))
     return run.code or conclude(flags)
 
 
 def fine_tune(flags: Flags) -> int:
-    """SFT on the reference solutions, with the same run around it. Returns the exit code."""
+    """SFT on the reference solutions; logs, saves and evaluates like `train`. Returns the exit
+    code."""
     policy, problems, trainer, run, evaluate = set_up(flags)
     with run:
         for step in run.steps(trainer, evaluate, SHOWN):
@@ -1048,7 +1041,7 @@ def fine_tune(flags: Flags) -> int:
 
 @timed("sample")
 def references(policy: Policy, problems: list[Problem]) -> list[Group]:
-    """The reference solution of each problem as a group of one, of which nothing was sampled."""
+    """A group of one for each problem: its reference solution. Its `sampled` is empty."""
     groups = []
     for number, problem in enumerate(problems):
         prompt = policy.prompt_ids(problem.question)
@@ -1061,8 +1054,9 @@ def references(policy: Policy, problems: list[Problem]) -> list[Group]:
 
 
 def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[[int], None]]:
-    """Loads and checks everything that a run needs, and opens its folder. The last item evaluates
-    the policy on held-out problems after a number of steps."""
+    """Loads and checks everything that a run needs, and opens its folder. The last item returned
+    is a function of the number of steps done, which evaluates the policy on --eval-tasks. Raises
+    UserError."""
     rows = 0 if flags.sft else flags.questions_per_step * flags.group_size
     row_tokens = flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens
     max_rows = preflight(flags, start_processes(flags.device), rows, row_tokens)
@@ -1075,8 +1069,8 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)
     if corrections and not any(c.goes_on for c in corrections):
         say(
-            "note: without reflections every wrong response becomes a right one, no group is "
-            "mixed, and nothing is learned; give the first of --guided-probs more than 0"
+            "note: these corrections make every wrong response right, so no group is mixed and "
+            "nothing is learned; use --correction guided with a first --guided-probs above 0"
         )
     tasks = {}
     for task in flags.eval_tasks:
@@ -1105,8 +1099,8 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(
         work,
         "go on with --resume",
-        "set --micro-batch-tokens or --max-rows lower, add --offload-optimizer if it is the "
-        "GPU's, or take a smaller model",
+        "set --micro-batch-tokens or --max-rows lower, add --offload-optimizer if GPU memory ran "
+        "out, or use a smaller model",
     )
 
 

@@ -1,20 +1,19 @@
 """Log-probabilities and entropies of given tokens, from hidden states, without holding the logits.
 
 With a vocabulary of 152k, the logits of 2048 tokens are 1.2 GB in fp32, and autograd keeps several
-copies of them. So the output matrix is taken block by block, a block being some entries of the
-vocabulary:
+copies of them. So the output matrix is processed in blocks of vocabulary entries:
 
-    forward     from each block's logits, keep two numbers per token: the log of the sum of
-                exp(logits) (log Z) and the entropy within the block. At the end, combine those of
-                all blocks. backward    compute each block's logits again, and from them its part of
-                the gradients.
+    forward     from each block's logits, keep two numbers per token: log Z (the log of the sum of
+                exp(logits)) and the entropy within the block. At the end, combine those of all
+                blocks.
+    backward    compute each block's logits again, and from them its part of the gradients.
 
 With blocks of the vocabulary rather than of tokens, each row of the weight's gradient comes out of
 a single matrix product over all tokens. It is summed in fp32 and rounded once, so a bf16 model
 needs no fp32 copy of a 152k x 3584 gradient.
 
 The entropy is the paper's token entropy H_t = -sum_v p_t(v) log p_t(v) with p_t = softmax(z_t / T),
-in nats, and `mean_entropy` is its Eq. 3. tests/bench_entropy.py measures time and memory.
+in nats, and `response_entropy` is its Eq. 3. tests/bench_entropy.py measures time and memory.
 """
 
 import torch
@@ -37,14 +36,14 @@ def logprob_entropy(
     ids. Pass real tokens only, no padding. Returns logp (N,) and entropy (N,), float32, in nats.
     logp is differentiable in hidden and weight, entropy only with `entropy_grad`.
 
-    vocab_size: ids from here on pad the matrix; they have probability 0 and gradient 0.
+    vocab_size: rows of weight from here on are padding, with probability 0 and gradient 0.
     chunk: vocabulary entries per block. The numbers do not depend on it; by default a block fits a
         fixed amount of memory.
 
-    bf16 inputs are multiplied as bf16 and summed in fp32, and all that follows is fp32.
+    bf16 inputs are multiplied as bf16 and summed in fp32; everything after that is fp32.
 
     Raises ValueError if shapes, dtypes, targets, vocab_size, temperature or chunk make no sense.
-    Targets on a GPU are not looked at, because that would wait for the GPU: check them before."""
+    Targets on a GPU are not checked, because that would wait for the GPU: check them beforehand."""
     if vocab_size is None:
         vocab_size = len(weight)
     if chunk is None:
@@ -55,21 +54,17 @@ def logprob_entropy(
     )
 
 
-def mean_entropy(entropies: list[Tensor]) -> Tensor:
-    """Entropy P_i of each response (Eq. 3): the mean over its own tokens, 0 if it has none.
-
-    entropies: (T_i,) for each of B responses -> (B,)."""
-    if not entropies:
-        return torch.zeros(0)
-    return torch.stack([e.float().sum() / max(len(e), 1) for e in entropies])
+def response_entropy(entropies: Tensor) -> Tensor:
+    """P_i of Eq. 3 for one response: 1/|o_i| sum_t H_t over all of its tokens, injected ones too.
+    (T,) -> scalar, float32; 0 if T = 0. Whatever uses a P uses this function."""
+    return entropies.float().sum() / max(len(entropies), 1)
 
 
 def default_chunk(hidden: Tensor) -> int:
-    """Vocabulary entries per block: on a CPU few enough for its cache, on a GPU enough to fill it.
-    It is a multiple of 64, because with unaligned rows a matrix product takes a third longer."""
-    numbers = (
-        2**26 if hidden.is_cuda else 2**22
-    )  # in a block of logits and its part of the gradient
+    """Vocabulary entries per block: on a CPU few enough for its cache, on a GPU enough to keep it
+    busy. It is a multiple of 64: with unaligned rows a matrix product takes a third longer."""
+    # The numbers that a block holds: its logits (N each) and its rows of the gradient (H each).
+    numbers = 2**26 if hidden.is_cuda else 2**22
     return max(1, numbers // max(sum(hidden.shape), 1) // 64) * 64
 
 
@@ -79,7 +74,7 @@ class _LogprobEntropy(torch.autograd.Function):
         blocks = _blocks(vocab_size, chunk, weight)
         dtype = _wide(hidden)
         target_logit = torch.zeros_like(targets, dtype=dtype)
-        # Made before the loop, because small tensors left between large ones would tear the heap.
+        # Allocated before the loop: small tensors between large ones would fragment the heap.
         blocks_logz = target_logit.new_empty(len(blocks), len(targets))
         blocks_entropy = torch.empty_like(blocks_logz)
         for i, (start, stop, end) in enumerate(blocks):
@@ -93,7 +88,8 @@ class _LogprobEntropy(torch.autograd.Function):
             weights = logits.exp()  # proportional to the probabilities
             total = weights.sum(1)
             blocks_logz[i] = top + total.log()
-            blocks_entropy[i] = total.log() - weights.mul_(logits).sum(1) / total
+            mean_logit = weights.mul_(logits).sum(1) / total
+            blocks_entropy[i] = total.log() - mean_logit
         logz = blocks_logz.logsumexp(0)  # (N,)
         # The chain rule of entropy: H = H(which block) + the mean over blocks of H(within it).
         logp_block = blocks_logz - logz
@@ -105,7 +101,8 @@ class _LogprobEntropy(torch.autograd.Function):
         ctx.vocab_size = vocab_size
         ctx.entropy_grad = entropy_grad
         ctx.chunk = chunk
-        logp, entropy = logp.float(), entropy.float()
+        logp = logp.float()
+        entropy = entropy.float()
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -135,7 +132,7 @@ class _LogprobEntropy(torch.autograd.Function):
             index, inside = _position(targets, start, stop)
             of_target = g_logp * inside
             g_logits.scatter_add_(1, index[:, None], of_target[:, None])
-            block[:, stop - start :] = 0  # rows of no token have no gradient
+            block[:, stop - start :] = 0  # padding rows of the matrix have no gradient
             block = block.to(hidden.dtype)
             if g_hidden is not None:
                 g_hidden += mm_wide(block, weight[start:end])
@@ -147,9 +144,9 @@ class _LogprobEntropy(torch.autograd.Function):
 
 
 def _blocks(vocab_size: int, chunk: int, weight: Tensor) -> list[tuple[int, int, int]]:
-    """(start, stop, end) of each block: `start` to `stop` are tokens, and `start` to `end` the rows
-    of the matrix that are multiplied. The last block is filled up to a multiple of 64 with rows of
-    no token, as far as there are some, because an aligned product is faster."""
+    """(start, stop, end) of each block: start:stop are vocabulary entries, start:end the rows of
+    the matrix that are multiplied. The last block is extended to a multiple of 64 by padding rows
+    of the matrix, as far as there are any, because an aligned product is faster."""
     blocks = []
     for start in range(0, vocab_size, chunk):
         stop = min(start + chunk, vocab_size)
@@ -161,20 +158,22 @@ def _blocks(vocab_size: int, chunk: int, weight: Tensor) -> list[tuple[int, int,
 
 
 def _position(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Where each target (N,) is within the block, and whether it is there at all."""
+    """The index (N,) of each target within the block, 0 if it is in another block, and whether it
+    is in this one (N,)."""
     inside = (targets >= start) & (targets < stop)
-    return (targets - start) * inside, inside  # 0 where it is not
+    return (targets - start) * inside, inside
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices, summed in fp32 and not rounded to bf16 at the end.
 
-    The sampler and the training forward both compute their logits here: rounded ones would move a
-    log-probability by 0.03 on average at T = 0.6."""
+    The sampler and the training forward pass both compute their logits here. Rounding these to bf16
+    would change a log-probability by 0.03 on average at T = 0.6."""
     wide = _wide(a)
     if a.is_cuda and a.dtype != wide:
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -2,5 +2,5 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its text is one sentence: what is wrong, where, and what to do about it.
-    Programs print it and exit with code 2."""
+    """A mistake that the user can fix. Its text is one sentence: what is wrong, where, and what to
+    do about it. Programs print it and exit with code 2."""

@@ -6,7 +6,7 @@ r"""The paper's evaluation: five benchmarks, self-reflection (Figure 2) and entr
     python eval.py --model runs/X/final --entropy --temperature 0.1 0.3 0.6 1.0 1.2    # Figure 3
     python eval.py --model tiny --tasks tiny:1-3:test --limit 50 --entropy --reflect   # on a laptop
 
-The next four read what training and evaluation wrote (report/):
+The next four commands read what training and evaluation wrote (report/):
 
     python eval.py plot runs/* --out figures
     python eval.py compare runs/* --against GRPO
@@ -14,11 +14,11 @@ The next four read what training and evaluation wrote (report/):
     python eval.py pack runs/* --out evidence.jsonl.xz
 
 The released evaluation is seeded from the clock. Here a sample depends only on the seed, the
-problem and its number among the samples of that problem, so neither --limit nor an interruption
-changes it. The folder --out holds responses.jsonl (one response a line), settings.json and
-summary.json; the same command continues an interrupted evaluation. edge_grpo.py calls
-`while_training` on held-out problems. To use several GPUs, run
-`torchrun --nproc-per-node 8 -- eval.py ...`; without the lone -- torchrun takes --n for its own.
+problem and its index among the n responses to that problem, so neither --limit nor an
+interruption changes it. The folder --out holds responses.jsonl (one response a line),
+settings.json and summary.json; the same command continues an interrupted evaluation.
+edge_grpo.py calls `while_training` on held-out problems. To use several GPUs, run
+`torchrun --nproc-per-node 8 -- eval.py ...`; without the -- torchrun would read --n as its own.
 """
 
 import functools
@@ -36,13 +36,13 @@ import engine
 import report
 import reward
 from data import Problem
-from data.overlap import contaminated
 from engine.console import exit_code, say
 from engine.flags import check_ranges, flag, make_parser
 from engine.folder import append, claim, read_json, read_lines, write_json
 from engine.forward import response_logprobs
 from engine.problems import check_golds
 from engine.processes import is_main, leave, on_main, spread, stream
+from entropy import response_entropy
 from errors import UserError
 from report.paper import CONTEXT, PUBLISHED, TASKS
 from report.tables import group, mean, result_text
@@ -68,7 +68,9 @@ class Flags:
         [0.1], "sampling temperature, or several to evaluate in turn; 0: greedy", low=0, names="T"
     )
     max_new_tokens: int = flag(
-        MAX_NEW_TOKENS, "tokens per response; what exceeds 3000 is added to the context", low=1
+        MAX_NEW_TOKENS,
+        "maximum tokens per response; what exceeds 3000 is added to the context",
+        low=1,
     )
     seed: int = flag(0, "seed of the sampling", low=0)
     out: str = flag(
@@ -76,28 +78,27 @@ class Flags:
         "folder of the results, in which an interrupted evaluation continues; "
         "default: runs/X/eval for a runs/X/final, else evals/MODEL-seedSEED",
     )
-    compare: str = flag("", "show a published row beside the results", choices=["", *PUBLISHED])
+    compare: str = flag("", "print this published row beside the results", choices=["", *PUBLISHED])
 
     entropy: bool = flag(
         False, "Figure 3: entropy of right and of wrong responses", section="the paper's analyses"
     )
-    reflect: bool = flag(False, "Figure 2: self-reflection, and one forced on each wrong response")
-    exclude_contaminated: bool = flag(
-        False, "leave out the problems that also stand in the paper's training set"
+    reflect: bool = flag(
+        False, "Figure 2: self-reflection, and reflections forced on each wrong response"
     )
 
-    top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1, section="everything else")
+    top_p: float = flag(
+        1.0, "nucleus sampling; 1: off", low=1e-6, high=1, section="everything else"
+    )
     context: int = flag(
         None,
         "tokens of prompt and response together, at most the model's own maximum; "
         "None: the paper's 4096, and more if --max-new-tokens is above 3000",
         low=1,
     )
-    template: str = flag("auto", "form of the prompt", choices=["auto", "qwen", "llama"])
+    template: str = flag("auto", "chat template of the prompt", choices=["auto", "qwen", "llama"])
     batch: int = flag(256, "responses to sample between two writes to --out", low=1)
-    max_rows: int = flag(
-        None, "responses sampled at a time; None: as many as fit the memory", low=1
-    )
+    max_rows: int = flag(None, "responses sampled at a time; None: as many as fit in memory", low=1)
     drafts: int = flag(
         0,
         "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
@@ -105,12 +106,12 @@ class Flags:
         low=0,
         high=8,
     )
-    mirror: str = flag("", "folder or base address to fetch the downloads from")
+    mirror: str = flag("", "a folder or base URL to download from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    trust_remote_code: bool = flag(False, "allow a model to bring its own code")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
     def total_tokens(self) -> int:
-        """The most tokens of prompt and response together, if the model has positions for them."""
+        """The maximum length of prompt and response together; the model may allow less."""
         return self.context or CONTEXT + max(0, self.max_new_tokens - MAX_NEW_TOKENS)
 
 
@@ -122,7 +123,7 @@ class Record:
     """One graded response; a line of responses.jsonl."""
 
     task: str  # the benchmark or file
-    problem: int  # its row in there, from 1
+    problem: int  # its row in that task, from 1
     sample: int  # 0 .. n-1
     temperature: float
     phrase: str  # the forced reflection in this response, or ""
@@ -170,18 +171,18 @@ def evaluate(
 
 def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
     """The n responses to each problem that are to be sampled."""
-    unwritten = []
+    to_sample = []
     for problem in problems:
         prompt = policy.prompt_ids(problem.question)
         for sample in range(n):
-            unwritten.append(Draft(problem, sample, prompt))
-    return unwritten
+            to_sample.append(Draft(problem, sample, prompt))
+    return to_sample
 
 
 def respond(
     policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags
 ) -> list[Record]:
-    """Sample and grade each draft. With --entropy, also compute P_i, but not of forced reflections.
+    """Sample and grade each draft. With --entropy, also compute P_i, except for forced reflections.
 
     Prompt and response together stay within the context and the model's own maximum. Under
     torchrun every process samples and grades its share, and all of them return all records.
@@ -251,7 +252,7 @@ def add_entropy(
     rows = [(d.prompt, r.ids) for d, r in zip(drafts, records)]
     for record, (_, entropies) in zip(records, spread(rows, forward)):
         if record.ids:
-            record.entropy = entropies.double().mean().item()
+            record.entropy = response_entropy(entropies).item()
 
 
 def while_training(
@@ -286,7 +287,7 @@ def while_training(
 def summarize(records: list[Record]) -> dict:
     """Numbers over all problems of the records, each problem with the same weight.
 
-    Over several tasks the accuracy is thus the micro average, as in the paper. accuracy is avg@n
+    So over several tasks the accuracy is the micro average, as in the paper. accuracy is avg@n
     in [0, 1], and stderr its standard error over problems (0 for a single one). Lengths are in
     tokens. pass@k for k = 1, 2, 4, .., n and maj@n are given if n > 1, where n is the number of
     responses that every problem has. `right` counts the right responses to each problem, in the
@@ -335,7 +336,7 @@ def majority(votes: list[tuple[str | None, bool]]) -> float:
     of them is drawn: with the right one among them, that is 1 / t.
     """
     right = 0
-    wrong = Counter()  # votes of each wrong answer, as it is written
+    wrong = Counter()  # wrong answer, as written -> votes
     for answer, is_right in votes:
         if answer is not None and is_right:
             right += 1
@@ -415,7 +416,7 @@ def reflects(response: str) -> bool:
 
 
 def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Record]) -> list[Draft]:
-    """Each wrong response without its end token, then one of the four phrases, to be continued."""
+    """Drafts that continue each wrong response, without its end token, after each phrase."""
     forced = []
     for draft, record in zip(drafts, records):
         if record.accuracy == 1:
@@ -561,13 +562,13 @@ def complete(
 ) -> list[Record]:
     """The records of all drafts: those already stored, and the others, written batch by batch."""
     missing = [draft for draft in drafts if draft.key(temperature) not in stored]
-    say(f"{name}: {len(missing)} of {len(drafts)} responses are to be sampled")
+    say(f"{name}: {len(missing)} of {len(drafts)} responses still to sample")
     done = 0
     started = time.perf_counter()
     while done < len(missing):
         batch_size = flags.batch
         if done == 0 and policy.device.type == "cpu":
-            batch_size = min(32, batch_size)  # so that the pace is soon known
+            batch_size = min(32, batch_size)  # to estimate the pace early
         batch = missing[done : done + batch_size]
         records = respond(policy, batch, temperature, flags)
         stored.update({r.key(): r for r in records})
@@ -589,10 +590,6 @@ def run(flags: Flags) -> None:
         tasks[task] = data.load(task, mirror)
         problems += tasks[task][: flags.limit]
     check_golds(problems)
-    if flags.exclude_contaminated:
-        training = data.load("deepscaler-hard-1k", mirror)
-        left_out = contaminated(problems, training)
-        problems = [p for p in problems if p.source not in left_out]
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )
@@ -614,13 +611,13 @@ def run(flags: Flags) -> None:
     first_prompt = policy.decode_raw(policy.prompt_ids(problems[0].question))
     say(f"prompt of the first problem: {first_prompt!r}")
 
-    unwritten = drafts(policy, problems, flags.n)
+    to_sample = drafts(policy, problems, flags.n)
     results = {}
     for T in dict.fromkeys(flags.temperature):
-        records = complete(policy, unwritten, T, flags, stored, f"T = {T:g}")
+        records = complete(policy, to_sample, T, flags, stored, f"T = {T:g}")
         forced = []
         if flags.reflect:
-            to_reflect = forced_drafts(policy, unwritten, records)
+            to_reflect = forced_drafts(policy, to_sample, records)
             name = f"T = {T:g}, forced reflection"
             forced = complete(policy, to_reflect, T, flags, stored, name)
         if is_main():
@@ -638,7 +635,7 @@ def run(flags: Flags) -> None:
 
 
 def analyse(records: list[Record], forced: list[Record], flags: Flags) -> dict:
-    """Everything that was asked for at one temperature, as it goes into summary.json."""
+    """The results of one temperature, as written to summary.json."""
     tasks = {}
     for task, responses in group(records, lambda r: r.task).items():
         tasks[task] = summarize(responses)
@@ -688,9 +685,9 @@ def main(argv: list[str] | None = None) -> int:
 
     return exit_code(
         work,
-        "the same command continues where it was",
-        "set --max-rows or --batch lower; the same command continues where it was",
-        if_unread=0 if reads_runs else 141,  # an evaluation that this ends is not complete
+        "run the same command again to continue",
+        "set --max-rows or --batch lower; run the same command again to continue",
+        if_unread=0 if reads_runs else 141,  # a closed pipe left an evaluation incomplete
     )
 
 

@@ -1,5 +1,5 @@
-"""Batched sampling with a KV cache: token ids in, sampled token ids out. Nothing here knows of text
-or rewards.
+"""Batched sampling with a KV cache: token ids in, sampled token ids out. This module knows
+nothing about text or rewards.
 
 Sampling is most of a GRPO step, so this replaces `model.generate()`. The cache has slots, one for
 each row that is being sampled, and sampling is one loop (`Sampler.sample_in_slots`):
@@ -8,9 +8,9 @@ each row that is being sampled, and sampling is one loop (`Sampler.sample_in_slo
     decode    every live row gets one more token, or several if a draft was right (part 8)
     drop      finished rows leave, and rows from the end of the cache move into their slots
 
-Sampling is exact. Every row has its own stream of random numbers, so its tokens depend on the
-weights, its prompt, its seed and its limit, and not on the rows beside it or on drafts (up to the
-rounding of matrix products, whose last bit may change with the number of rows).
+Sampling does not depend on the batch. Every row has its own stream of random numbers, so its tokens
+depend on the weights, its prompt, its seed and its limit, and not on other rows or on drafts (up to
+the rounding of matrix products, whose last bit may change with the number of rows).
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) run straight from the model's own
 modules, so the next call sees an optimizer step. Other causal language models of transformers run
@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from entropy import mm_wide
 
 PREFILL_TOKENS = 8192  # tokens in one forward of a prefill, padding included
-GROWTH = 16  # on a CPU a cache grows by this many positions, or by an eighth if that is more
+GROWTH = 16  # on a CPU the cache grows by this many positions, or by an eighth if that is more
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass
 class Row:
-    """A sample in the making. `seed` names its stream of random numbers."""
+    """A sample in progress. Its stream of random numbers is a function of `seed`, an int64."""
 
     prompt: tuple[int, ...]
     limit: int
@@ -67,7 +67,7 @@ class Row:
     sample: Sample = field(default_factory=lambda: Sample([], [], False))
 
     def longest(self) -> int:
-        """How long prompt and response can become together."""
+        """The maximum length of prompt and response together."""
         return len(self.prompt) + self.limit
 
 
@@ -132,9 +132,10 @@ class Sampler:
         top_p: below 1, only the fewest most likely tokens that together have this probability are
             drawn, and log-probabilities are those of the renormalised distribution.
         seed: an int: each row's stream is a hash of it, the prompt, and how many earlier rows had
-            the same prompt. A list: one stream for each row. A token's random number depends on its
-            position in prompt and response, so a row that is cut anywhere and continued with its
-            own stream goes on as before.
+            the same prompt. A list: one stream for each row. A token's random number depends only
+            on the stream and on its position, counted from the start of the prompt. So a response
+            that is cut, appended to the prompt and continued with the same stream comes out the
+            same.
 
         Raises ValueError if an argument makes no sense or the model's logits are not finite.
         """
@@ -168,7 +169,7 @@ class Sampler:
                     )
                 sample.finished = bool(sample.ids) and sample.ids[-1] in self.end_ids
         except BaseException:
-            self.release()  # the next call must find neither these rows nor their cache
+            self.release()  # the next call must not find these rows or their cache
             raise
         finally:
             for module in training:
@@ -207,8 +208,8 @@ class Sampler:
             sample_by_forward(self.model, rows, rule, self.end_ids)
 
     def release(self) -> None:
-        """Frees the cache and the graphs, on a GPU back to the device. The next call makes them
-        anew."""
+        """Frees the cache and the graphs; on a GPU, returns their memory to the device. The next
+        call makes new ones."""
         self.slots = None
         self.graphs = {}  # by (greedy, nucleus)
         if self.model.device.type == "cuda":
@@ -268,11 +269,11 @@ def row_seeds(seed, prompts, n):
 class Slots:
     """The state of all live rows. Slot i of each tensor holds row i: its tokens, keys and values,
     from position 0 on. Live rows fill the first slots without a gap, so a decode step works on
-    `tensor[:rows]`: it computes no finished row and concatenates nothing."""
+    `tensor[:rows]`: it wastes no work on finished rows and concatenates nothing."""
 
     def __init__(self, model, is_end, count, capacity, longest, drafts):
         """Makes `count` slots, with room for `capacity` tokens at first and `longest` at most, and
-        for drafts behind them."""
+        for a draft after these."""
         base = model.model
         device = is_end.device
         self.model = model
@@ -285,12 +286,12 @@ class Slots:
         self.flash = flash_takes(device, self.dtype, head_dim)
         self.joined = None  # see join_projections
         self.rows = []  # the live Rows; rows[i] is in slot i
-        self.lengths = []  # theirs, as the host last saw them
+        self.lengths = []  # the lengths of these rows, as the host last read them
         self.index = torch.arange(count, device=device)
         self.length = torch.ones_like(self.index)
         self.stop = torch.zeros_like(self.index)  # a row lives while its length is below this
         self.group = torch.zeros_like(self.index)  # equal where the prompts are equal
-        size = (count, self.longest + 1)
+        size = (count, self.longest + 1)  # one more, because a finished row writes past its end
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(size, device=device)
         self.entropies = torch.zeros(size, device=device)
@@ -301,7 +302,7 @@ class Slots:
         self.cos = cos[0, :, None]  # (self.longest + 1, 1, D)
         self.sin = sin[0, :, None]
         half = self.sin.shape[-1] // 2
-        self.sin[..., :half].neg_()  # as `rotate` takes it
+        self.sin[..., :half].neg_()  # `rotate` expects this
         self.keys = [None] * len(base.layers)
         self.values = [None] * len(base.layers)
         self.reserve(count, capacity)
@@ -332,8 +333,8 @@ class Slots:
         self.capacity = capacity
 
     def make_room(self, count):
-        """Grows the cache if the longest row needs it, and then keeps `count` slots. It grows in
-        small steps: a decode step reads the whole cache, and reading gaps takes time too."""
+        """Grows the cache, to `count` slots, if the longest row needs it. It grows in small steps:
+        a decode step reads the whole cache, and reading unused positions takes time too."""
         longest = max(self.lengths) + self.drafts
         if longest > self.capacity:
             self.reserve(count, longest + max(GROWTH, longest // 8))
@@ -377,7 +378,7 @@ class Slots:
         self.read_out(finished)
         live = count - len(finished)
         movers = [i for i in range(live, count) if i not in finished]
-        moves = list(zip(movers, finished))  # the first finished slots are the ones below `live`
+        moves = list(zip(movers, finished))  # there are as many movers as free slots below `live`
         self.copy_cache(moves, max(self.lengths))
         self.swap(moves)
         for source, target in moves:
@@ -398,7 +399,7 @@ class Slots:
                 setattr(row.sample, name, response)
 
     def copy_cache(self, moves, length):
-        """Copies the first `length` keys and values of slots, (from, to) for each move."""
+        """Copies the first `length` keys and values of slots, one (from, to) for each move."""
         if not moves:
             return
         source, target = torch.tensor(moves, device=self.device).T
@@ -466,7 +467,7 @@ def prefill_batch(model, slots, ids, source, target):
         keys.index_copy_(0, target, k.index_select(0, source))
         values.index_copy_(0, target, v.index_select(0, source))
         if layer == len(slots.keys) - 1:
-            return None  # nobody needs the output of the last layer
+            return None  # the output of the last layer is not needed
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -493,7 +494,7 @@ def decode(model, slots, rule, rows):
     hidden = run_on_cache(model, slots, position)  # (B, 1, H)
     logits = mm_wide(hidden[:, 0], model.lm_head.weight.T)  # (B, V)
     ids, logprobs, entropies = rule.draw(logits, slots.uniforms[at, length])
-    # A finished row writes behind its end, where nobody reads.
+    # A finished row writes past its end, where nothing is read.
     slots.ids[at, length] = ids
     slots.logprobs[at, length] = logprobs
     slots.entropies[at, length] = entropies
@@ -528,8 +529,8 @@ def run_on_cache(model, slots, position):
 
 
 def attend_masked(q, keys, values, mask, scale):
-    """Attention of few queries in each row. q (B, S, heads, D), keys and values (B, kv heads, L,
-    D), mask (B, 1, S, L) to be added -> (B, S, heads, D).
+    """Attention of a few queries in each row. q (B, S, heads, D), keys and values (B, kv heads, L,
+    D), mask (B, 1, S, L) added to the scaled dot products -> (B, S, heads, D).
 
     The query heads that share keys are treated as several queries of one head, so keys and values
     are not expanded. For single queries, two matrix products are faster than PyTorch's
@@ -587,8 +588,8 @@ def run_layers(model, ids, joined, attend):
     """Runs ids (B, S) through all layers -> the last hidden state (B, S, H), after the last norm.
 
     attend(layer, q (B, S, heads, D), k and v (B, S, kv heads, D), scale) rotates queries and keys,
-    uses the cache, and returns (B, S, heads, D), or None to stop there. joined: see
-    join_projections."""
+    uses the cache, and returns the attention output (B, S, heads, D), or None to stop there, and
+    then this returns None too. joined: see join_projections."""
     base = model.model
     x = base.embed_tokens(ids)  # (B, S, H)
     h = rms_norm(base.layers[0].input_layernorm, x)
@@ -632,7 +633,7 @@ def add_and_norm(x, y, weight, eps):
 
 
 def rms_norm(norm, x):
-    """What the norm's own forward computes, on a GPU in one kernel instead of six."""
+    """The same as norm(x), but on a GPU in one kernel instead of six."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -827,18 +828,19 @@ def recompute_logits(model, rows):
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # numbers of rows that have a graph
 STEPS_PER_LOOK = 16  # the host looks for finished rows this often, so that no token waits for it
-CAPACITY = 2048  # room of a row, if this costs no row: a longer cache would need new graphs
+CAPACITY = 2048  # minimum tokens per slot, where memory allows: a longer cache needs new graphs
 
-# On an H100 torch >= 2.11 prefers cuDNN's attention, here and in the training forward. That builds
-# a plan for each new (rows, length), in 0.1 s on an H200, and keeps it for ever; in torch 2.9 it
-# reads out of bounds.
+# This turns off cuDNN's attention, here and in the training forward pass; on an H100 torch >= 2.11
+# would prefer it. It builds a plan for each new (rows, length), which takes 0.1 s on an H200, and
+# never frees it; in torch 2.9 it reads out of bounds.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def open_fixed_slots(sampler, waiting, rule):
-    """The sampler's cache at fixed addresses, with graphs for this rule. The earlier one serves
-    again if it is large enough and the weights are where they were: graphs see an update in place.
-    A new one is never smaller than the one before."""
+    """The sampler's cache at fixed addresses, with graphs for this rule. The previous cache is used
+    again if it is large enough and the weights are at the same addresses (graphs read the weights
+    there, so they see updates in place). A new cache is never smaller than the previous one, as far
+    as memory and max_rows allow."""
     model = sampler.model
     slots = sampler.slots
     count = min(len(waiting), sampler.max_rows or len(waiting))
@@ -854,7 +856,7 @@ def open_fixed_slots(sampler, waiting, rule):
         if slots is not None:
             length = max(length, slots.capacity)
             count = max(count, min(len(slots.index), sampler.max_rows or math.inf))
-            slots = None  # so that its memory is free
+            slots = None  # so that release() can free its memory
         sampler.release()
         length = math.ceil(length / 128) * 128
         room = tokens_that_fit(model, count * length)
@@ -863,7 +865,7 @@ def open_fixed_slots(sampler, waiting, rule):
         sampler.addresses = addresses
         sampler.enough_for = count
         if sampler.last_slots < count:
-            sampler.enough_for = math.inf  # memory has no room for more slots
+            sampler.enough_for = math.inf  # a new cache could not have more slots
         slots = Slots(model, sampler.is_end, sampler.last_slots, capacity, capacity, sampler.drafts)
         slots.joined = join_projections(model)
         sampler.slots = slots
@@ -890,9 +892,9 @@ def tokens_that_fit(model, wanted):
 
 def record(model, slots, rule):
     """The decode step as CUDA graphs: number of rows -> a function to call. Graphs share one memory
-    pool, and the largest comes first, so that the others fit into what it left. No row may be
-    alive, so that the dry runs change nothing. On a CPU nothing is recorded, which is how tests get
-    here."""
+    pool, and the largest is recorded first, so that the others fit into its memory. No row may be
+    alive, so that the dry runs change nothing. On a CPU, which only tests use here, the functions
+    are not recorded."""
     count = len(slots.index)
     sizes = {*BUCKETS, *range(384, count, 128), count}
     steps = {}
@@ -901,8 +903,8 @@ def record(model, slots, rule):
             steps[rows] = functools.partial(decode, model, slots, rule, rows)
     if slots.device.type != "cuda":
         return steps
-    # The stream is their own, because torch >= 2.12 destroys a graph together with the cuBLAS
-    # workspaces of its stream, which another sampler's graphs may still use.
+    # These graphs have a stream of their own, because torch >= 2.12 destroys a graph together with
+    # the cuBLAS workspaces of its stream, which another sampler's graphs may still use.
     stream = torch.cuda.Stream()
     pool = torch.cuda.graph_pool_handle()
     for rows, step in steps.items():
@@ -916,7 +918,7 @@ def record(model, slots, rule):
 
 
 def replay(slots, steps):
-    """Runs several decode steps, with the smallest graph that covers all live rows."""
+    """Runs up to STEPS_PER_LOOK decode steps, with the smallest graph that covers all live rows."""
     rows = min(size for size in steps if size >= len(slots.rows))
     left = 0  # tokens until every row has reached its limit
     for row, length in zip(slots.rows, slots.lengths):
@@ -926,8 +928,8 @@ def replay(slots, steps):
 
 
 def flash_takes(device, dtype, head_dim):
-    """Whether the flash kernel can run: half precision, Ampere or newer, heads of 8, 16, ...
-    256."""
+    """Whether the flash kernel can run: 16-bit floats, Ampere or newer, a head size that is a
+    multiple of 8 up to 256."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -939,12 +941,13 @@ def flash_takes(device, dtype, head_dim):
 def attend_flash(q, keys, values, valid, scale):
     """What `attend_masked` computes, by the FlashAttention that PyTorch ships.
 
-    valid, all int32: the number of valid positions of each row, the new ones included (B,), which
-    is read on the device; 0, S, ... B S; and 0, L, ... B L (B + 1,).
+    valid: three int32 tensors: the number of valid positions of each row, its new tokens included
+    (B,), read on the device; where each row's queries start, 0, S, ... B S (B + 1,); where its keys
+    start, 0, L, ... B L (B + 1,).
 
-    With several queries a row the mask is causal. The kernel aligns it at the bottom right: with s
-    queries and `used` positions, query i sees the positions up to used - s + i, its own, because
-    the new tokens are the last of the used ones."""
+    With several queries in a row the mask is causal, and the kernel aligns it at the bottom right:
+    query i of S sees `used` - S + i + 1 positions. These end with its own, because the new tokens
+    are the last of the `used` ones."""
     used, starts, starts_in_cache = valid
     rows, new = q.shape[:2]
     keys = keys.transpose(1, 2).flatten(0, 1)  # (B * L, kv heads, D), no copy
@@ -967,8 +970,8 @@ def attend_flash(q, keys, values, valid, scale):
 
 
 def fused(function, x, *others):
-    """function(x, *others), x (B, S, ...). For a few tokens a row on a GPU, torch.compile makes it
-    as few kernels as it can: a small kernel takes about 2 microseconds, however little it does."""
+    """function(x, *others), x (B, S, ...). On a GPU and with small S, torch.compile merges it into
+    as few kernels as it can: a kernel takes about 2 microseconds, however little it does."""
     if x.is_cuda and x.shape[1] <= MAX_DRAFTS + 1:
         function = compiled(function)
     return function(x, *others)
@@ -987,10 +990,10 @@ def compiled(function):
 
 def join_projections(model, joined=None):
     """The query, key and value matrices of each layer as one, a list of (weight, bias or None). At
-    8 rows the product for the few keys takes as long as the one for the queries, so one product for
-    all three is faster.
+    8 rows the small product for the keys takes as long as the one for the queries, so one product
+    for all three is faster.
 
-    joined: what an earlier call returned, to be overwritten with the weights of now. Returns None
+    joined: what an earlier call returned, to be overwritten with the current weights. Returns None
     if a projection is not a plain Linear, such as an adapter."""
     layers = []
     for i, layer in enumerate(model.model.layers):
@@ -1007,12 +1010,12 @@ def join_projections(model, joined=None):
 
 
 # ---- 8. Drafts: several tokens in one decode step ------------------------------------------------
-# A decode step of a few rows waits for the weights to be read from memory, and several tokens of a
-# row take hardly longer than one. So guess the next k tokens of each row (its draft), run them
-# behind its last token in one pass, and draw at each position with the random number of this
-# position. As long as the draws equal the draft, they are what the plain sampler draws, and so is
-# the first one that differs. A wrong draft costs time and changes no sample: its keys and values
-# lie behind the row's end, where the mask hides them until later steps overwrite them.
+# A decode step of a few rows is bound by reading the weights, so several tokens of a row take hardly
+# longer than one. We guess the next k tokens of each row (its draft), run them after its last token
+# in one pass, and draw a token at each position with the random number of that position. As long as
+# the draws equal the draft, they are what the plain sampler draws, and so is the first draw that
+# differs. A wrong draft costs time and changes no sample: its keys and values lie past the row's
+# end, where the mask hides them until later steps overwrite them.
 
 MAX_DRAFTS = 8
 TOKENS_PER_STEP = 64  # rows x (k + 1), as long as a step is bound by memory; not yet measured
@@ -1021,9 +1024,9 @@ TOKENS_PER_STEP = 64  # rows x (k + 1), as long as a step is bound by memory; no
 def look_up_drafts(slots, rows, k):
     """Guesses the next k tokens of each of the first `rows` slots: (B, k) ids.
 
-    Looks the last three tokens of a row, else the last two, up in all texts with its prompt: its
-    own, those of live rows, and those of finished rows whose slots were not used again. The draft
-    is what followed where they stood last. Where nothing is found, the draft is any tokens."""
+    The last three tokens of a row, else its last two, are looked up in all texts with its prompt:
+    its own, those of live rows, and those of finished rows whose slots have not been used again.
+    The draft is what followed their last occurrence. If there is none, the draft is arbitrary."""
     at = slots.index[:rows, None]
     last = slots.length[:rows, None] - 3 + slots.positions[:3]
     tail = slots.ids[at, last.clamp(min=0)]  # (B, 3)
@@ -1042,7 +1045,7 @@ def look_up_drafts(slots, rows, k):
 
 
 def decode_drafts(model, slots, rule, rows, k):
-    """What `decode` does, for one to k + 1 tokens in each live row."""
+    """The same as `decode`, but draws between one and k + 1 tokens for each live row."""
     at = slots.index[:rows, None]
     length = slots.length[:rows]
     stop = slots.stop[:rows]

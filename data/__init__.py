@@ -2,13 +2,13 @@
 
     from data import load
     load("deepscaler-hard-1k")        # the paper's training set, downloaded once (data/download.py)
-    load("gsm8k-train:2:validation")  # at most 2 solution lines; the tenth that is held out by hash
+    load("gsm8k-train:2:validation")  # at most 2 solution lines; a held-out tenth, chosen by hash
     load("my_problems.jsonl")         # rows {"problem" or "question", "answer", maybe "solution"}
     load("tiny:5-8:test")             # synthetic problems, generated on the spot (data/tiny.py)
 
-Text is kept byte for byte as the file gives it, except for GSM8K's solutions (_gsm8k) and golds
-that wear markup which no boxed answer has (_golds). A row that cannot be a problem stops the
-loading with its file and row number; no row is ever skipped.
+Text is kept byte for byte as the file gives it, except for GSM8K's solutions (_gsm8k_solution) and
+golds with markup that no boxed answer has (_golds). A row that cannot be a problem raises UserError
+with its file and row number; no row is ever skipped.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ class Problem:
 def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
     """Return the problems of a named set, of tiny:STEPS[:SPLIT[:STYLE]], or of a JSON/JSONL file.
 
-    gsm8k-train:LINES[:SPLIT] keeps problems whose solution has at most LINES lines: all of them, or
-    one SPLIT of train or validation, which is a tenth by the hash of the question.
-    `mirror` is a folder or base address that holds the downloads as OWNER/REPO/COMMIT/PATH.
+    gsm8k-train:LINES[:SPLIT] keeps problems whose solution has at most LINES lines. SPLIT is train
+    or validation (default: both); validation is a tenth, chosen by a hash of the question.
+    `mirror` is a folder or base URL that holds the downloads as OWNER/REPO/COMMIT/PATH.
     Raises UserError.
     """
     from data import download, tiny  # imported here because tiny imports this module
@@ -58,7 +58,7 @@ def load(name_or_path: str, mirror: str | None = None) -> list[Problem]:
 
 
 def is_test_set(name: str) -> bool:
-    """Return whether problems of this name are for testing, so that nobody should train on them."""
+    """Return whether this is a test set, on which one must not train."""
     from data import download
 
     if name.startswith("tiny:"):
@@ -67,7 +67,7 @@ def is_test_set(name: str) -> bool:
 
 
 def tenth_of(text: str) -> int:
-    """Return 0 to 9 by the hash of the text, so that tenths of the problems can be held out."""
+    """Return a number from 0 to 9, a hash of the text, to hold out tenths of the problems."""
     return hashlib.sha256(text.encode()).digest()[0] % 10
 
 
@@ -75,15 +75,17 @@ def _short_gsm8k(name: str, problems: list[Problem]) -> list[Problem]:
     match = re.fullmatch(r"gsm8k-train:([2-9])(?::(train|validation))?", name)
     if not match:
         raise UserError(
-            f"{name!r} is not a part of GSM8K: write gsm8k-train:LINES[:SPLIT], with LINES from 2 "
-            "to 9, and SPLIT train or validation"
+            f"{name!r} is not a subset of GSM8K: write gsm8k-train:LINES[:SPLIT], with LINES from "
+            "2 to 9, and SPLIT train or validation"
         )
     lines, split = int(match[1]), match[2]
     kept = []
     for p in problems:
         held_out = tenth_of(p.question) == 0
         in_split = split is None or held_out == (split == "validation")
-        if in_split and p.solution.count("\n") <= lines:  # the line of the answer is not counted
+        if (
+            in_split and p.solution.count("\n") <= lines
+        ):  # the last line, the answer, is not counted
             kept.append(p)
     return kept
 
@@ -102,14 +104,17 @@ OTHER_FORMATS = {  # a regular expression for the first bytes: (what the file is
     rb"\x1f\x8b": ("a gzip file", "gunzip -k '{0}'"),
     rb"PK\x03\x04": ("a zip archive or an Excel file", "unzip '{0}'"),
     HEADER + rb",": ("a CSV file", PANDAS.format("read_csv('{0}', dtype=str)")),
-    HEADER + rb"\t": ("a file of columns", PANDAS.format("read_table('{0}', dtype=str)")),
+    HEADER + rb"\t": (
+        "a file of tab-separated columns",
+        PANDAS.format("read_table('{0}', dtype=str)"),
+    ),
 }
 
 
 def read(path: Path, name: str) -> list[Problem]:
     """Return the problems of a JSON (a list of objects) or JSONL file.
 
-    Messages and `Problem.source` call the file `name`. Raises UserError.
+    `name` stands for the file in messages and in `Problem.source`. Raises UserError.
     """
     if path.is_dir():
         raise UserError(f"{name} is a folder; give the JSON or JSONL file in it")
@@ -189,15 +194,15 @@ def _text(value: object, what: str, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(
-            f"{where}: {what} holds half of a surrogate pair, which is no character; repair it"
+            f"{where}: {what} holds half of a surrogate pair, which is not a character; replace it"
         ) from None
     return value
 
 
 def _gsm8k_solution(answer: object) -> str | None:
-    """Return the solution that GSM8K keeps in front of the answer, with a box for the answer.
+    """Return the solution that GSM8K puts before "#### answer", with the answer in a box.
 
-    Its calculator marks, such as <<48/2=24>>, are dropped. None if the answer holds no solution.
+    Calculator marks such as <<48/2=24>> are dropped. None if the answer holds no solution.
     """
     if not isinstance(answer, str):
         return None
@@ -247,7 +252,7 @@ def gold_text(problem: Problem) -> str:
 
 
 def _golds(answer: object, where: str) -> list[str | int | float]:
-    """Return the golds of one answer: several if it is the text of a list, which is read as one."""
+    """Return the golds of one answer: several if its text is a quoted list such as ['42', '43']."""
     if isinstance(answer, float) and not math.isfinite(answer):
         raise UserError(f"{where} has the answer {answer}; it must be text or a finite number")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):

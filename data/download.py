@@ -1,13 +1,9 @@
-"""Download the public data sets from pinned addresses into data/cache/ and check their sha256.
+"""Public data sets (8.9 MB in all), downloaded once from pinned addresses into data/cache/.
 
-    python -m data.download                        # all of them (8.9 MB)
-    python -m data.download aime gsm8k             # some of them
-    python -m data.download --mirror FOLDER        # from a folder, or another base address
-
-A mirror holds the files as OWNER/REPO/COMMIT/PATH. `data.load` downloads what it needs by itself.
+`data.load` downloads what it needs by itself; each file is checked by its sha256. A mirror is a
+folder or another base address, which holds the files as OWNER/REPO/COMMIT/PATH.
 """
 
-import argparse
 import hashlib
 import http.client
 import sys
@@ -74,22 +70,17 @@ def fetch(name: str, mirror: str | None = None) -> Path:
     """Return the cached file of a set, after downloading it if it is absent or damaged.
 
     `mirror` is a folder or base address to use in place of BASE. Raises UserError if no address
-    has the file, or if the cache cannot be written.
+    has the file, and OSError if the cache cannot be written.
     """
     file = FILES[name]
     target = CACHE / f"{name}{Path(file.paths[0]).suffix}"
     if target.is_file() and _sha256(target.read_bytes()) == file.sha256:
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unfinished = Path(folder, target.name)
-            unfinished.write_bytes(_download(name, mirror or BASE))
-            unfinished.replace(target)  # so `target` is never half a file, whoever else writes it
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}; free space or make the folder writable"
-        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        unfinished = Path(folder, target.name)
+        unfinished.write_bytes(_download(name, mirror or BASE))
+        unfinished.replace(target)  # so `target` is never half a file, whoever else writes it
     return target
 
 
@@ -118,21 +109,3 @@ def _download(name: str, base: str) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    from data import load  # imported here because data imports this module
-
-    parser = argparse.ArgumentParser("python -m data.download", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", default=list(FILES), help="sets to download [all]")
-    parser.add_argument("--mirror", help="folder or base address that holds the files")
-    flags = parser.parse_args(arguments)
-    try:
-        for name in flags.names:
-            print(f"{name}: {len(load(name, flags.mirror))} problems")
-    except UserError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

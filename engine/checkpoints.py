@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,13 +52,15 @@ def save_final(policy: Policy, folder: Path) -> None:
 def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -> None:
     """Write folder/step-N; newest_checkpoint gives `progress` back. (A collective.)"""
     unfinished = folder / f".step-{step}.unfinished"
-    hashes = {}
-    with ThreadPoolExecutor() as pool:  # a file is hashed while the next one is written
-        for path in write(trainer, unfinished):
-            hashes[str(path.relative_to(unfinished))] = pool.submit(sha256, path)
+    if is_main():
+        save_model(trainer.policy, unfinished)
+    save_optimizer(trainer, unfinished)
     if not is_main():
         return
-    files = {name: hash.result() for name, hash in hashes.items()}
+    paths = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    names = [str(path.relative_to(unfinished)) for path in paths]
+    with ThreadPoolExecutor() as pool:
+        files = dict(zip(names, pool.map(sha256, paths)))
     manifest = dict(step=step, adam_steps=trainer.adam_steps, **progress, files=files)
     (unfinished / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
     for other in checkpoint_folders(folder):
@@ -68,29 +69,18 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, progress: dict) -
     publish(unfinished, folder / f"step-{step}")
 
 
-def write(trainer: Trainer, folder: Path) -> Iterator[Path]:
-    """Write the model, then masters and moments in files of about 4 GiB; on the main process,
-    yield each file."""
-    if is_main():
-        save_model(trainer.policy, folder)
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                yield path
+def save_optimizer(trainer: Trainer, folder: Path) -> None:
+    """Write masters and moments in files of about 4 GiB, on the main process. (A collective.)"""
     part, number = {}, 0
     for name, tensor in trainer.state():
-        if is_main():
-            part[name] = tensor.contiguous()
+        if not is_main():
+            continue
+        part[name] = tensor.contiguous()
         if sum(t.nbytes for t in part.values()) > SHARD_BYTES:
-            yield save_part(part, folder, number)
+            save_file(part, folder / f"optimizer-{number}.safetensors")
             part, number = {}, number + 1
     if part:
-        yield save_part(part, folder, number)
-
-
-def save_part(tensors: dict, folder: Path, number: int) -> Path:
-    path = folder / f"optimizer-{number}.safetensors"
-    save_file(tensors, path)
-    return path
+        save_file(part, folder / f"optimizer-{number}.safetensors")
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -101,8 +91,8 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def check_space(folder: Path, trainer: Trainer, keep: int, saves: int) -> None:
-    """Raise UserError if the disk has no room for the final model and the checkpoints to come,
-    `keep` of which stay."""
+    """Raise UserError if the disk cannot hold the final model and the checkpoints still to be
+    saved, of which the newest `keep` stay."""
     parameters = list(trainer.policy.model.parameters())
     weights = sum(p.nbytes for p in parameters)
     state = 12 * sum(p.numel() for p in parameters)  # masters and moments
@@ -128,8 +118,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first. Raises OSError if the folder cannot be read: it may
-    not be empty."""
+    """The checkpoints of a run, newest first. Raises OSError if the folder cannot be read, because
+    it may hold some."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
@@ -137,8 +127,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its manifest; damaged ones are named on stderr and left
-    alone."""
+    """The newest whole checkpoint and its manifest, None if there is none. Damaged ones are named
+    on stderr and left as they are."""
     for path in checkpoint_folders(folder):
         try:
             return path, verified(path)

@@ -2,6 +2,7 @@
 exit code."""
 
 import io
+import math
 import os
 import re
 import signal
@@ -48,30 +49,12 @@ def is_lost_process(error: BaseException) -> bool:
     return world_size() > 1 and from_collective
 
 
-def try_with_less(work: Callable, with_less: Callable[[], str] | None, where: str, advice: str):
-    """Return work(). If the GPU runs out of memory, try it once more after with_less(), which says
-    what it took less of.
-
-    That is called outside of `except`, because the traceback keeps tensors alive.
-    """
-    for retry in (with_less, None):
-        try:
-            return work()
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # PyTorch's, and CUDA's
-            if not is_out_of_memory(error):
-                raise
-            if retry is None:
-                raise UserError(f"out of GPU memory {where}: set {advice}") from error
-        print(f"out of GPU memory {where}: going on with {retry()}", file=sys.stderr)
-
-
 def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
     """Return the exit code of work(); a mistake of the user ends in one sentence on stderr and
     code 2.
 
-    go_on: how to continue after the mistake is mended; less_memory: which flags to set where
-    memory is short;
-    if_unread: the code if nobody reads the output.
+    go_on: how to continue once the mistake is corrected. less_memory: which flags to set where
+    memory is short. if_unread: the code where the output goes to a pipe that nobody reads.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console without ± does not end a run
@@ -90,7 +73,7 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
             return if_unread
         sentence = f"nobody reads this output any more; {go_on}"
     except (OSError, SafetensorError) as error:
-        sentence = f"{first_line(error)}; mend that and {go_on}, or give another --out"
+        sentence = f"{first_line(error)}; fix that and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             sentence = f"out of memory ({first_line(error)}): {less_memory}"
@@ -108,8 +91,8 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
 class Stop:
     """SIGINT, SIGTERM and SIGHUP let the step finish and save.
 
-    A second SIGINT or SIGTERM ends the process at once, but not under torchrun: it may pass on a
-    signal that each process got already, and it ends them by itself."""
+    A second SIGINT or SIGTERM ends the process at once. Under torchrun it does not: torchrun
+    forwards signals that the processes may have received already, and ends the processes itself."""
 
     def __init__(self):
         self.signal = 0
@@ -151,29 +134,30 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line about every twentieth of the run. shown: metrics, and
-    their short names."""
+    """A bar on a terminal. Elsewhere a line at the first step, at the last, and at most every ten
+    seconds in between. shown: the metrics to show, and their short names."""
 
-    def __init__(self, steps: int, done: int, shown: dict[str, str]):
-        self.steps, self.first, self.shown = steps, done, shown
+    def __init__(self, steps: int, first: int, shown: dict[str, str]):
+        self.steps, self.first, self.shown = steps, first, shown
         self.started = time.perf_counter()
+        self.printed = -math.inf  # when the last line was
         self.bar = tqdm(
             total=steps,
-            initial=done,
+            initial=first,
             disable=not (is_main() and sys.stderr.isatty()),
             bar_format="{n}/{total} |{bar:10}| {remaining} left{postfix}",
         )
 
     def show(self, line: dict) -> None:
-        step = line["step"]
         parts = [f"{short} {line[k]:.2f}" for k, short in self.shown.items() if line[k] is not None]
         if line["tokens_per_second"]:  # SFT samples nothing
             parts.append(f"{line['tokens_per_second']:.0f} tok/s")
         text = ", ".join(parts)
-        is_due = step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)
-        if self.bar.disable and is_due:
-            pace = (time.perf_counter() - self.started) / (step - self.first)
-            minutes = pace * (self.steps - step) / 60
-            say(f"step {step}/{self.steps}: {text}, {minutes:.1f} min left")
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        now, step = time.perf_counter(), line["step"]
+        if self.bar.disable and (now - self.printed >= 10 or step == self.steps):
+            self.printed = now
+            pace = (now - self.started) / (step - self.first)
+            minutes = pace * (self.steps - step) / 60
+            say(f"step {step}/{self.steps}: {text}, {minutes:.1f} min left")

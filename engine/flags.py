@@ -26,8 +26,7 @@ def flag(default, help: str, *, low=None, high=None, choices=None, names=None, s
     """A dataclass field that is a flag.
 
     low, high: the closed range of its value, or of each value of a list.
-    names: what the values of a list are called: a tuple for exactly so many, one string for any
-    number.
+    names: what --help calls the values of a list: a tuple if their number is fixed, else a string.
     section: the heading of --help that begins with this flag; it holds for those after it.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, names=names, section=section)
@@ -42,14 +41,15 @@ def option(name: str) -> str:
 
 
 def changed(flags, defaults: dict) -> dict:
-    """The flags that differ from `defaults`, or where those have none from the dataclass."""
+    """The flags that differ from their default, which is that in `defaults` or else the
+    dataclass's."""
     expected = asdict(type(flags)()) | defaults
     return {name: value for name, value in asdict(flags).items() if value != expected[name]}
 
 
 def run_name(flags, differing: dict) -> str:
-    """MODEL-METHOD-FLAGS-seedN, with each flag that makes the run another experiment than the
-    method's row."""
+    """MODEL-METHOD-FLAGS-seedN. FLAGS are those that make it another experiment than METHOD
+    alone."""
     parts = [Path(flags.model).resolve().name or "model", flags.method]
     for name, value in differing.items():
         if name not in MAY_CHANGE | {"model", "method", "seed"}:
@@ -70,10 +70,10 @@ def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> N
 def make_parser(
     kind: type, defaults: dict, description: str, usage: str
 ) -> argparse.ArgumentParser:
-    """One option for each field of the dataclass; `defaults` overrides some of theirs.
+    """A parser with one option for each field of the dataclass; `defaults` overrides some of
+    theirs.
 
-    --help shows the default that is in force, and where the dataclass has another one, that of the
-    paper behind it."""
+    --help shows the default in force and, where that is not the dataclass's, also the paper's."""
     parser = argparse.ArgumentParser(
         description=description,
         usage=usage,

@@ -51,7 +51,7 @@ def without_nan(value: object) -> object:
 
 
 def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: type | tuple) -> dict:
-    """Return the object in a JSON file, or in `text`, which begins at a line of that file.
+    """Return the object in a JSON file, or in `text`, which stands in that file from `line` on.
 
     kinds: the types that the values of some keys must have. Raises UserError for any other
     content, and OSError for a file that is absent or cannot be read."""
@@ -87,22 +87,20 @@ def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file beside its place, flush and rename it: there is the old one or the new
-    one, never half."""
+    """Write a JSON file. At any moment there is the old file or the new one, never half of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     remove(unfinished)  # it may be a link to somebody's file
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    flush(unfinished)
-    unfinished.replace(path)
-    flush(path.parent)
+    publish(unfinished, path)
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Flush every file of a folder to the disk, then give the folder its name in one move."""
+    """Flush a file, or a folder with all in it, to the disk, and then rename it to `target`."""
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
-    remove(target)
-    unfinished.rename(target)
+    if target.is_dir():
+        remove(target)
+    unfinished.replace(target)
     flush(target.parent)
 
 

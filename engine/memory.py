@@ -21,7 +21,8 @@ ADVICE = (
 
 
 def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | None:
-    """Print what a run of these flags will need in memory, if that is much, and what is there.
+    """Print how much memory a run with these flags needs and how much there is, if it needs more
+    than 1 GiB or more than there is.
 
     rows: sampled in a step, each of at most row_tokens tokens. Returns how many to sample at a time
     (None: any number).
@@ -108,8 +109,8 @@ def memory_plan(
         plan["gathered weights"] = ends * 2 * weight_bytes + layer * (4 * weight_bytes + 8)
     plan["cache"] = 2 * layers * key_size * weight_bytes * rows * row_tokens
 
-    # Autograd keeps so many numbers of one token in one layer of a Llama. Qwen3 normalises queries
-    # and keys as well. With checkpointing it keeps each layer's input, and one layer twice.
+    # What autograd keeps of one token in one layer of a Llama, in numbers. Qwen3 also normalises
+    # queries and keys. With checkpointing: each layer's input, and twice the numbers of one layer.
     kept = 8 * c.hidden_size + 3 * heads * head_size + 2 * key_size + 4 * inner_size
     if c.model_type.startswith("qwen3"):
         kept += 3 * (heads * head_size + key_size)
@@ -121,8 +122,10 @@ def memory_plan(
 
 
 def rows_that_fit(plan: dict[str, float], rows: int, free: float) -> int:
-    """How many of `rows` rows, which plan["cache"] is for, leave room for the rest of the plan in
-    9/10 of the `free` bytes; at least 1. The rest does not exist yet when the cache is made."""
+    """How many of `rows` rows can be sampled at a time, at least 1.
+
+    plan["cache"] is for all of them. With the rest of the plan, which is not allocated yet when the
+    cache is made, it may take 9/10 of the `free` bytes."""
     if not plan["cache"]:  # a model without attention
         return rows
     others = on_device(plan) - plan["cache"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
 from torch import nn
 
@@ -33,7 +33,7 @@ FILES_BESIDE_WEIGHTS = (
 def from_model(name: str, problem: str, advice: str = "", memory: bool = False) -> Iterator[None]:
     """Turns whatever a model's folder raises into one sentence that names the model.
 
-    memory: whether running out of memory is no fault of the folder, and passes as it is.
+    memory: let an out-of-memory error through as it is, because it is no fault of the folder.
     """
     try:
         yield
@@ -88,9 +88,9 @@ def check_folder(name: str, folder: Path) -> None:
 
 @functools.cache
 def hub_is_away() -> bool:
-    """Returns whether the hub cannot be reached, asking once.
+    """Returns whether the hub cannot be reached; asks once.
 
-    Files then come from the cache at once, or not at all, instead of after 20 s of retries each.
+    Then only the cache is used, because each file would be tried again for 20 s.
     """
     try:
         urllib.request.urlopen(ENDPOINT, timeout=10).close()
@@ -100,7 +100,7 @@ def hub_is_away() -> bool:
 
 
 def where(name: str) -> dict:
-    """Returns the arguments that tell any from_pretrained where to find `name`."""
+    """Returns the arguments with which any from_pretrained finds `name`."""
     path = find_model(name)
     local = Path(path).is_dir() or hub_is_away()
     return dict(pretrained_model_name_or_path=path, local_files_only=local)
@@ -112,9 +112,9 @@ def folder_of(name: str) -> Path:
     path = find_model(name)
     if Path(path).is_dir():
         return Path(path)
-    if hub_is_away():
-        return Path(hf_hub_download(path, "config.json", local_files_only=True)).parent
-    return Path(snapshot_download(path, allow_patterns=FILES_BESIDE_WEIGHTS))
+    return Path(
+        snapshot_download(path, allow_patterns=FILES_BESIDE_WEIGHTS, local_files_only=hub_is_away())
+    )
 
 
 def files_beside_weights(
@@ -140,16 +140,17 @@ def files_beside_weights(
                 if not file.name.endswith((".index.json", "checkpoint.json")):
                     files[str(file.relative_to(folder))] = file.read_bytes()
         files["config.json"] = saved_config(files["config.json"], model, config)
+        ends = end_ids if len(end_ids) > 1 else end_ids[0]
         for file in ("config.json", "generation_config.json"):
-            files[file] = with_end_ids(files[file], end_ids)
+            files[file] = with_value(files[file], "eos_token_id", ends)
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if file in files:
-                files[file] = with_eos_token(files[file], eos_token)
+            if b'"eos_token"' in files.get(file, b""):
+                files[file] = with_value(files[file], "eos_token", eos_token)
         return files
 
 
 def saved_config(original: bytes, model: nn.Module, config) -> bytes:
-    """Returns config.json as it came, with what training changed and keys for all readers."""
+    """Returns the original config.json with what training changed and keys for all readers."""
     content = json.loads(original)
     if type(model.config) is not type(config):  # the text part of a larger model
         content = json.loads(config.get_text_config().to_json_string())
@@ -163,24 +164,12 @@ def saved_config(original: bytes, model: nn.Module, config) -> bytes:
     return json.dumps(with_old_keys(content, dtype), indent=2).encode()
 
 
-def with_end_ids(file: bytes, end_ids: list[int]) -> bytes:
-    """Returns a JSON file whose eos_token_id names every id that ends a response."""
+def with_value(file: bytes, key: str, value: object) -> bytes:
+    """Returns a JSON file with this value of a key; the file as it is if it has that already."""
     content = json.loads(file)
-    named = content.get("eos_token_id")
-    if set(named if isinstance(named, list) else [named]) == set(end_ids):
+    if content.get(key) == value:
         return file
-    content["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
-    return json.dumps(content, indent=2).encode()
-
-
-def with_eos_token(file: bytes, eos_token: str | None) -> bytes:
-    """Returns a tokenizer's JSON file, where it names an eos_token, with this one."""
-    content = json.loads(file)
-    named = content.get("eos_token")
-    text = named.get("content") if isinstance(named, dict) else named
-    if text in (None, eos_token):
-        return file
-    return json.dumps(content | {"eos_token": eos_token}, indent=2, ensure_ascii=False).encode()
+    return json.dumps(content | {key: value}, indent=2, ensure_ascii=False).encode()
 
 
 def with_old_keys(config: dict, dtype: str) -> dict:
@@ -202,17 +191,16 @@ def with_old_keys(config: dict, dtype: str) -> dict:
 def old_rope_keys(rope: dict, model_type: str) -> dict:
     """Returns transformers 4's keys for the rotations that version 5 keeps in rope_parameters."""
     old = {}
-    local = rope.get("sliding_attention")  # Gemma 3 has one for each type of layer
-    if local:
-        old["rope_local_base_freq"] = local["rope_theta"]
-    rope = rope.get("full_attention") or rope
+    if "sliding_attention" in rope:  # Gemma 3 has one for each type of layer
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = dict(rope.get("full_attention", rope))
     theta_key, partial_key = "rope_theta", "partial_rotary_factor"
     if model_type.startswith("gpt_neox"):  # this family had its own names
         theta_key, partial_key = "rotary_emb_base", "rotary_pct"
     if "rope_theta" in rope:
-        old |= {theta_key: rope["rope_theta"], "rope_scaling": None}
+        old |= {theta_key: rope.pop("rope_theta"), "rope_scaling": None}
     if "partial_rotary_factor" in rope:
-        old[partial_key] = rope["partial_rotary_factor"]
+        old[partial_key] = rope.pop("partial_rotary_factor")
     rope_type = rope.get("rope_type", "default")
     if rope_type == "longrope":  # Phi-3 takes these three alone
         old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
@@ -222,8 +210,5 @@ def old_rope_keys(rope: dict, model_type: str) -> dict:
             "long_factor": rope["long_factor"],
         }
     elif rope_type != "default":
-        scaling = dict(rope)
-        scaling.pop("rope_theta", None)
-        scaling.pop("partial_rotary_factor", None)
-        old["rope_scaling"] = scaling
+        old["rope_scaling"] = rope
     return old

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.console import say, try_with_less
+from engine.console import say
 from engine.modelfiles import files_beside_weights, find_model, folder_of, from_model, where
 from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
@@ -29,7 +29,7 @@ from engine.prompts import (
 from errors import UserError
 from rollout import Sample, Sampler
 
-transformers.utils.logging.disable_progress_bar()  # the run prints its own
+transformers.utils.logging.disable_progress_bar()  # else its bars stand between our lines
 
 # Tokenizers that disagree on prompts or solutions disagree on some of these.
 PROBE = (
@@ -67,15 +67,13 @@ class Policy:
         every row in its batch.
         """
         config = self.model.config.get_text_config()
-        lengths = [
-            getattr(config, "max_position_embeddings", None),
-            getattr(config, "max_seq_len", None),
-        ]
         rope = getattr(config, "rope_parameters", None) or {}
-        for part in (rope, *rope.values()):  # one, or one for each type of layer
-            if isinstance(part, dict) and part.get("rope_type") == "longrope":
-                lengths.append(part["original_max_position_embeddings"])
-        return min(filter(None, lengths), default=2**31)
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        for name in ("max_position_embeddings", "max_seq_len"):
+            if getattr(config, name, None):
+                return getattr(config, name)
+        return 2**31
 
     def prompt_ids(self, question: str) -> list[int]:
         """Returns the ids of the question in the model's chat template.
@@ -159,37 +157,22 @@ class Policy:
         rows = []
         for prompt, limit, seed in zip(prompts, limits, seeds):
             rows.append((prompt, min(limit, self.room(prompt)), seed))
+
+        def of_rows(own: list[tuple]) -> list[Sample]:
+            if not own:
+                return []
+            prompts, limits, seeds = map(list, zip(*own))
+            groups = self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)
+            return [group[0] for group in groups]
+
         try:
-            return spread(rows, lambda own_rows: self._sample_here(own_rows, temperature, top_p))
+            return spread(rows, of_rows)
         except ValueError as error:  # the sampler's own sentence, such as logits that are NaN
             raise CannotSample(str(error)) from error
 
-    def _sample_here(self, rows: list[tuple], temperature: float, top_p: float) -> list[Sample]:
-        """Samples this process's rows, with fewer at a time after running out of GPU memory."""
-        if not rows:
-            return []
-        prompts, limits, seeds = map(list, zip(*rows))
-        sampler = self.sampler
-
-        def sample_all() -> list[Sample]:
-            groups = sampler.sample(prompts, 1, limits, temperature, seeds, top_p)
-            return [group[0] for group in groups]
-
-        def halve_rows() -> str:
-            # last_slots is what was in the cache, which may be far fewer than max_rows.
-            at_a_time = min(
-                sampler.max_rows or len(rows), sampler.last_slots or len(rows), len(rows)
-            )
-            sampler.max_rows = max(1, at_a_time // 2)
-            sampler.release()
-            return f"--max-rows {sampler.max_rows}"
-
-        advice = "--max-rows or --max-new-tokens lower"
-        return try_with_less(sample_all, halve_rows, "while sampling", advice)
-
 
 class CannotSample(UserError):
-    """The policy's logits are not finite, or the GPU has no memory to sample with."""
+    """The policy's logits are not finite."""
 
 
 def check_ids(name: str, highest: int, rows: int) -> None:
@@ -238,17 +221,16 @@ def load_tokenizer(
     transformers 5 may rebuild a tokenizer by the rules of its class, so both encode a probe; where
     they differ, the file is used as it is. Raises UserError.
     """
-    path = Path(find_model(name))
-    tokenizer_files = r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$"
-    if path.is_dir() and not any(re.search(tokenizer_files, f.name) for f in path.iterdir()):
-        raise UserError(
-            f"--model {name}: the folder has no tokenizer (tokenizer.json); copy its base model's"
-        )
     with from_model(name, "its tokenizer cannot be read"):
+        folder = folder_of(name)
+        tokenizer_files = r"^(tokenizer\.|vocab|tekken)|\.(model|tiktoken)$"
+        if not any(re.search(tokenizer_files, file.name) for file in folder.iterdir()):
+            raise UserError(
+                f"--model {name}: it has no tokenizer (tokenizer.json); copy its base model's"
+            )
         tokenizer = AutoTokenizer.from_pretrained(
             **where(name), trust_remote_code=trust_remote_code
         )
-        folder = folder_of(name)
         own_file = folder / "tokenizer.json"
         if own_file.is_file() and not agrees_with_file(tokenizer, own_file):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(**where(name))
@@ -452,27 +434,22 @@ def check_prompt(policy: Policy, name: str) -> None:
 def usable_header(policy: Policy) -> str:
     """Returns the response header, "" if references cannot begin with it.
 
-    Prints a note unless responses stand right behind the prompt, as in most templates.
+    Prints a note unless responses directly follow the prompt, as they do in most templates.
     """
     prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
-    if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
-        say(
-            "note: the chat template opens <think>: responses begin inside it, and injected text "
-            "ends the turn there"
-        )
-        return ""
     header = response_header(policy.tokenizer, policy.template)
-    if header is None:
-        say(
-            "note: the chat template does not show how a response follows the prompt: references "
-            "are put right behind the prompt"
+    problem = ""
+    if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
+        problem = "opens <think>: responses begin inside it, and injected text ends the turn there"
+    elif header is None:
+        problem = "does not show how a response follows the prompt: references directly follow it"
+    elif policy.end_ids & set(policy.encode(header)):
+        problem = (
+            f"puts {header!r}, which holds an end token, before a response: references directly "
+            "follow the prompt"
         )
-        return ""
-    if policy.end_ids & set(policy.encode(header)):
-        say(
-            f"note: the chat template puts {header!r}, which holds an end token, before a "
-            "response: references are put right behind the prompt"
-        )
+    if problem:
+        say(f"note: the chat template {problem}")
         return ""
     if header:
         say(f"note: the chat template puts {header!r} before a response: references begin with it")

@@ -55,7 +55,7 @@ def check_golds(problems: list[Problem]) -> list[str]:
         gold = data.gold_text(failing[0])
         say(
             f"note: {len(failing)} of {len(problems)} golds cannot be read as an answer, the first "
-            f"of them {failing[0].source} ({gold!r:.60}); right responses may be graded wrong"
+            f"is {failing[0].source} ({gold!r:.60}); right responses may be graded wrong"
         )
     return [p.source for p in failing]
 
@@ -75,13 +75,13 @@ def check_references(problems: list[Problem], needed_by: str) -> list[str]:
     if wrong:
         say(
             f"note: {len(wrong)} of {len(problems)} reference solutions are not graded right, the "
-            f"first of them {wrong[0]}; --drop-wrong-references leaves them out"
+            f"first is {wrong[0]}; --drop-wrong-references leaves them out"
         )
     return wrong
 
 
 def not_right(problems: list[Problem], responses: list[str]) -> list[Problem]:
-    """Return the problems whose response (one each) is not readable and right: not (1, 1)."""
+    """Return the problems whose response, one for each, is not both readable and right."""
     scores = reward.score_all(responses, [p.answers for p in problems])
     return [p for p, score in zip(problems, scores) if score != (1.0, 1.0)]
 

@@ -89,15 +89,15 @@ def join_processes(backend: str) -> None:
 
 
 def choose_threads(parameters: int) -> None:
-    """Use one thread for a small model: threads that wait for each other spin, on a busy machine
-    ten times as long as they compute. OMP_NUM_THREADS takes precedence."""
+    """Use one thread for a small model: on a busy machine, threads spend ten times as long waiting
+    for each other as computing. OMP_NUM_THREADS takes precedence."""
     if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without tearing Python down: after torch and transformers that takes a
-    second, and one of several processes may abort in it because a thread of gloo still holds a
+    """End this process without Python's own teardown. With torch and transformers that takes a
+    second, and one of several processes may abort in it, because a thread of gloo still holds a
     tensor (pytorch/pytorch#179291)."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads it any more

@@ -70,7 +70,7 @@ def prompt_text(
 
 
 def closed_turn(tokenizer, template: str) -> tuple[str, str] | None:
-    """Returns the text before and after a response in a closed turn; None if it cannot be told."""
+    """Returns the text before and after a response in a closed turn; None if that is unknown."""
     with suppress(Exception):  # some templates accept no response, but their prompts may be fine
         text = prompt_text(tokenizer, QUESTION, template, RESPONSE)
         before, found, after = text.rpartition(RESPONSE)

@@ -81,8 +81,7 @@ class Run(AbstractContextManager):
     ) -> Iterator[int]:
         """Yield each step still to be made, from 0; save, evaluate and stop between them.
 
-        evaluate: is called with the number of steps made. shown: the metrics of the progress bar
-        (see Progress)."""
+        evaluate: is called with the number of steps made. shown: see Progress."""
         flags, stop, folder = self.flags, Stop(), self.out / "checkpoints"
         first = self._restore(trainer)
         save_every = flags.save_every or flags.steps
@@ -153,9 +152,9 @@ class Run(AbstractContextManager):
         return manifest["step"]
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """Write a checkpoint that knows the length of each log, and before the last one, the final
-        model, because that needs less space. Raises CannotSample if the policy has diverged; then
-        nothing is replaced."""
+        """Write a checkpoint, which records the length of each log. The final model is written
+        before the last checkpoint, because it needs less space. Raises CannotSample, and replaces
+        nothing, if the policy has diverged."""
         prompt = self.policy.prompt_ids(self.problems[0].question)
         self.policy.sample([prompt], [8], [0], self.flags.temperature)
         logs = {}
@@ -232,7 +231,6 @@ class Run(AbstractContextManager):
         git = subprocess.run(
             "git describe --always --dirty", shell=True, cwd=here, capture_output=True
         )
-        cpu = cpu_name()
         config = dict(
             method=flags.method,
             seed=flags.seed,
@@ -247,15 +245,15 @@ class Run(AbstractContextManager):
                 torch=torch.__version__,
                 transformers=transformers.__version__,
             ),
-            device=f"cpu: {cpu}",
-            cpu=cpu,
+            device=str(self.policy.device),
+            cpu=cpu_name(),
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
             processes=world_size(),
             threads=torch.get_num_threads(),
             **self.facts,
         )
         if self.policy.device.type == "cuda":
-            config["device"] = f"cuda: {torch.cuda.get_device_name()}"
+            config["device"] = torch.cuda.get_device_name()
         write_json(self.out / "config.json", config)
 
     def _introduce(self) -> None:

@@ -167,7 +167,8 @@ ANY
 =>
 
 ANY
-^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]*\b(?:is|are|equals|so|thus|hence|[Tt]herefore|So|Thus|Hence)\b\s?[:,]?
+^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]*
+\b(?:is|are|equals|so|thus|hence|[Tt]herefore|So|Thus|Hence)\b\s?[:,]?
 => \1
 
 ANY

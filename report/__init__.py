@@ -8,12 +8,14 @@ from engine.flags import wrong_flag
 from report import compare, plot, runs, show
 
 COMMANDS = ("plot", "compare", "show", "pack")
+RUN = """a folder of edge_grpo.py or of results of eval.py, a folder of such folders, or packed
+    runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'"""
 
 
 def command(argv: list[str]) -> str:
     """Run one of COMMANDS with its flags, as eval.py got them; return what is to be printed."""
-    name = argv[0]
-    flags = parse_flags(name, argv[1:])
+    name, *given = argv
+    flags = parse_flags(name, given)
     if name == "compare":
         return compare.comparison(runs.read_runs(flags.runs), flags.against)
     if name == "plot":
@@ -21,7 +23,7 @@ def command(argv: list[str]) -> str:
     if name == "pack":
         runs.pack(flags.out, flags.runs)
         return str(flags.out)
-    rows = show.find_group(Path(flags.runs[0]), flags.step, flags.question)
+    rows = show.find_group(flags.run, flags.step, flags.question)
     if not flags.html:
         return show.as_text(rows, colour=sys.stdout.isatty())
     flags.html.write_text(show.as_page(rows), encoding="utf-8")
@@ -33,22 +35,17 @@ def parse_flags(name: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"eval.py {name}", allow_abbrev=False)
     parser.error = wrong_flag
     add = parser.add_argument
-    run = "a folder of edge_grpo.py, or of results of eval.py"
     if name == "show":
-        add("runs", nargs=1, metavar="RUN", help=run)
+        add("run", type=Path, help="a folder of edge_grpo.py")
         add("--step", type=int, help="[the last]")
-        question = "which question of the step, or problem of the results [1]"
-        add("--question", type=int, default=1, help=question)
-        page = "write a page with each token shaded by its entropy"
-        add("--html", metavar="FILE", type=Path, help=page)
-    else:
-        packed = "; or packed runs: FILE.jsonl.xz or 'FILE.jsonl.xz/GLOB'"
-        add("runs", nargs="+", metavar="RUN", help=run + packed)
+        add("--question", type=int, default=1, help="which question of the step [1]")
+        add("--html", type=Path, help="file for a page with each token shaded by its entropy")
+        return parser.parse_args(argv)
+    add("runs", nargs="+", metavar="RUN", help=RUN)
     if name == "compare":
-        against = "a label of the table: also print the paired differences to it, over seeds"
-        add("--against", metavar="LABEL", help=against)
+        add("--against", metavar="LABEL", help="also print paired differences to this label")
     if name == "plot":
         add("--out", type=Path, default=Path("figures"), help="folder of the PNGs [figures]")
     if name == "pack":
-        add("--out", type=Path, required=True, help="the file of packed runs, NAME.jsonl.xz")
+        add("--out", type=Path, required=True, help="the file to write, NAME.jsonl.xz")
     return parser.parse_args(argv)

@@ -1,20 +1,20 @@
 """`eval.py compare` prints tables of mean ± standard deviation (n - 1) over seeds."""
 
 import math
-import statistics
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean, median, stdev
 
 from errors import UserError
-from report.paper import CONTEXT, TASKS
+from report.paper import CONTEXT, PROBLEMS
 from report.runs import Run
-from report.tables import group, markdown, mean, short
+from report.tables import average, group, markdown
 
 Numbers = dict[str, float | None]  # of one run, by the head of their column
 
 TRAINING = {
     "mixed_groups": "mixed",
-    "mixed_groups_corrected": "mixed corr.",
+    "mixed_groups_corrected": "mixed trained",
     "advantage_variance": "var A",
     "advantage_variance_eda": "var Â",
     "entropy_sampled": "P",
@@ -22,20 +22,24 @@ TRAINING = {
     "accuracy": "accuracy",
     "self_reflection": "reflects",
 }
+MEASURED = dict(  # settings of an evaluation, with the defaults for files that do not name them
+    problems=None, max_new_tokens=None, context=CONTEXT, top_p=1.0
+)
 ACCURACY_LEGEND = """\
-Accuracy in percent at the last step: mean ± standard deviation over seeds [median of three seeds
-or more]."""
+Accuracy in percent at the last step: mean ± standard deviation over seeds [median, from three
+seeds on]. The average is over all problems of the paper's five benchmarks."""
 DIFFERENCE_LEGEND = """\
-Differences in points, paired by seed: mean ± standard error, t = mean / standard error, and the
-number n of seeds that both have."""
+Differences to {} in points, paired by seed: mean ± standard error, t = mean / standard error,
+and the number n of seeds that both have."""
 TRAINING_LEGEND = """\
 Means over all steps of training: mean ± standard deviation over seeds [median].
-- mixed: share of groups whose rewards differ, as sampled and after correction (corr.)
+- mixed: share of groups whose rewards differ, as sampled and as trained on
 - var: variance of the advantages in a group, before (A) and after EDA (Â)
-- Â / A: how many times EDA raises that variance in the median step; means hang on a few steps
+- Â / A: the factor by which EDA raises that variance in the median step; the means depend on a
+  few extreme steps
 - P: entropy in nats per token, as sampled and as trained on
 - accuracy: share of the samples that are right
-- reflects: share of the samples with the reflection phrase, without being made to
+- reflects: share of the samples that contain the reflection phrase of their own accord
 - seconds: of all steps together"""
 
 
@@ -45,205 +49,154 @@ def comparison(runs: list[Run], against: str | None = None) -> str:
     against is a label: then a third table has every other label's paired differences to it. Raises
     UserError if nothing was evaluated, or if no run has that label.
     """
-    names = column_names(runs)
-    if not names:
+    keys = measured(runs)
+    if not keys:
         raise UserError(
             "nothing to compare: no run has an evals.jsonl or an eval/ folder of "
             "`eval.py --out RUN/eval`"
         )
-    pool = averaged(runs)
-    accuracies = partial(accuracy, names=names, pool=pool)
-    parts = [table(runs, accuracies, 1), accuracy_legend(runs, names, pool)]
+    accuracies = partial(accuracy, keys=keys)
+    parts = [table(runs, accuracies, partial(mean_std, digits=1)), accuracy_legend(runs, keys)]
     if against is not None:
-        parts += [difference_table(runs, accuracies, against), DIFFERENCE_LEGEND]
+        parts += [difference_table(runs, accuracies, against), DIFFERENCE_LEGEND.format(against)]
     trained = [run for run in runs if run.metrics]
     if trained:
-        parts += [table(trained, training, 3), TRAINING_LEGEND]
-    parts[-1] += "\n" + label_legend(runs)
+        parts += [table(trained, training, partial(mean_std, digits=3)), TRAINING_LEGEND]
+    for run in {run.method: run for run in runs if run.shared}.values():
+        parts[-1] += f"\n- all runs of {run.method}:{run.shared}"
     return "\n\n".join(parts)
 
 
-def by_label(runs: list[Run]) -> dict[str, list[Run]]:
-    return group(runs, lambda run: run.label)
+def table(runs: list[Run], numbers: Callable[[Run], Numbers], write: Callable) -> str:
+    """Make a table with a row for each label.
 
-
-def table(runs: list[Run], numbers: Callable[[Run], Numbers], digits: int) -> str:
-    """Make a table with a row for each label, which has the means over its seeds."""
-    columns = numbers(runs[0])
+    write(values, seeds) makes a cell of the numbers that are known and the number of seeds.
+    """
     rows = []
-    for label, seeds in by_label(runs).items():
-        row = [label, str(len(seeds))]
-        found = list(map(numbers, seeds))
-        for name in columns:
-            values = [of_seed[name] for of_seed in found]
-            row.append(mean_std(values, 0 if name == "seconds" else digits))
+    for label, seeds in group(runs, lambda run: run.label).items():
+        row = {"method": label, "seeds": str(len(seeds))}
+        of_seeds = list(map(numbers, seeds))
+        for name in of_seeds[0]:
+            known = [of_seed[name] for of_seed in of_seeds if of_seed[name] is not None]
+            row[name] = "–"
+            if known:
+                row[name] = write(known, len(seeds))
         rows.append(row)
-    return markdown(["method", "seeds", *columns], rows)
+    return markdown(rows)
 
 
-def mean_std(values: list[float | None], digits: int) -> str:
+def mean_std(values: list[float], seeds: int, digits: int) -> str:
     """Write mean ± standard deviation [median], and the number of values if some are missing."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    text = f"{statistics.fmean(known):.{digits}f}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.{digits}f}"
-    if len(known) > 2:
-        text += f" [{statistics.median(known):.{digits}f}]"
-    if len(known) < len(values):
-        text += f" (n = {len(known)})"
+    text = f"{fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {stdev(values):.{digits}f}"
+    if len(values) > 2:
+        text += f" [{median(values):.{digits}f}]"
+    if len(values) < seeds:
+        text += f" (n = {len(values)})"
     return text
 
 
 # --- Accuracy -------------------------------------------------------------------------------------
 
 
-def column_names(runs: list[Run]) -> dict[tuple, str]:
-    """Name the column of each (task, way of sampling), in the order of the paper's tasks."""
-    found = {}
-    for run in runs:
-        found |= run.results
-    keys = sorted(found, key=lambda key: [*TASKS, key[0]].index(key[0]))
-    tasks = [task for task, _ in keys]
-    names = {}
-    for task, way in keys:
-        names[task, way] = short(task) if tasks.count(task) == 1 else f"{short(task)} {way}"
-    return names
+def measured(runs: list[Run]) -> list[tuple]:
+    """Return every (task, way of sampling) of which a run has a result."""
+    return list(dict.fromkeys(key for run in runs for key in run.results))
 
 
-def averaged(runs: list[Run]) -> list[tuple]:
-    """Choose what the average is over: the paper's five tasks, or else all that every run has.
+def accuracy(run: Run, keys: list[tuple]) -> Numbers:
+    """Return the run's accuracies in percent, by column.
 
-    There is no average of one task, nor where a task was sampled in two ways.
+    The average over the paper's five tasks comes first, if each was measured in one way.
     """
-    pool = list(column_names(runs))
-    for run in runs:
-        pool = [key for key in pool if key in run.results]
-    tasks = {task for task, _ in pool}
-    if tasks.issuperset(TASKS):
-        tasks = set(TASKS)
-        pool = [key for key in pool if key[0] in tasks]
-    if len(pool) == 1 or len(pool) > len(tasks):
-        return []
-    return pool
-
-
-def accuracy(run: Run, names: dict[tuple, str], pool: list[tuple]) -> Numbers:
-    """Return the run's accuracies in percent, the average over `pool` first."""
     numbers = {}
-    if pool:
-        numbers["average"] = micro_average([run.results[key] for key in pool])
-    for key, name in names.items():
-        result = run.results.get(key)
-        numbers[name] = 100 * result["accuracy"] if result else None
+    papers = [key for key in keys if key[0] in PROBLEMS]
+    if len(papers) == len(PROBLEMS):
+        numbers["average"] = micro_average(list(map(run.results.get, papers)))
+    for key in keys:
+        numbers[" ".join(key)] = micro_average([run.results.get(key)])
     return numbers
 
 
-def micro_average(results: list[dict]) -> float:
-    """Return the accuracy in percent over all problems of several tasks."""
+def micro_average(results: list[dict | None]) -> float | None:
+    """Return the accuracy in percent over all problems of some results; None if one is missing."""
     right = problems = 0
     for result in results:
+        if result is None:
+            return None
         right += result["accuracy"] * result["problems"]
         problems += result["problems"]
     return 100 * right / problems
 
 
-def accuracy_legend(runs: list[Run], names: dict[tuple, str], pool: list[tuple]) -> str:
+def accuracy_legend(runs: list[Run], keys: list[tuple]) -> str:
     """Say how each column was measured, and which runs were not evaluated at their last step."""
     lines = [ACCURACY_LEGEND]
-    if pool:
-        lines.append(f"- average: over all problems of {', '.join(map(names.get, pool))}")
-    for key, name in names.items():
-        measured = {how_measured(run.results[key]) for run in runs if key in run.results}
-        how = "; ".join(sorted(measured))
-        if len(measured) > 1:
-            how = f"NOT MEASURED ALIKE: {how}"
-        lines.append(f"- {name}: {key[0]}, {how}")
+    for key in keys:
+        ways = {}
+        for run in runs:
+            if key in run.results:
+                ways[how_measured(run.results[key])] = True
+        warning = "NOT MEASURED ALIKE: " if len(ways) > 1 else ""
+        lines.append(f"- {' '.join(key)}: {warning}{'; '.join(ways)}")
     for run in runs:
-        last = max((evaluation["step"] for evaluation in run.evals), default=0)
-        if last < run.steps and all("step" in numbers for numbers in run.results.values()):
-            lines.append(f"- {run.path}: last evaluated at step {last} of {run.steps}")
+        if run.evals and run.evals[-1]["step"] < run.steps:
+            lines.append(
+                f"- {run.path}: last evaluated at step {run.evals[-1]['step']} of {run.steps}"
+            )
     return "\n".join(lines)
 
 
-def how_measured(numbers: dict) -> str:
-    """Describe what two results must have in common to be compared."""
-    parts = [f"{numbers['problems']} problems, n = {numbers['n']}, T = {numbers['temperature']:g}"]
-    if numbers.get("max_new_tokens"):
-        parts.append(f"at most {numbers['max_new_tokens']} tokens")
-    if numbers.get("context", CONTEXT) != CONTEXT:
-        parts.append(f"context {numbers['context']}")
-    if numbers.get("top_p", 1.0) != 1.0:
-        parts.append(f"top-p {numbers['top_p']:g}")
-    return ", ".join(parts)
+def how_measured(result: dict) -> str:
+    """Write the settings that two results must share to be compared."""
+    return " ".join(f"{name}={result.get(name, old)}" for name, old in MEASURED.items())
 
 
 def difference_table(runs: list[Run], numbers: Callable[[Run], Numbers], against: str) -> str:
     """Make a table of every other label's differences to `against`, paired by seed."""
-    labels = by_label(runs)
-    if against not in labels:
-        raise UserError(f"--against {against}: no label of that name; there are {list(labels)}")
+    baseline = {run.seed: numbers(run) for run in runs if run.label == against}
+    if not baseline:
+        labels = list(dict.fromkeys(run.label for run in runs))
+        raise UserError(f"--against {against}: no label of that name; there are {labels}")
     if len({(run.label, run.seed) for run in runs}) < len(runs):
         raise UserError("--against: two runs of one label have the same seed; leave one out")
-    baseline = {run.seed: numbers(run) for run in labels.pop(against)}
-    columns = numbers(runs[0])
-    rows = []
-    for label, seeds in labels.items():
-        differences = {name: [] for name in columns}
-        for run in seeds:
-            of_run, of_baseline = numbers(run), baseline.get(run.seed, {})
-            for name in columns:
-                if of_run[name] is not None and of_baseline.get(name) is not None:
-                    differences[name].append(of_run[name] - of_baseline[name])
-        rows.append([label, *map(paired, differences.values())])
-    return markdown([f"minus {against}", *columns], rows)
+
+    def differences(run):
+        of_run, of_baseline = numbers(run), baseline.get(run.seed, {})
+        for name, value in of_run.items():
+            other = of_baseline.get(name)
+            of_run[name] = None if None in (value, other) else value - other
+        return of_run
+
+    return table([run for run in runs if run.label != against], differences, paired)
 
 
-def paired(differences: list[float]) -> str:
+def paired(differences: list[float], seeds: int) -> str:
     """Write mean, standard error, t and n of paired differences."""
     n = len(differences)
-    if n == 0:
-        return "–"
-    average = statistics.fmean(differences)
+    mean = fmean(differences)
     if n == 1:
-        return f"{average:+.1f} (n = 1)"
-    error = statistics.stdev(differences) / math.sqrt(n)
-    t = average / error if error else math.inf
-    return f"{average:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
+        return f"{mean:+.1f} (n = 1)"
+    error = stdev(differences) / math.sqrt(n)
+    t = mean / error if error else math.inf
+    return f"{mean:+.1f} ± {error:.1f} (t = {t:.1f}, n = {n})"
 
 
-# --- Training and labels --------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def training(run: Run) -> Numbers:
     """Return means over a run's steps, the median step's ratio of variances, and all seconds."""
     numbers = {}
     for key, name in TRAINING.items():
-        numbers[name] = mean(step[key] for step in run.metrics if key in step)
+        numbers[name] = average(run.metrics, key)
     ratios = []
     seconds = 0.0
     for step in run.metrics:
         if step.get("advantage_variance"):
             ratios.append(step["advantage_variance_eda"] / step["advantage_variance"])
         seconds += sum(value for key, value in step.items() if key.startswith("seconds_"))
-    numbers["Â / A"] = None
-    if ratios:
-        numbers["Â / A"] = statistics.median(ratios)
+    numbers["Â / A"] = median(ratios) if ratios else None
     numbers["seconds"] = seconds
     return numbers
-
-
-def label_legend(runs: list[Run]) -> str:
-    """List each method's changed flags that are in no label, and the seeds of each label."""
-    lines = []
-    for common, alike in group(runs, lambda run: " ".join(run.common)).items():
-        methods = ", ".join(group(alike, lambda run: run.method))
-        if common:
-            lines.append(f"- {methods}, unless labelled otherwise: {common}")
-    seeds = {}
-    for label, alike in by_label(runs).items():
-        seeds[label] = ", ".join(str(run.seed) for run in alike)
-    for numbers, labels in group(seeds, seeds.get).items():
-        lines.append(f"- seeds {numbers}: {'; '.join(labels)}")
-    return "\n".join(lines)

@@ -1,6 +1,5 @@
 """A finished run writes report.md into its folder, and prints the short form of it."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +9,12 @@ from engine.folder import read_json, read_lines
 from engine.processes import is_main
 from errors import UserError
 from report import plot, runs, show
-from report.tables import group, markdown, mean, number, percent, visible
+from report.tables import average, group, markdown, number, percent, percent_and_error, visible
+
+KINDS_LEGEND = """\
+EDA divides the advantage A of a row by its P / mean, where P is the row's entropy and the mean is
+that of its group; the result is Â. If every kind of row is near 1, EDA changes little. `% of Â` is
+a kind's share of the sum of |Â|: the rows with the largest share decide what the update does."""
 
 
 def conclude(flags) -> int:
@@ -18,126 +22,110 @@ def conclude(flags) -> int:
 
     Returns 0, the exit code of a whole run.
     """
-    if not is_main():  # only the main process has written something
+    if not is_main():  # the other processes have written nothing
         return 0
     out = Path(flags.out)
     config = read_json(out / "config.json")
     metrics, _ = read_lines(out / "metrics.jsonl")
     evals, _ = read_lines(out / "evals.jsonl")
     table = summary(metrics, evals)
-    found = warnings(metrics, config, out)
+    doubts = warnings(metrics, config)
     parts = [f"# {out.name}", *setting(config), table]
-    parts += [f"**Warning:** {warning}" for warning in found]
+    parts += [f"**Warning:** {doubt}" for doubt in doubts]
     kinds = kinds_of_rows(metrics)
-    if kinds and not config["flags"]["sft"]:
+    if kinds and not flags.sft:
         parts += ["## What EDA sees", KINDS_LEGEND, kinds]
     try:
         if len(metrics) >= 10:
-            figures = plot.draw(runs.read_runs([str(out)]), out / "figures")
+            figures = plot.draw(runs.read_runs([out]), out / "figures")
             parts += [f"![{path.name}](figures/{path.name})" for path in figures]
-    except UserError:  # matplotlib is not there, and only needed to draw
+    except UserError:  # no figures without matplotlib
         pass
     parts.append("## Groups at the first, middle and last step, injected text in [brackets]")
-    for step in sorted({1, (flags.steps + 1) // 2, flags.steps}):
+    for step in sorted({1, flags.steps // 2 + 1, flags.steps}):
         parts.append(fenced(show.as_text(show.find_group(out, step, 1), width=100)))
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     say(table)
-    for warning in found:
-        say(f"warning: {warning}")
-    say(
-        f"the model is in {out / 'final'}, all of this with figures and samples in "
-        f"{out / 'report.md'}"
-    )
+    for doubt in doubts:
+        say(f"warning: {doubt}")
+    say(f"the model is in {out / 'final'}; report.md beside it has figures and samples, too")
     return 0
 
 
 def setting(config: dict) -> list[str]:
     """Write what was run, and on what, as two paragraphs."""
-    changed = " ".join(f"{flag}={json.dumps(v)}" for flag, v in config["changed"].items())
     versions = ", ".join(map(" ".join, config["versions"].items()))
     return [
         visible(f"`python {config['command']}`, commit {config['commit']}"),
         f"{config['device']}, processes: {config['processes']}, threads: {config['threads']}; "
-        f"{versions}. {config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems. "
-        f"Flags that differ from the defaults: {changed or 'none'}.",
+        f"{versions}. {config['parameters'] / 1e6:.1f}M parameters, {config['problems']} problems.",
     ]
 
 
 def fenced(text: str) -> str:
     """Put text into a code block of Markdown, whatever backticks are in it."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    longest = max(map(len, ["``", *re.findall("`+", text)]))
+    fence = "`" * (longest + 1)
     return f"{fence}\n{text}\n{fence}"
 
 
-def average(metrics: list[dict], key: str) -> float | None:
-    """Average a number over the steps in which it is defined."""
-    return mean(step[key] for step in metrics if step.get(key) is not None)
-
-
-def first_and_last(metrics: list[dict], count: int) -> tuple[list[dict], list[dict]]:
-    """Return the first and the last `count` steps, or the two halves of a shorter run."""
-    count = max(1, min(count, len(metrics) // 2))
+def first_and_last(metrics: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return the first and the last tenth of the steps, at least one of each."""
+    count = math.ceil(len(metrics) / 10)
     return metrics[:count], metrics[-count:]
 
 
 def summary(metrics: list[dict], evals: list[dict]) -> str:
-    """Set held-out accuracy before and after training, and first and last steps, side by side."""
-    first, last = first_and_last(metrics, 10)
-    rows = []
-    for task, of_task in group(evals, lambda e: e["task"]).items():
-        ends = [of_task[0], of_task[-1]]
-        accuracies = [f"{percent(e['accuracy'])} ± {percent(e['stderr'])}" for e in ends]
-        rows.append([f"held-out accuracy, {task}, before and after (%)", *accuracies])
-    for key, name, show_number in ROWS:
-        numbers = [average(part, key) for part in (first, last)]
-        if None not in numbers:
-            rows.append([name, *map(show_number, numbers)])
+    """Make a table of held-out accuracy before and after training, and of first and last steps."""
+    first, last = first_and_last(metrics)
     steps = f"{len(first)} of {len(metrics)} steps"
-    return markdown(["", f"first {steps}", f"last {steps}"], rows)
+    rows = []
+
+    def add(name, early, late):
+        rows.append({"": name, f"first {steps}": early, f"last {steps}": late})
+
+    for task, of_task in group(evals, lambda e: e["task"]).items():
+        before, after = percent_and_error(of_task[0]), percent_and_error(of_task[-1])
+        add(f"held-out accuracy, {task}, before and after (%)", before, after)
+    for key, name, show_number in ROWS:
+        if average(metrics, key) is not None:
+            add(name, show_number(average(first, key)), show_number(average(last, key)))
+    return markdown(rows)
 
 
 ROWS = [  # key of metrics.jsonl, name, how it is shown
     ("accuracy", "accuracy, sampled (%)", percent),
-    ("mixed_groups", "mixed groups, sampled (%)", percent),
-    ("mixed_groups_corrected", "mixed groups, trained on (%)", percent),
+    ("mixed_accuracy", "mixed groups, sampled (%)", percent),
+    ("mixed_accuracy_corrected", "mixed groups, trained on (%)", percent),
     ("loss", "loss", number),
 ]
 
 
-KINDS_LEGEND = """\
-EDA divides a row's advantage by its P / mean, where P is the row's entropy and the mean is that of
-its group. Where every kind of row is near 1, EDA changes little. Σ Â is the sum of all |Â|: the
-rows with the largest share of it decide what the update does."""
-
-
 def kinds_of_rows(metrics: list[dict]) -> str | None:
     """Tabulate P / mean and the share of |Â| by kind of row, early and late; None if unknown."""
-    ends = first_and_last(metrics, math.ceil(len(metrics) / 10))
+    early, late = first_and_last(metrics)
     rows = []
-    for kind, name in plot.KINDS.items():
-        ratios = [average(steps, f"relative_entropy_{kind}") for steps in ends]
-        shares = [average(steps, f"advantage_share_{kind}") for steps in ends]
-        if ratios != [None, None]:
-            rows.append([name, *(number(ratio, 2) for ratio in ratios), *map(percent, shares)])
-    header = [f"first and last {len(ends[0])} of {len(metrics)} steps"]
-    header += ["P / mean early", "late", "% of Σ Â early", "late"]
-    return markdown(header, rows) if rows else None
+    for kind, name in plot.kinds_of(metrics).items():
+        row = {f"first and last {len(early)} of {len(metrics)} steps": name}
+        for when, steps in (("early", early), ("late", late)):
+            relative = average(steps, f"relative_entropy_{kind}")
+            row[f"P / mean {when}"] = number(relative, ".2f")
+            row[f"% of Â {when}"] = percent(average(steps, f"advantage_share_{kind}"))
+        if average(metrics, f"relative_entropy_{kind}") is not None:
+            rows.append(row)
+    return markdown(rows) if rows else None
 
 
-def diverged(metrics: list[dict], out: Path) -> bool:
-    """Tell whether the last steps had the entropy of nearly uniform tokens, or no gradient in
-    spite of advantages."""
-    _, late = first_and_last(metrics, math.ceil(len(metrics) / 10))
-    if any(step["advantage_variance"] for step in late) and not average(late, "grad_norm"):
+def diverged(metrics: list[dict]) -> bool:
+    """Tell whether the last steps sampled nearly at random (more than 4 nats per token), or had no
+    gradient in spite of advantages."""
+    _, late = first_and_last(metrics)
+    if average(late, "advantage_variance") and not average(late, "grad_norm"):
         return True
-    entropy, config = average(late, "entropy"), out / "final" / "config.json"
-    if entropy is None or not config.exists():
-        return False
-    return entropy > 0.8 * math.log(read_json(config).get("vocab_size", math.inf))
+    return (average(late, "entropy") or 0) > 4
 
 
-def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
+def warnings(metrics: list[dict], config: dict) -> list[str]:
     """List what would make one doubt the run, most serious first."""
     skipped, wrong = sum(m["skipped_updates"] for m in metrics), len(config["wrong_references"])
     left_out = len(config["problems_left_out"])
@@ -146,7 +134,7 @@ def warnings(metrics: list[dict], config: dict, out: Path) -> list[str]:
     corrected = average(metrics, "mixed_groups_corrected") or 0.0
     doubts = [
         (
-            diverged(metrics, out),
+            diverged(metrics),
             "the model diverged: its last tokens were nearly uniform, or its gradients 0 in spite "
             "of advantages; set --lr lower",
         ),

@@ -6,24 +6,19 @@ PROBLEMS = dict(  # by task, in the order of its table
 TASKS = tuple(PROBLEMS)
 CONTEXT = 4096  # tokens of prompt and response together
 
-# Name and colour in all tables and figures of each (--method, --eda where it was changed), in their
-# order. The two rows that change --eda are not the paper's. The colours are those of Okabe and Ito,
-# which the colour-blind can tell apart.
-METHODS = {
-    ("sft", None): ("SFT", "#000000"),
-    ("grpo", None): ("GRPO", "#0072B2"),
-    ("grpo", True): ("GRPO + EDA", "#56B4E9"),
-    ("edge-grpo", False): ("GEC only", "#E69F00"),
-    ("force-r", None): ("Force-R", "#009E73"),
-    ("force-r-eda", None): ("Force-R & EDA", "#CC79A7"),
-    ("edge-grpo", None): ("EDGE-GRPO", "#D55E00"),
-    ("dr-grpo", None): ("Dr. GRPO", "#7F7F7F"),
-    ("dapo", None): ("DAPO", "#8C564B"),
+METHODS = {  # the name of each --method in tables and figures, in the order in which they stand
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "force-r": "Force-R",
+    "force-r-eda": "Force-R & EDA",
+    "edge-grpo": "EDGE-GRPO",
+    "dr-grpo": "Dr. GRPO",
+    "dapo": "DAPO",
 }
 
-# Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. Only the average is
-# printed for the base models, and for the withdrawn `1k-` rows, which were trained on a 1K sample
-# that was not chosen for hardness.
+# Accuracy in percent, trained on DeepScaleR-Hard-1K: average, then by task. The paper has only the
+# average of the base models, and of the withdrawn `1k-` rows, which were trained on a sample of 1K
+# problems that was not chosen for hardness.
 TABLE = """
 1.5b-sft         29.17  6.67 28.92 46.40 12.87 24.00
 1.5b-grpo        40.26 10.00 46.99 65.00 20.59 30.37
@@ -49,6 +44,6 @@ TABLE = """
 1k-7b-edge-grpo     49.30
 """
 PUBLISHED = {}
-for line in TABLE.strip().splitlines():
+for line in TABLE.split("\n")[1:-1]:
     row, *numbers = line.split()
     PUBLISHED[row] = dict(zip(("average", *TASKS), map(float, numbers)))

@@ -1,4 +1,4 @@
-"""This file reads runs for `compare` and `plot`, from folders or from packed files, and packs them.
+"""Read runs for `compare` and `plot`, from their folders or from packed files, and pack them.
 
 A packed file, NAME.jsonl.xz, holds one line of JSON per run: its name, config.json, metrics.jsonl
 (a list per key), evals.jsonl and every summary.json. It reads like a folder of runs, and a glob
@@ -9,7 +9,7 @@ import json
 import lzma
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -31,99 +31,96 @@ class Run:
     method: str  # its name in tables; for results of eval.py alone, the model
     seed: int
     steps: int = 0  # of training
-    flags: dict[str, str] = field(default_factory=dict)  # those that make another experiment
+    flags: dict[str, str] = field(default_factory=dict)  # those that affect the results, as text
     changed: set[str] = field(default_factory=set)  # flags that differ from the method's defaults
-    metrics: list[dict] = field(default_factory=list)  # one a step, without undefined numbers
-    evals: list[dict] = field(default_factory=list)  # evaluations while it trained
+    metrics: list[dict] = field(default_factory=list)  # lines of metrics.jsonl
+    evals: list[dict] = field(default_factory=list)  # lines of evals.jsonl
     results: dict[tuple, dict] = field(default_factory=dict)  # at its end, by (task, way)
     analyses: list[tuple[float, dict]] = field(default_factory=list)  # (T, results of eval.py)
     label: str = ""  # runs with one label differ only in their seed
-    common: list[str] = field(default_factory=list)  # flag=value, where the label names none
+    shared: str = ""  # flag=value that all runs of the method have; labels leave them out
 
 
-def read_runs(paths: list[str]) -> list[Run]:
-    """Read and label the runs, in the order of METHODS. Raises UserError if there is none."""
-    runs = [make_run(path, content) for path, content in contents(paths).items()]
+def read_runs(paths: list) -> list[Run]:
+    """Read and label the runs, in the order of METHODS. Raises UserError if there are none."""
+    runs = []
+    for path, content in contents(paths).items():
+        try:
+            runs.append(make_run(path, content))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{path}: its files were not written by edge_grpo.py or eval.py "
+                f"({type(error).__name__}: {error}); leave that folder out"
+            ) from None
     for of_method in group(runs, lambda run: run.method).values():
         label_runs(of_method)
-    methods = list(dict(METHODS.values()))
-    return sorted(runs, key=lambda run: methods.index(run.method) if run.method in methods else -1)
+    order = list(METHODS.values())
+    return sorted(runs, key=lambda run: order.index(run.method) if run.method in order else -1)
 
 
 def label_runs(runs: list[Run]) -> None:
-    """Label the runs of one method with its name and the flags in which they differ, as flag=value.
+    """Label the runs of one method: its name, and flag=value for each flag that was changed.
 
-    The value that most of the runs have, or else the default, is left out of the labels. `common`
-    lists what is left out so, where it is not the default. A run that is older than a flag counts
-    as one with the flag's default.
+    Changes that all of them share go to `shared` instead, except SWITCHES. A flag that an older
+    run does not know counts as unchanged. Where the default itself has changed between runs, each
+    value is named.
     """
-    common, defaults = [], {}
+    defaults = defaultdict(set)
     for run in runs:
-        run.label, run.common = run.method, common
         for flag in run.flags.keys() - run.changed:
-            defaults[flag] = run.flags[flag]
-    for flag in dict.fromkeys(flag for run in runs for flag in run.flags):
-        default = defaults.get(flag)
-        values = [run.flags.get(flag, default) for run in runs]
-        left_out, count = Counter(values).most_common(1)[0]
-        if 2 * count <= len(runs) or flag in SWITCHES:
-            left_out = default
-        if left_out != default:
-            common.append(f"{flag}={left_out}")
-        for run, value in zip(runs, values):
-            if value != left_out:
+            defaults[flag].add(run.flags[flag])
+    for run in runs:
+        run.label = run.method
+        for flag, value in run.flags.items():
+            if defaults[flag] == {value}:
+                continue
+            differs = any(other.flags.get(flag) != value for other in runs)
+            if differs or flag in SWITCHES:
                 run.label += f" {flag}={value}"
+            else:
+                run.shared += f" {flag}={value}"
 
 
-def value_text(value: object) -> str:
-    """Write a flag's value for a label, with slashes between the numbers of a list."""
-    if isinstance(value, list):
-        return "/".join(map(value_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def model_name(path: str) -> str:
-    """Shorten a model's path to RUN/final or RUN/step-100, a hub id to its last two parts."""
-    parts = [part for part in Path(path).parts if part != "checkpoints"]
-    return "/".join(parts[-2:])
-
-
-def contents(paths: list[str]) -> dict[Path, dict]:
+def contents(paths: list) -> dict[Path, dict]:
     """Read the files of each run, by its path. Paths without a run are skipped with a note."""
     runs, skipped = {}, []
     for given in map(Path, paths):
         found = dict(find_runs(given))
         runs |= found
         if not found:
-            skipped.append(str(given))
+            skipped.append(given)
     if not runs:
         raise UserError(
-            f"{skipped[0]}: no run (config.json), no results of eval.py (summary.json) and no "
+            f"{paths[0]}: no run (config.json), no results of eval.py (summary.json) and no "
             "packed runs (.jsonl.xz) of that name"
         )
     if skipped:
-        print(f"skipped, as there are no runs in them: {', '.join(skipped)}", file=sys.stderr)
+        print(f"skipped, as they hold no run: {', '.join(map(str, skipped))}", file=sys.stderr)
     return runs
 
 
 def find_runs(given: Path) -> Iterator[tuple[Path, dict]]:
-    """Find the run in a folder, or else all below it; or the runs of a packed file or glob."""
-    for file in (given, *given.parents):
-        if file.suffix == ".xz" and file.is_file():
-            wanted = "*" if given == file else str(given.relative_to(file))
-            rows = [row for row in read_packed(file) if fnmatch(row["name"], wanted)]
-            yield from ((file / row["name"], row) for row in rows)
-            return
+    """Yield (path, content) of the run in a folder, of every run below it, or of the runs in a
+    packed file whose names match a glob."""
+    name, packed, wanted = str(given).partition(".xz")
+    if packed and Path(name + packed).is_file():
+        file = Path(name + packed)
+        for row in read_packed(file):
+            if fnmatch(row["name"], wanted.strip("/") or "*"):
+                yield file / row["name"], row
+        return
     config = given / "config.json"
     if config.exists() or (given / "summary.json").exists():
         summaries = sorted({*given.glob("summary.json"), *given.glob("eval/**/summary.json")})
-        content = dict(
-            config=read_json(config) if config.exists() else None,
-            metrics=read_lines(given / "metrics.jsonl")[0],
-            evals=read_lines(given / "evals.jsonl")[0],
-            summaries=list(map(read_json, summaries)),
+        yield (
+            given,
+            dict(
+                config=read_json(config) if config.exists() else None,
+                metrics=read_lines(given / "metrics.jsonl")[0],
+                evals=read_lines(given / "evals.jsonl")[0],
+                summaries=list(map(read_json, summaries)),
+            ),
         )
-        yield given, content
     elif given.is_dir():
         for child in sorted(given.iterdir()):
             yield from find_runs(child)
@@ -144,8 +141,8 @@ def read_packed(file: Path) -> list[dict]:
     return rows
 
 
-def pack(file: Path, paths: list[str]) -> None:
-    """Write all that `compare` and `plot` read to one file, metrics to six digits.
+def pack(file: Path, paths: list) -> None:
+    """Write all that `compare` and `plot` read to one file, metrics to seven digits.
 
     Raises UserError for two runs of one name, or for a file name that is not NAME.jsonl.xz.
     """
@@ -153,15 +150,14 @@ def pack(file: Path, paths: list[str]) -> None:
         raise UserError(f"--out {file}: the name of a file of packed runs ends in .jsonl.xz")
     rows = {}
     for path, content in contents(paths).items():
-        make_run(path, content)  # fails for what could not be read again
         if path.name in rows:
             raise UserError(
                 f"{path}: another run is also named {path.name}; pack them into two files"
             )
-        metrics = {}
+        columns = {}
         for key in dict.fromkeys(key for line in content["metrics"] for key in line):
-            metrics[key] = [rounded(line.get(key)) for line in content["metrics"]]
-        rows[path.name] = {**content, "name": path.name, "metrics": metrics}
+            columns[key] = [rounded(line.get(key)) for line in content["metrics"]]
+        rows[path.name] = {**content, "name": path.name, "metrics": columns}
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wt", encoding="utf-8") as packed:
         for row in rows.values():
@@ -169,68 +165,40 @@ def pack(file: Path, paths: list[str]) -> None:
 
 
 def rounded(value: object) -> object:
-    """Round a float to six significant digits, or from 1 on to six digits behind the point."""
-    if not isinstance(value, float):
-        return value
-    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def make_run(path: Path, content: dict) -> Run:
-    """Make a run from the content of its files. Raises UserError for files of other programs."""
-    try:
-        return parse_run(path, content)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{path}: its files were not written by edge_grpo.py or eval.py "
-            f"({type(error).__name__}: {error}); leave that folder out"
-        ) from None
+    """Make a run from the content of its files.
 
-
-def parse_run(path: Path, content: dict) -> Run:
-    """Make a run; its results are those of eval.py, or else of its last evaluation in training,
-    and never of its best one."""
-    config, evals, summaries = content["config"], content["evals"], content["summaries"]
+    Its results are those of eval.py, or else of its last evaluation in training, and never of its
+    best one.
+    """
+    config, summaries = content["config"], content["summaries"]
     if config is None:
-        run = Run(path, model_name(summaries[0]["model"]), summaries[0]["seed"])
+        run = Run(path, summaries[0]["model"], summaries[0]["seed"])
     else:
-        flags = config["flags"]
-        run = Run(path, config["method"], config["seed"], flags["steps"])
-        for flag, value in flags.items():
-            if flag not in NOT_LABELLED and not flag.startswith("eval_"):
-                run.flags[flag] = value_text(value)
-        warm_start = re.sub(r"-seed\d+(?=/|$)", "", flags["model"])  # one for each seed
-        run.flags["model"] = model_name(warm_start)
+        method = METHODS.get(config["method"], config["method"])
+        run = Run(path, method, config["seed"], config["flags"]["steps"])
         run.changed = set(config["changed"])
-        name_method(run, config["changed"].get("eda"))
-        limit = flags.get("eval_max_new_tokens")
-        evals = [{"max_new_tokens": limit, **evaluation} for evaluation in evals]
-    for line in content["metrics"]:
-        numbers = {key: float(value) for key, value in line.items() if value is not None}
-        run.metrics.append({**numbers, "step": int(line["step"])})
-    run.evals = evals
+        for flag, value in config["flags"].items():
+            if flag not in NOT_LABELLED and not flag.startswith("eval_"):
+                # no blanks; and warm starts of several seeds are one experiment
+                run.flags[flag] = re.sub(r" |-seed\d+(?=/|$)", "", str(value))
+        limit = config["flags"].get("eval_max_new_tokens")
+        run.evals = [{"max_new_tokens": limit, **line} for line in content["evals"]]
+    run.metrics = content["metrics"]
     for summary in summaries:
         for temperature, result in summary["results"].items():
             run.analyses.append((float(temperature), result))
+            how = dict(summary.get("settings", {}), temperature=float(temperature))
             for task, numbers in result["tasks"].items():
-                how = dict(summary.get("settings", {}), temperature=float(temperature))
                 add_result(run, task, {**how, **numbers})
     evaluated = {task for task, _ in run.results}
-    last = max((evaluation["step"] for evaluation in evals), default=0)
-    for evaluation in evals:
-        if evaluation["step"] == last and evaluation["task"] not in evaluated:
-            add_result(run, evaluation["task"], evaluation)
+    for line in run.evals:
+        if line["step"] == run.evals[-1]["step"] and line["task"] not in evaluated:
+            add_result(run, line["task"], line)
     return run
-
-
-def name_method(run: Run, eda: bool | None) -> None:
-    """Name the method as the README's tables do. eda: as it was changed from the method's own."""
-    row = (run.method, eda)
-    if row in METHODS:
-        run.flags.pop("eda", None)  # the name says it
-    else:
-        row = (run.method, None)
-    if row in METHODS:
-        run.method, _ = METHODS[row]
 
 
 def add_result(run: Run, task: str, numbers: dict) -> None:
@@ -238,10 +206,7 @@ def add_result(run: Run, task: str, numbers: dict) -> None:
 
     Raises UserError if the task was measured twice in that way.
     """
-    n, temperature = numbers["n"], numbers["temperature"]
-    way = "greedy" if n == 1 and temperature == 0 else f"T={temperature:g}"
-    if n > 1:
-        way = f"avg@{n} {way}"
+    way = f"avg@{numbers['n']} T={numbers['temperature']:g}"
     if (task, way) in run.results:
         raise UserError(
             f"{run.path}: its eval/ holds {task}, {way}, twice, say of two seeds; move one of the "

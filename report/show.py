@@ -1,8 +1,7 @@
 """`python eval.py show RUN --step 17 --question 2` shows one group as a person reads it.
 
-A group is the responses to one question of a step (samples.jsonl of a run), or to one problem of
-an evaluation (responses.jsonl of a folder of eval.py). Text that GEC injected is set apart. The
-HTML page also shades each token by its entropy.
+A group is the responses to one question of a step, from samples.jsonl. Text that GEC injected is
+set apart. The HTML page also shades each token by its entropy.
 """
 
 import html
@@ -11,88 +10,50 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-import data
 from engine.folder import read_lines
 from errors import UserError
-from report.tables import mean, visible
+from report.tables import number, visible
 
 
-def find_group(folder: Path, step: int | None, question: int) -> list[dict]:
+def find_group(run: Path, step: int | None, question: int) -> list[dict]:
     """Find the rows of question number `question` (from 1) of a step (default: the last).
 
     Raises UserError if there are none.
     """
-    samples = folder / "samples.jsonl"
-    if samples.exists():
-        rows, _ = read_lines(samples)
-        if not rows or "question" not in rows[0]:
-            raise UserError(f"{samples}: holds no samples of this version; run it again")
-        steps = rows[-1]["step"]
-        step = steps if step is None else step
-        found = [r for r in rows if r["step"] == step and r["question_number"] == question]
-        questions = max(r["question_number"] for r in rows)
-        wanted = (
-            f"question {question} of step {step}; it has {steps} steps of {questions} questions"
-        )
-    elif (folder / "responses.jsonl").exists():
-        records, _ = read_lines(folder / "responses.jsonl")
-        records = [r for r in records if not r["phrase"]]  # not the forced reflections
-        problems = list(dict.fromkeys((r["task"], r["problem"]) for r in records))
-        asked = problems[question - 1 : question]
-        found = [as_sample(r) for r in records if (r["task"], r["problem"]) in asked]
-        wanted = f"problem {question}; it has {len(problems)}"
-    else:
+    rows, _ = read_lines(run / "samples.jsonl")
+    if not rows or "question" not in rows[0]:
+        raise UserError(f"{run}: no run with samples of this version (samples.jsonl)")
+    steps = rows[-1]["step"]
+    if step is None:
+        step = steps
+    group = [row for row in rows if (row["step"], row["question_number"]) == (step, question)]
+    if not group:
+        questions = max(row["question_number"] for row in rows)
         raise UserError(
-            f"{folder}: neither a run (samples.jsonl) nor results of eval.py (responses.jsonl)"
+            f"{run}: holds no question {question} of step {step}; it has {steps} steps of "
+            f"{questions} questions"
         )
-    if not found:
-        raise UserError(f"{folder}: holds no {wanted}")
-    return found
+    return group
 
 
-def as_sample(record: dict) -> dict:
-    """Make a row of samples.jsonl from a line of responses.jsonl, with its question if possible."""
-    try:
-        problem = data.load(record["task"])[record["problem"] - 1]
-        question, answers = problem.question, list(problem.answers)
-    except (UserError, IndexError):
-        question, answers = "(its file is not here)", []
-    return dict(
-        record,
-        source=f"{record['task']}:{record['problem']}",
-        question=question,
-        answers=answers,
-        tokens=len(record["ids"]),
-        segments=[[record["response"], False]],
-    )
+def title(row: dict) -> str:
+    place = f"step {row['step']}, question {row['question_number']}: {row['source']}"
+    return visible(f"{place}, gold {' or '.join(map(str, row['answers']))}")
 
 
-def title(rows: list[dict]) -> str:
-    first = rows[0]
-    gold = " or ".join(map(str, first["answers"])) or "unknown"
-    text = f"{first['source']}, gold {gold}"
-    if "step" in first:
-        text = f"step {first['step']}, question {first['question_number']}: {text}"
-    return visible(text)
-
-
-def heading(number: int, row: dict, rows: list[dict]) -> str:
+def heading(position: int, row: dict) -> str:
     """Write a response's accuracy, length, P, P/mean and A -> A^, and what GEC did to it."""
-    parts = ["right" if row["accuracy"] else "wrong", f"{row['tokens']} tokens"]
+    grade = "right" if row["accuracy"] else "wrong"
+    length = str(row["tokens"])
     if "correction" in row:
-        then = "right" if row["accuracy_corrected"] else "wrong"
-        parts[0] += f", {row['correction']}: {then}"
-        parts[1] = f"{row['tokens']} -> {row['tokens_corrected']} tokens"
-    if row["entropy"] is not None:
-        relative = row.get("relative_entropy")
-        if "relative_entropy" not in row:  # an evaluation, or an older run
-            average = mean(r["entropy"] for r in rows if r["entropy"] is not None)
-            relative = row["entropy"] / average if average else None
-        parts.append(f"P {row['entropy']:.3f}")
-        parts.append("P/mean –" if relative is None else f"P/mean {relative:.2f}")
-    if "advantage" in row:
-        parts.append(f"A {row['advantage']:+.2f} -> {row['advantage_eda']:+.2f}")
-    return f"{number}. " + ", ".join(parts)
+        corrected = "right" if row["accuracy_corrected"] else "wrong"
+        grade += f", {row['correction']}: {corrected}"
+        length += f" -> {row['tokens_corrected']}"
+    return (
+        f"{position}. {grade}, {length} tokens, P {number(row['entropy'], '.3f')}, "
+        f"P/mean {number(row.get('relative_entropy'), '.2f')}, "
+        f"A {row['advantage']:+.2f} -> {row['advantage_eda']:+.2f}"
+    )
 
 
 def replaced(row: dict) -> bool:
@@ -104,27 +65,24 @@ def as_text(rows: list[dict], width: int | None = None, colour: bool = False) ->
     """Write the group in lines of `width` columns, injected text in colour or in [brackets]."""
     width = width or shutil.get_terminal_size().columns
     start, end = ("\x1b[35m", "\x1b[0m") if colour else ("[", "]")
-    lines = [title(rows), *wrapped(visible(rows[0]["question"]), width, "  "), ""]
-    for number, row in enumerate(rows, start=1):
-        lines.append(heading(number, row, rows))
+    lines = [title(rows[0]), wrapped(visible(rows[0]["question"]), width, "  "), ""]
+    for position, row in enumerate(rows, start=1):
+        lines.append(heading(position, row))
         if replaced(row):
-            lines += wrapped(visible("(as sampled) " + row["response"]), width, "   ")
+            lines.append(wrapped(visible("(as sampled) " + row["response"]), width, "   "))
         text = ""
         for part, injected in row["segments"]:
             text += start + visible(part) + end if injected else visible(part)
-        lines += wrapped(text, width, "   ")
+        lines.append(wrapped(text, width, "   "))
     return "\n".join(lines)
 
 
-def wrapped(text: str, width: int, indent: str) -> list[str]:
-    """Wrap and indent the lines of a text; empty ones stay."""
+def wrapped(text: str, width: int, indent: str) -> str:
+    """Wrap and indent each line of a text."""
     wrapper = textwrap.TextWrapper(
         max(width, 20), initial_indent=indent, subsequent_indent=indent, replace_whitespace=False
     )
-    lines = []
-    for paragraph in text.split("\n"):
-        lines += wrapper.wrap(paragraph) or [indent]
-    return lines
+    return "\n".join(map(wrapper.fill, text.split("\n")))
 
 
 STYLE = """\
@@ -143,13 +101,12 @@ def escaped(text: str) -> str:
 
 def as_page(rows: list[dict]) -> str:
     """Write the group as one self-contained HTML page. Raises UserError without --save-tokens."""
-    known = [entropy for row in rows for entropy in row.get("token_entropies", ())]
-    if not known:
+    if "token_entropies" not in rows[0]:
         raise UserError(
             "these samples do not hold their tokens, which the page shades: run with --save-tokens"
         )
-    highest = max(known) or 1.0
-    name = escaped(title(rows))
+    highest = max(entropy for row in rows for entropy in row["token_entropies"]) or 1.0
+    name = escaped(title(rows[0]))
     body = [
         f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>",
         f"<h1>{name}</h1>",
@@ -157,8 +114,8 @@ def as_page(rows: list[dict]) -> str:
         f"<p>Shade: entropy of each token, white 0, darkest {highest:.2f} nats; outlined: injected "
         "by GEC; hover for numbers.</p>",
     ]
-    for number, row in enumerate(rows, start=1):
-        body.append(f"<h2>{escaped(heading(number, row, rows))}</h2>")
+    for position, row in enumerate(rows, start=1):
+        body.append(f"<h2>{escaped(heading(position, row))}</h2>")
         if replaced(row):
             body.append(f"<pre class=sampled>{escaped('as sampled: ' + row['response'])}</pre>")
         body.append(f"<pre>{shaded(row, highest)}</pre>")

@@ -1,10 +1,9 @@
-"""This file makes tables in Markdown, makes text safe to print, and writes what eval.py found."""
+"""Tables in Markdown, text that is safe to print, and the tables that eval.py prints."""
 
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from report.paper import PROBLEMS, PUBLISHED
 
@@ -18,12 +17,19 @@ def group(items: Iterable, key: Callable) -> dict:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """Return the mean, or None of nothing. The mean of booleans is the share that is true."""
+    """Return the mean, or None if there are no values. Of booleans it is the share of True."""
     values = list(values)
-    return statistics.fmean(values) if values else None
+    if values:
+        return statistics.fmean(values)
+    return None
 
 
-HIDDEN = re.compile(  # control, bidirectional, invisible characters and halves of others
+def average(metrics: list[dict], key: str) -> float | None:
+    """Return the mean of one number of metrics.jsonl over the steps that know it."""
+    return mean(step[key] for step in metrics if step.get(key) is not None)
+
+
+HIDDEN = re.compile(  # control, bidirectional and invisible characters, and lone surrogates
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -35,43 +41,50 @@ def visible(text: str) -> str:
     Everything that a model wrote passes through here before it is printed: an escape sequence
     would clear the screen, and a bidirectional override would reorder the line.
     """
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def short(task: str) -> str:
-    """Shorten a task for the head of a column: tiny:5-8:test is 5-8, a file has no folders."""
-    name = Path(task).stem.removeprefix("tiny:").removesuffix(":test")
-    return name.replace(":validation", " val.")
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return a table of rows, each {column: cell}; a cell that a row lacks becomes –.
 
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Align a table for the screen, too: the first column to the left, the others to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
-    rule = ["-" * widths[0]]
-    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
-    lines = []
-    for first, *others in (header, rule, *rows):
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append(f"| {' | '.join(cells)} |")
+    Cells are padded for the screen: the first column to the left, the others to the right.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    lines = ["|"] * (len(rows) + 2)
+    for position, column in enumerate(columns):
+        cells = [column, "---", *[row.get(column, "–") for row in rows]]
+        width = max(map(len, cells))
+        if position == 0:
+            cells[1] = "-" * width
+            cells = [cell.ljust(width) for cell in cells]
+        else:
+            cells[1] = "-" * (width - 1) + ":"
+            cells = [cell.rjust(width) for cell in cells]
+        lines = [f"{line} {cell} |" for line, cell in zip(lines, cells)]
     return "\n".join(lines)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
+def percent_and_error(numbers: dict, digits: int = 1) -> str:
+    """Write an accuracy in percent ± its standard error over problems."""
+    return f"{percent(numbers['accuracy'], digits)} ± {percent(numbers['stderr'], digits)}"
+
+
 def result_text(result: dict, published: str | None = None) -> str:
     """Write what eval.py found at one temperature. published names a row of the paper's table."""
-    parts = [accuracy_table(result, published)]
+    text = accuracy_table(result, published)
     if "entropy" in result:
-        parts.append(entropy_text(result["entropy"]))
+        text += "\n\n" + entropy_text(result["entropy"])
     if "reflection" in result:
-        parts.append(reflection_text(result["reflection"]))
-    return "\n\n".join(parts)
+        text += "\n\n" + reflection_text(result["reflection"])
+    return text
 
 
 def accuracy_table(result: dict, published: str | None = None) -> str:
@@ -79,61 +92,43 @@ def accuracy_table(result: dict, published: str | None = None) -> str:
 
     The paper's average stands beside ours only if the problems are the paper's.
     """
-    paper = PUBLISHED.get(published)
+    paper = PUBLISHED.get(published, {})
     problems = {}
     rows = []
-    extra = [key for key in result["all"] if "@" in key]
-    for task, numbers in [*result["tasks"].items(), ("average", result["all"])]:
-        accuracy = f"{percent(numbers['accuracy'], 2)} ± {percent(numbers['stderr'], 2)}"
-        row = [task, str(numbers["problems"]), accuracy]
-        if paper and (task != "average" or problems == PROBLEMS):
-            row.append(number(paper.get(task), 2))
-        elif paper:
-            row.append("–")
-        row += [percent(numbers.get(key)) for key in extra]
-        row += [f"{numbers['mean_length']:.0f}", str(numbers["max_length"])]
-        rows.append([*row, percent(numbers["format"]), percent(numbers["truncated"])])
+    for task, numbers in (result["tasks"] | {"average": result["all"]}).items():
+        row = {"benchmark": task, "problems": str(numbers["problems"])}
+        row[f"avg@{numbers['n']}"] = percent_and_error(numbers, 2)
+        if published and (task != "average" or problems == PROBLEMS):
+            row[f"paper: {published}"] = number(paper.get(task), ".2f")
         problems[task] = numbers["problems"]
-    header = ["benchmark", "problems", f"avg@{result['all']['n']}"]
-    if paper:
-        header.append(f"paper: {published}")
-    header += [*extra, "mean length", "max length", "formatted", "truncated"]
-    return markdown(header, rows)
+        for key, value in numbers.items():
+            if "@" in key:  # pass@k and maj@n
+                row[key] = percent(value)
+        row["mean length"] = f"{numbers['mean_length']:.0f}"
+        row["max length"] = str(numbers["max_length"])
+        row["formatted"] = percent(numbers["format"])
+        row["truncated"] = percent(numbers["truncated"])
+        rows.append(row)
+    return markdown(rows)
 
 
 def entropy_text(found: dict) -> str:
-    """Compare the entropies of correct and of wrong responses (Figure 3)."""
-    if not found:
-        return "entropy: there is no response with a token in it"
+    """Compare the entropies of right and of wrong responses (Figure 3)."""
     names = dict(overall="over all responses", within="within each question (P / its mean)")
     rows = []
     for key, name in names.items():
-        side = found[key]
-        if side:
-            row = [name, str(side["correct"]), str(side["wrong"])]
-            row += [number(side[key]) for key in ("mean_correct", "mean_wrong", "ratio")]
-            rows.append([*row, percent(side["correct_above"]), percent(side["wrong_below"])])
-    header = ["entropy P", "correct", "wrong", "mean P correct", "mean P wrong", "wrong / correct"]
-    header += ["% correct above average", "% wrong below average"]
-    text = markdown(header, rows)
-    if not found["within"]:
-        text += "\nwithin each question: needs at least two responses (--n)"
-    return text
+        row = {"entropy P": name}
+        for column, value in (found.get(key) or {}).items():
+            row[column.replace("_", " ")] = number(value)
+        rows.append(row)
+    return markdown(rows)
 
 
 def reflection_text(found: dict) -> str:
-    """Write the accuracy of responses that reflect, and what forced reflections fix (Figure 2)."""
-    text = (
-        f"reflection: {found['reflecting']} of {found['responses']} responses "
-        f"({percent(found['share_reflecting'])}%) contain self-reflection, accuracy "
-        f"{percent(found['accuracy_reflecting'])}%; overall {percent(found['accuracy'])}%\n"
-    )
-    if not found["fixed"]:
-        return text + "no response is wrong, so none was made to reflect"
-    rows = [[repr(phrase), percent(share)] for phrase, share in found["fixed"].items()]
-    rows.append(["average of the four", percent(found["mean_fixed"])])
-    table = markdown(
-        [f"forced reflection on the {found['wrong']} wrong responses", "% fixed"], rows
-    )
-    gain = percent(found["gain"])
-    return f"{text}\n{table}\non average that adds {gain} points to the overall accuracy"
+    """Write how responses that reflect do, and what forced reflections fix (Figure 2)."""
+    shares = {f"fixed by {phrase!r}": share for phrase, share in found["fixed"].items()}
+    rows = []
+    for key, value in (found | shares).items():
+        if key != "fixed":
+            rows.append({"reflection": key.replace("_", " "), "": number(value)})
+    return markdown(rows)

@@ -1,22 +1,25 @@
-"""
-A whole training step: ours by phase, and TRL's GRPOTrainer on the same work if trl is installed. Not a test.
+"""A whole training step: ours by phase, and TRL's GRPOTrainer on the same work if trl is
+installed. Not a test.
 
-    OMP_NUM_THREADS=1 python tests/bench_step.py                                    # CPU, two models, in pairs with TRL
-    python tests/bench_step.py --device cuda --shape 7b --rows 8 --tokens 1024      # one GPU, ours alone
+    OMP_NUM_THREADS=1 python tests/bench_step.py                # CPU, in pairs with TRL
+    python tests/bench_step.py --device cuda --shape 7b --rows 8 --tokens 1024    # ours alone
 
-On a CPU the work is 8 prompts x 8 responses of at most 128 new tokens, fp32, no KL, no gradient checkpointing. The
-weights are random and the same on both sides, and a fixed share of the vocabulary ends a response, so that lengths are
-geometric with a mean of about 40% of the limit. Rewards say whether a length is odd: nearly every group is mixed, and
-grading costs nothing. Ours does more than TRL's: EDA. (--score adds a forward pass over all responses before the
-update, what their entropies would cost if the sampler did not tell them.) Packed rows (a prompt is run once for all its
-responses, and only attention sees padding) make the update x 1.4 / 1.5 as fast as rows padded and sorted by length, as
-models outside the Llama family have them (--padded). Each run is a process of its own (the first step warms up and is
-not counted), runs take turns, a ratio is of two neighbours.
+On a CPU the work is 8 prompts x 8 responses of at most 128 new tokens, fp32, no KL, no gradient
+checkpointing. The weights are random and the same on both sides, and a fixed share of the
+vocabulary ends a response, so that lengths are geometric with a mean of about 40% of the limit.
+Rewards say whether a length is odd: nearly every group is mixed, and grading costs nothing.
+Ours does more than TRL's: EDA. (--score adds a forward pass over all responses before the
+update, what their entropies would cost if the sampler did not tell them.) Packed rows (a prompt
+is run once for all its responses, and only attention sees padding) make the update x 1.4 / 1.5
+as fast as rows padded and sorted by length, as models outside the Llama family have them
+(--padded). Each run is a process of its own (the first step warms up and is not counted), runs
+take turns, a ratio is of two neighbours.
 
-On a GPU (or with --rows) it is a step of the paper's run, in the rows of docs/gpus.md, which says what an H200 took
-for each: every response has exactly --tokens tokens and is graded wrong, the paper's corrections are made (a quarter of
-the rows answered, a quarter referenced, half go on by 256 tokens), and all is trained on. MFU is the share of the GPU's
-dense bf16 peak that 6 (update) or 2 (sampling, scoring) floating-point operations per weight and token make up;
+On a GPU (or with --rows) it is a step of the paper's run, in the rows of docs/gpus.md, which
+says what an H200 took for each: every response has exactly --tokens tokens and is graded wrong,
+the paper's corrections are made (a quarter of the rows answered, a quarter referenced, half go
+on by 256 tokens), and all is trained on. MFU is the share of the GPU's dense bf16 peak that 6
+(update) or 2 (sampling, scoring) floating-point operations per weight and token make up;
 recomputed activations do not count as work.
 """
 
@@ -57,7 +60,7 @@ MIB = 2**20
 
 
 def words(vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the ids: "w7 w3" is [7, 3]. Its chat template is the question alone."""
+    """A tokenizer whose words are the ids: "w7 w3" is [7, 3]. A prompt is the question alone."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -79,7 +82,7 @@ def questions(vocab: int, count: int, step: int) -> list[str]:
 
 
 def end_ids(vocab: int) -> list[int]:
-    """w0 and enough other ids that a random model ends a response with probability HAZARD at each token."""
+    """w0 and so many other ids that a random model ends with probability HAZARD at each token."""
     return [0, *range(2, 1 + round(vocab * HAZARD))]
 
 
@@ -103,7 +106,7 @@ def highest(device: str) -> int:
     )
 
 
-# --- Ours ------------------------------------------------------------------------------------------------------------
+# --- Ours ---------------------------------------------------------------------------------------
 
 
 def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[dict, dict, list]:
@@ -172,9 +175,11 @@ def ours(args) -> dict:
         (args.tokens, 1, args.rows) if gpu or args.rows else (LIMIT, PROMPTS, GROUP)
     )
     flags = edge_grpo.parse_flags(
-        f"--model random --data none --method {'edge-grpo' if args.rows else 'grpo'} --eda --max-new-tokens {tokens} "
+        f"--model random --data none --method {'edge-grpo' if args.rows else 'grpo'} --eda "
+        f"--max-new-tokens {tokens} "
         f"--temperature 1 --correction-tokens {tokens // 4} "
-        f"--questions-per-step {groups} --group-size {rows} --micro-batch-tokens {args.micro_batch_tokens} "
+        f"--questions-per-step {groups} --group-size {rows} "
+        f"--micro-batch-tokens {args.micro_batch_tokens} "
         f"--device {args.device} --seed {args.seed} "
         f"--{'' if gpu and not args.no_checkpointing else 'no-'}gradient-checkpointing "
         f"--{'' if args.offload else 'no-'}offload-optimizer".split()
@@ -219,11 +224,11 @@ def ours(args) -> dict:
     )
 
 
-# --- TRL's -----------------------------------------------------------------------------------------------------------
+# --- TRL's --------------------------------------------------------------------------------------
 
 
 def trl_trainer(args, lengths: list, times: list):
-    """GRPOTrainer on the same model, prompts and rewards; it fills `lengths` and `times`, a step an entry."""
+    """GRPOTrainer on the same model, prompts and rewards; fills in `lengths` and `times`."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -287,7 +292,7 @@ def trl(args) -> dict:
     )
 
 
-# --- The report ------------------------------------------------------------------------------------------------------
+# --- The report ---------------------------------------------------------------------------------
 
 
 def mean_length(run: dict) -> float:
@@ -314,7 +319,8 @@ def report_phases(run: dict, args) -> None:
             )
         print(line)
     print(
-        f"  step   {step:9.3f} s for {mean_length(run) * len(run['lengths'][0]):.0f} response tokens; peak "
+        f"  step   {step:9.3f} s for {mean_length(run) * len(run['lengths'][0]):.0f} response "
+        f"tokens; peak "
         f"{run['peak'] / MIB:.0f} MiB, {run['extra'] / MIB:.0f} of them added by the steps"
     )
 
@@ -343,8 +349,9 @@ def compare(args) -> None:
             statistics.median(run[key] for run in mine) / MIB for key in ("peak", "extra")
         )
         print(
-            f"  {name:5}{statistics.median(map(step_seconds, mine)):8.3f} CPU s a step; responses of "
-            f"{statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, {extra:.0f} by the steps"
+            f"  {name:5}{statistics.median(map(step_seconds, mine)):8.3f} CPU s a step; responses "
+            f"of {statistics.mean(map(mean_length, mine)):.1f} tokens; peak {peak:.0f} MiB, "
+            f"{extra:.0f} by the steps"
         )
     ratios = [step_seconds(b) / step_seconds(a) for a, b in runs]
     per_token = [r * mean_length(a) / mean_length(b) for r, (a, b) in zip(ratios, runs)]

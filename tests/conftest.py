@@ -1,7 +1,8 @@
-"""So that `pytest` finds the project's modules from any folder, and that it means the same on every machine.
+"""So that `pytest` finds the project's modules from any folder, and that it means the same on
+every machine.
 
-The contracts are pinned on the CPU, also where there is a GPU: there they hold bit for bit. `python -m pytest --cuda`
-runs the tests that need a GPU instead, and only those.
+The contracts are pinned on the CPU, also where there is a GPU: there they hold bit for bit.
+`python -m pytest --cuda` runs the tests that need a GPU instead, and only those.
 """
 
 import os

@@ -81,7 +81,8 @@ def run_seed(seed: int, args: argparse.Namespace, out: Path, until: float) -> li
         folder.mkdir(parents=True, exist_ok=True)
         train = (
             f"edge_grpo.py --model {args.world} --profile tiny --temperature 0.6 "
-            f"--steps {args.steps} --questions-per-step {args.questions} --seed {seed} --save-every 0 --eval-every 0 "
+            f"--steps {args.steps} --questions-per-step {args.questions} --seed {seed} "
+            f"--save-every 0 --eval-every 0 "
             f"--eval-limit 64 --no-save-tokens --device {args.device} --max-rows 64 --overwrite "
             f"--out {folder} {flags.format(grpo_lr=args.grpo_lr, edge_lr=args.edge_lr)}"
         )
@@ -149,7 +150,7 @@ def main() -> None:
         return
     until = time.perf_counter() + args.seconds
     args.world = out / "world"
-    make = f"-m data.tiny --out {args.world} --device {args.device}"
+    make = f"-m results.make_tiny_model --out {args.world} --device {args.device}"
     make += f" --hidden {args.hidden} --layers {args.layers}"
     if args.rehearse:
         make += " --share 0.002"

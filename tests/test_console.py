@@ -37,6 +37,19 @@ def test_what_the_system_refuses_is_one_sentence(capsys, code):
     assert text.count("\n") == 1 and os.strerror(code) in text and "--resume" in text
 
 
+def test_a_line_at_the_first_and_the_last_step_and_every_ten_seconds_between(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    progress = console.Progress(100, 10, {"loss": "loss", "kl": "KL"})
+    for step in range(11, 101):
+        now[0] += 3.0
+        progress.show(dict(step=step, loss=0.25, kl=None, tokens_per_second=3210.4))
+    lines = capsys.readouterr().out.splitlines()
+    shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
+    assert shown == [*range(11, 100, 4), 100]
+    assert lines[0] == "step 11/100: loss 0.25, 3210 tok/s, 4.5 min left"
+
+
 @pytest.mark.parametrize("columns, holds", [(80, "mixed"), (200, "tok/s"), (40, "acc")])
 def test_the_bar_can_be_read_on_any_terminal(monkeypatch, capsys, columns, holds):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

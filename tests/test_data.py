@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 import reward
-from data import Problem, download, gold_text, is_test_set, load, tiny
+from data import Problem, download, gold_text, is_test_set, load
+from data.tiny import split_of
 from edge_grpo import ANSWER, parse_flags
 from engine import load_policy
 from engine.problems import check_golds, training_problems
 from errors import UserError
+from results import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
 UPSTREAM = Path(__file__).parents[2] / "shared" / "upstream"
@@ -503,7 +505,7 @@ def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, small_set, m
     small_set.parent.mkdir()
     small_set.write_bytes(b"old")
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(UserError, match=f"cannot write {small_set}: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         download.fetch("small", str(tmp_path))
     files = [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()]
     assert files == [("small.json", b"old")]
@@ -515,19 +517,8 @@ def test_unwritable_cache(tmp_path, small_set, monkeypatch):
     write(small_set.parent, "a file where the folder should be")
     for folder in (small_set.parent, Path("/proc/self/cache")):  # nobody can make the second one
         monkeypatch.setattr(download, "CACHE", folder)
-        with pytest.raises(UserError, match=f"cannot write {folder}/small.json"):
+        with pytest.raises(OSError, match=str(folder)):
             download.fetch("small", str(tmp_path))
-
-
-def test_download_command(tmp_path, small_set, capsys):
-    for argv, says in ((["tinee"], "'tinee' is neither"), (["--mirror", str(tmp_path)], "No such")):
-        with pytest.raises(SystemExit) as stop:
-            download.main(argv)
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-    (tmp_path / "b/repo/commit").mkdir(parents=True)
-    (tmp_path / "b/repo/commit/x.json").write_bytes(CONTENT)
-    download.main(["--mirror", str(tmp_path)])
-    assert "small: 3000 problems" in capsys.readouterr().out
 
 
 def test_loading_problems_does_not_import_torch():
@@ -601,7 +592,7 @@ def test_tiny_splits_are_disjoint_in_their_chains():
     assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 966]
     assert len({chain_of(p.question) for p in load("tiny:1-3")}) == 2048
     rng = random.Random(0)
-    assert all(tiny.split_of(tiny.warm_start_chain(rng)) == "train" for _ in range(200))
+    assert all(split_of(make_tiny_model.warm_start_chain(rng)) == "train" for _ in range(200))
 
 
 def test_tiny_problems_are_the_same_in_every_process():
@@ -679,7 +670,7 @@ def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
         ]
     tokens = tokenizer.convert_ids_to_tokens(ids(tokenizer, "(8)52=\\boxed{7}."))
     assert tokens == ["(8)", "5", "2", "=", "\\boxed{", "7", "}", "."]
-    assert len(tokenizer) == 256 + len(tiny.SPECIAL) + len(tiny.WORDS)
+    assert len(tokenizer) == 256 + len(make_tiny_model.SPECIAL) + len(make_tiny_model.WORDS)
 
 
 def test_chat_template(tokenizer):
@@ -689,7 +680,7 @@ def test_chat_template(tokenizer):
         {"role": "user", "content": question},
     ]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert prompt == tiny.prompt_text(question)
+    assert prompt == make_tiny_model.prompt_text(question)
     assert prompt == tokenizer.apply_chat_template(
         turns[1:], add_generation_prompt=True, tokenize=False
     )
@@ -701,7 +692,7 @@ def test_chat_template(tokenizer):
 
 
 def test_shipped_tokenizer_is_the_recipe_s(tokenizer):
-    made = tiny.make_tokenizer()
+    made = make_tiny_model.make_tokenizer()
     assert (
         made.get_vocab() == tokenizer.get_vocab() and made.chat_template == tokenizer.chat_template
     )
@@ -722,15 +713,17 @@ def test_shipped_checkpoint(tokenizer):
         tokenizer.pad_token_id,
     }
     p = load("tiny:2:test")[0]
-    row = torch.tensor([ids(tokenizer, tiny.prompt_text(p.question) + p.solution + "<|im_end|>")])
-    start = len(ids(tokenizer, tiny.prompt_text(p.question)))
+    row = torch.tensor(
+        [ids(tokenizer, make_tiny_model.prompt_text(p.question) + p.solution + "<|im_end|>")]
+    )
+    start = len(ids(tokenizer, make_tiny_model.prompt_text(p.question)))
     logp = model(row).logits.log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])
     assert logp.mean() > -1.0  # it knows its world: far from the -5.7 of chance
 
 
 def test_training_rows_learn_the_replies_only():
     rng = random.Random(3)
-    rows = [tiny.training_row(rng, guesses=True) for _ in range(300)]
+    rows = [make_tiny_model.training_row(rng, guesses=True) for _ in range(300)]
     for row in rows:
         learned = "".join(text for text, is_learned in row if is_learned)
         assert (
@@ -738,4 +731,4 @@ def test_training_rows_learn_the_replies_only():
             and "How many?" not in learned
             and "Wait!" not in learned
         )
-    assert any(tiny.REFLECT in [text for text, _ in row] for row in rows)
+    assert any(make_tiny_model.REFLECT in [text for text, _ in row] for row in rows)

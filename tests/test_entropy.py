@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.outputlayer import check_output_layer
-from entropy import default_chunk, logprob_entropy, mean_entropy
+from entropy import default_chunk, logprob_entropy, response_entropy
 
 N, H, V = 7, 16, 101
 pytestmark = pytest.mark.method
@@ -213,12 +213,10 @@ def test_mistakes_are_told(change, sentence):
         logprob_entropy(**arguments)
 
 
-def test_mean_entropy_is_over_a_response_s_own_tokens():
-    entropies = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([]), torch.tensor([5.0])]
-    assert mean_entropy(entropies).tolist() == [3.0, 0.0, 5.0]
-    assert mean_entropy([]).shape == (0,)
-    token = torch.tensor([1.0, 3.0], requires_grad=True)  # --eda-grad needs the gradient
-    mean_entropy([token, token.new_zeros(0)]).sum().backward()
+def test_response_entropy_is_over_a_response_s_own_tokens():
+    assert [response_entropy(torch.tensor(h)) for h in ([2.0, 4.0], [], [5.0])] == [3, 0, 5]
+    token = torch.tensor([1.0, 2.0], requires_grad=True)
+    (response_entropy(token) + response_entropy(token[:0])).backward()
     assert token.grad.tolist() == [0.5, 0.5]
 
 

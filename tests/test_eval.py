@@ -20,15 +20,10 @@ import engine
 import eval as evaluation
 import reward
 from data import Problem
-from data.overlap import contaminated
 from eval import Record
 from rollout import Sample
 
 ROOT = Path(evaluation.__file__).parent
-UPSTREAM = ROOT.parent / "shared" / "upstream"
-needs_files = pytest.mark.skipif(
-    not UPSTREAM.is_dir(), reason="the real data files are not beside the project"
-)
 END = 0
 
 
@@ -535,48 +530,6 @@ def test_importing_eval_loads_neither_matplotlib_nor_the_training_program():
     assert "engine" in imported and not imported & {"matplotlib", "edge_grpo"}
 
 
-# --- Contamination ----------------------------------------------------------------------------
-
-
-def test_contamination_ignores_layout_but_not_numbers():
-    long = r"Find the number of integers $k$ in $[-500,500]$ for which $\log(kx)=2\log(x+2)$ holds."
-    training = [problem(long, 1, source="t:1"), problem("How many?", 1, source="t:2")]
-    same = long.replace(" ", "\n").replace("$", "") + "\n[i]Author[/i][asy]draw(A);[/asy]"
-    other = "Find the number of primes $p$ below $1000$ for which $p+2$ is a prime as well."
-    questions = [long, same, other, "how  many", ""]
-    problems = [problem(q, 1, source=f"a:{i}") for i, q in enumerate(questions)]
-    assert contaminated(problems, training) == {"a:0", "a:1", "a:3"}
-
-
-@pytest.mark.slow
-@needs_files
-def test_contamination_finds_the_14_problems():
-    training = data.load("deepscaler-hard-1k", str(UPSTREAM))
-    problems = []
-    for task in evaluation.TASKS:
-        problems += data.load(task, str(UPSTREAM))
-    sources = contaminated(problems, training)
-    of_math = {source for source in sources if source.startswith("math:")}
-    assert of_math == {f"math:{i + 1}" for i in (80, 110, 285, 352, 412, 475)}
-    assert sum(source.startswith("olympiad_bench:") for source in sources - of_math) == 8
-    assert len(sources) == 14
-
-
-def test_contaminated_problems_can_be_left_out(tmp_path, monkeypatch):
-    real = data.load
-
-    def load(name, mirror):
-        return real("tiny:1-3:test")[1:3] if "hard" in name else real(name)
-
-    monkeypatch.setattr(data, "load", load)
-    assert evaluation.main(command(tmp_path)) == 0
-    everything = summary(tmp_path)["results"]["1"]["all"]
-    assert evaluation.main(command(tmp_path, "--exclude-contaminated")) == 0
-    without = summary(tmp_path)["results"]["1"]["all"]
-    assert without["problems"] == 3 and len(lines(tmp_path)) == 10
-    assert without["right"] == [everything["right"][i] for i in (0, 3, 4)]
-
-
 # --- Figure 2 ---------------------------------------------------------------------------------
 
 
@@ -609,10 +562,11 @@ def test_reflection_report_on_a_worked_case():
     assert (report["accuracy_reflecting"], report["wrong"]) == (0.5, 2)
     assert report["fixed"] == {"A": 1, "B": 0.5, "C": 0, "D": 0.5}
     assert (report["mean_fixed"], report["gain"]) == (0.5, 0.25)
-    assert "average of the four" in text_of(reflection=report)
+    text = text_of(reflection=report)
+    assert "| mean fixed          |  0.5 |" in text and "| fixed by 'B'        |  0.5 |" in text
     none = evaluation.reflection_report([record(1, response="3")], [])
     assert none["accuracy_reflecting"] is none["mean_fixed"] is none["gain"] is None
-    assert "no response is wrong" in text_of(reflection=none)
+    assert "| gain                |   – |" in text_of(reflection=none)
 
 
 def test_forced_reflection_continues_the_wrong_responses_only():
@@ -687,7 +641,8 @@ def test_entropy_report_where_a_side_is_missing():
     )
     assert report["within"] is None, "one response has no other to be compared with"
     assert report["overall"]["ratio"] is None and report["overall"]["wrong_below"] is None
-    assert "needs at least two responses" in text_of(entropy=report)
+    row = next(line for line in text_of(entropy=report).split("\n") if "| within" in line)
+    assert row.count("–") == 7
     assert evaluation.entropy_report([record(0, ids=[])]) == {}
     assert evaluation.entropy_report([record(a, entropy=0.0) for a in (0, 1)])["within"] is None
 

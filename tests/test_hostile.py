@@ -1,5 +1,7 @@
-"""Text and ids that nobody meant: whatever a file, a model or a policy brings, loading, grading, correcting and scoring
-do not crash, and a row that cannot be a problem is refused with its place."""
+"""Text and ids that nobody meant: whatever a file, a model or a policy brings, loading, grading,
+correcting and scoring do not crash, and a row that cannot be a problem is refused with its
+place.
+"""
 
 import json
 import math
@@ -106,7 +108,7 @@ def ids(low=0, size=24):
     )  # any id of the tiny model, special ones too
 
 
-# --- grading ---------------------------------------------------------------------------------------------------------
+# --- grading ------------------------------------------------------------------------------------
 
 
 @FEW
@@ -135,7 +137,7 @@ def test_many_are_graded_as_each_is(pairs):
     ]
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------
 
 
 def load(path) -> list[Problem]:
@@ -189,7 +191,7 @@ def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
             data.load(f"tiny:{name}")
 
 
-# --- correction and scoring ------------------------------------------------------------------------------------------
+# --- correction and scoring ---------------------------------------------------------------------
 
 
 def graded(policy, problem, rows):
@@ -216,7 +218,7 @@ def graded(policy, problem, rows):
     st.integers(0, 2**40),
 )
 def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, solution, rows, seed):
-    """Graded, corrected by a branch of chance, scored, weighed: every number is finite, every origin is known."""
+    """Graded, corrected at random, weighed: every number is finite, every origin is known."""
     flags = eg.parse_flags(
         f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split()
     )
@@ -282,7 +284,7 @@ def test_scores_do_not_depend_on_how_rows_fall_into_batches(policy, rows, temper
         assert torch.allclose(logp, alone, atol=1e-3)
 
 
-# --- flags and models ------------------------------------------------------------------------------------------------
+# --- flags and models ---------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
     [
@@ -337,7 +339,7 @@ def test_any_name_of_a_model_is_found_or_refused(name):
 
 
 def test_models_are_loaded_without_pickle_and_without_their_own_code():
-    """No program has another way to read weights (what this one refuses: see test_bad_input and test_resume)."""
+    """No program has another way to read weights (what is refused: see test_bad_input)."""
     root = Path(__file__).parents[1]
     files = [
         f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("tests", ".venv")

@@ -1,4 +1,5 @@
-"""Who may know whom: nothing imports upwards, so that each room can be read without those above it."""
+"""Who may know whom: nothing imports upwards, so that each room can be read without those above
+it."""
 
 import ast
 from pathlib import Path

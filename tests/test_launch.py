@@ -339,7 +339,7 @@ def test_only_the_first_process_prints_and_an_error_of_all_is_told_once(two, thr
         for other in (1, 2):
             lines = (launch.text(other, "stdout") + launch.text(other, "stderr")).splitlines()
             assert all("--eda-clamp" in line or "[Gloo]" in line for line in lines), lines
-    assert two[1].errors().count("error: --eda-clamp 2.0 1.0") == 1
+    assert two[1].errors().count("error: --eda-clamp") == 1
 
 
 # --- Ends -----------------------------------------------------------------------------------------

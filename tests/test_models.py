@@ -1,4 +1,4 @@
-"""engine/models.py and prompts.py: prompts, end tokens, names, fingerprints, less memory."""
+"""engine/models.py and prompts.py: prompts, end tokens, names, fingerprints."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,6 @@ import engine
 from engine.modelfiles import find_model
 from engine.prompts import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
 from errors import UserError
-from rollout import Sample
 
 QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
 
@@ -55,22 +54,6 @@ def test_a_prompt_does_not_change_with_the_day(tiny):
         "{{ messages[0]['content'] }}"
     )
     assert prompt_text(tiny.tokenizer, "Q", "llama").startswith("26 Jul 2024Q")
-
-
-def test_half_the_rows_means_half_of_those_that_were_in_the_cache(tiny, capsys):
-    """What was asked for may be far above what fitted, and half of it too."""
-    tiny.sampler.last_slots, tried = 60, []
-
-    def scarce(prompts, n, limits, temperature, seeds, top_p):
-        tried.append(tiny.sampler.max_rows)
-        if len(tried) == 1:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return [[Sample([seed], [0.0], False)] for seed in seeds]
-
-    tiny.sampler.sample = scarce
-    samples = tiny.sample([[1]] * 256, [5] * 256, list(range(256)), 1.0)
-    assert [s.ids for s in samples] == [[k] for k in range(256)]
-    assert tried == [None, 30] and "--max-rows 30" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Runs read from folders and packed files, the comparison, the data of the figures, report.md."""
 
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import edge_grpo
 import eval as evaluation
 from report import compare, page, paper, plot, runs
+from report.tables import average
 
 ROOT = Path(evaluation.__file__).parent
 METHODS = {
@@ -118,12 +118,11 @@ def test_comparison_takes_the_last_step_and_averages_over_seeds(tmp_path):
         make_run(tmp_path / "v", "grpo", 3, (0.4, 0.2), both),
     )
     rows = cells(table)
-    assert rows["method"] == ["seeds", "average", "aime", "math"], "in the paper's order"
-    assert list(rows)[2:] == ["GRPO", "EDGE-GRPO"], "so do the methods"
-    # 100 problems of math, 300 of aime; 20 points between two seeds are a deviation of 14.14
-    assert rows["EDGE-GRPO"] == ["2", "30.0 ± 14.1", "20.0 ± 14.1", "60.0 ± 14.1"]
-    assert rows["GRPO"] == ["1", "25.0", "20.0", "40.0"]
-    assert "- seeds 3: GRPO\n- seeds 0, 1: EDGE-GRPO" in table
+    assert rows["method"] == ["seeds", "math avg@1 T=0.1", "aime avg@1 T=0.1"]
+    assert list(rows)[2:] == ["GRPO", "EDGE-GRPO"], "in the paper's order"
+    # 20 points between two seeds are a deviation of 14.14
+    assert rows["EDGE-GRPO"] == ["2", "60.0 ± 14.1", "20.0 ± 14.1"]
+    assert rows["GRPO"] == ["1", "40.0", "20.0"]
     assert "NOT MEASURED ALIKE" not in table and "99" not in table
 
 
@@ -137,7 +136,7 @@ def test_every_way_of_sampling_has_its_column(tmp_path):
     run = make_run(tmp_path / "g", "grpo", 0)
     results_of(run / "eval" / "greedy", {"0.0": 0.25})
     results_of(run / "eval" / "avg8", {"1.0": 0.5, "0.6": 0.75}, n=8)
-    columns = ["seeds", "math avg@8 T=1", "math avg@8 T=0.6", "math greedy"]
+    columns = ["seeds", "math avg@8 T=1", "math avg@8 T=0.6", "math avg@1 T=0"]
     rows = cells(compared(run))
     assert rows["method"] == columns and rows["GRPO"] == ["1", "50.0", "75.0", "25.0"]
 
@@ -162,7 +161,7 @@ def test_training_table_averages_over_steps_then_over_seeds(tmp_path):
     table = compared(a, b).split("\n\n")[2]
     row = dict(zip(cells(table)["method"], cells(table)["GRPO"]))
     assert row["seeds"] == "2" and row["mixed"] == "0.375 ± 0.177"
-    assert row["P trained"] == "–" and row["seconds"] == "21 ± 0"
+    assert row["P trained"] == "–" and row["seconds"] == "21.000 ± 0.000"
     assert row["Â / A"] == "2.000 ± 0.000", "of the median step: one outlier does not count"
 
 
@@ -173,45 +172,39 @@ def test_comparison_prefers_results_of_eval_and_says_what_differs(tmp_path):
     table = compared(first, second)
     assert cells(table)["GRPO steps=40"] == ["1", "–", "50.0"]
     assert cells(table)["GRPO"] == ["1", "80.0", "–"]
-    for how in ("500 problems, n = 8, T = 0.6", "100 problems, n = 1, T = 0.1"):
-        assert f": math, {how}\n" in table
+    assert "- math avg@8 T=0.6: problems=500 max_new_tokens=None context=4096 top_p=1.0\n" in table
+    assert "- math avg@1 T=0.1: problems=100 " in table
     assert f"{second}: last evaluated at step 20 of 40" in table
     [alone] = runs.read_runs([first / "eval"])
-    assert alone.label == "a/final" and "80.0" in compare.comparison([alone])
+    assert alone.label == "runs/a/final" and "80.0" in compare.comparison([alone])
 
 
-@pytest.mark.parametrize(
-    "by_run, expected",
-    [
-        ([{**dict.fromkeys(paper.TASKS, 0.5), "gsm8k": 1.0}], ["50.0"]),  # gsm8k is not the paper's
-        ([{"math": 0.1, "gsm8k": 0.9}, {"math": 0.2, "gsm8k": 0.2}], ["50.0", "20.0"]),
-        ([{"math": 0.1, "gsm8k": 0.9}, {"math": 0.2}], []),
-        ([{"math": 0.1}, {"gsm8k": 0.2}], []),
-    ],
-)
-def test_the_average_is_over_the_papers_tasks_or_the_common_ones(tmp_path, by_run, expected):
-    paths = []
-    for seed, tasks in enumerate(by_run):
-        paths.append(results_of(tmp_path / str(seed), {"1": tasks}, str(seed), seed=seed))
-    rows = cells(compared(*paths))
-    averages = [row[1] for row in list(rows.values())[2:] if rows["method"][1] == "average"]
-    assert averages == expected
+def test_the_average_is_the_papers_and_over_problems(tmp_path):
+    """Only where all five tasks were measured, each in one way; gsm8k is not among them."""
+    both = {**dict.fromkeys(paper.PROBLEMS, 0.5), "gsm8k": 1.0}
+    five = dict.fromkeys(paper.PROBLEMS, 0.25)
+    a = results_of(tmp_path / "a", {"1": both}, "a")
+    b = results_of(tmp_path / "b", {"1": five}, "b")
+    c = results_of(tmp_path / "c", {"1": {"math": 0.1}}, "c")
+    rows = cells(compared(a, b, c))
+    assert rows["method"][1] == "average"
+    assert [rows[label][1] for label in "abc"] == ["50.0", "25.0", "–"]
+    assert "average" not in cells(compared(c))["method"]
+    assert "average" not in cells(compared(a, results_of(tmp_path / "d", {"2": five})))["method"]
 
 
 def test_a_task_that_was_not_evaluated_last_is_not_taken_from_an_earlier_step(tmp_path):
     run = make_run(tmp_path / "a", "grpo", 0, (0.5,))
     with open(run / "evals.jsonl", "a") as file:
-        row = dict(step=10, task="aime", accuracy=0.9, problems=30, n=1, temperature=0.1)
+        row = dict(step=30, task="aime", accuracy=0.9, problems=30, n=1, temperature=0.1)
         file.write(json.dumps(row) + "\n")
-    assert list(runs.read_runs([run])[0].results) == [("math", "T=0.1")]
+    assert list(runs.read_runs([run])[0].results) == [("aime", "avg@1 T=0.1")]
 
 
 @pytest.mark.parametrize(
     "name, content, says",
     [
         ("metrics.jsonl", "3\n", "{}/metrics.jsonl:1: no JSON object"),
-        ("metrics.jsonl", '{"step": 1, "mixed_groups": "x"}\n', "{}: its files were not"),
-        ("metrics.jsonl", '{"mixed_groups": 1}\n', "{}: its files were not"),
         ("config.json", '{"method": "grpo", "seed": 0, "flags": {"lr": 1}}', "{}: its files"),
         ("config.json", "{}", "{}: its files were not"),
         ("config.json", "[]", "{}/config.json:1: no JSON object"),
@@ -238,7 +231,7 @@ def test_a_task_measured_twice_in_the_same_way_is_not_dropped_in_silence(tmp_pat
     assert evaluation.main(["compare", str(run)]) == 0
     results_of(run / "eval" / "s1", {"0.0": 0.5}, seed=1)
     assert evaluation.main(["compare", str(run)]) == 2
-    assert "holds math, greedy, twice" in capsys.readouterr().err
+    assert "holds math, avg@1 T=0, twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -249,7 +242,7 @@ def test_accuracies_measured_with_other_limits_are_marked(tmp_path, settings):
     a, b = (make_run(tmp_path / name, "grpo", seed) for seed, name in enumerate("ab"))
     results_of(a / "eval", {"0.0": 0.25}, max_new_tokens=90, context=4096, top_p=1.0)
     results_of(b / "eval", {"0.0": 0.75}, **settings)
-    assert "- math: math, NOT MEASURED ALIKE: 100 problems, n = 1, T = 0" in compared(a, b)
+    assert "- math avg@1 T=0: NOT MEASURED ALIKE: problems=100 max_new_tokens=90" in compared(a, b)
 
 
 # --- paired differences ---------------------------------------------------------------------------
@@ -265,10 +258,12 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     make_run(tmp_path / "f", "force-r", 0, (0.05,))
     make_run(tmp_path / "s", "sft", 7, (0.05,))
     assert evaluation.main(["compare", str(tmp_path), "--against", "GRPO"]) == 0
-    rows = cells(capsys.readouterr().out.split("\n\n")[2])
-    assert rows["minus GRPO"] == ["math"]
-    assert rows["EDGE-GRPO"] == ["+20.0 ± 5.8 (t = 3.5, n = 3)"]
-    assert rows["Force-R"] == ["-5.0 (n = 1)"] and rows["SFT"] == ["–"]
+    parts = capsys.readouterr().out.split("\n\n")
+    rows = cells(parts[2])
+    assert list(rows)[2:] == ["SFT", "Force-R", "EDGE-GRPO"]
+    assert rows["EDGE-GRPO"] == ["4", "+20.0 ± 5.8 (t = 3.5, n = 3)"]
+    assert rows["Force-R"] == ["1", "-5.0 (n = 1)"] and rows["SFT"] == ["1", "–"]
+    assert parts[3].startswith("Differences to GRPO in points, paired by seed")
     assert evaluation.main(["compare", str(tmp_path), "--against", "grpo"]) == 2
     assert "there are ['SFT', 'GRPO', 'Force-R', 'EDGE-GRPO']" in capsys.readouterr().err
     make_run(tmp_path / "again", "grpo", 0)
@@ -283,14 +278,13 @@ def labels_of(paths: list[Path]) -> dict[str, str]:
     return {r.path.name: r.label for r in runs.read_runs(paths)}
 
 
-def test_runs_are_labelled_by_the_flags_in_which_they_differ(tmp_path):
+def test_runs_are_labelled_by_the_flags_that_were_changed(tmp_path):
     paths = [
         make_run(tmp_path / "a", "edge-grpo", 0),
         make_run(tmp_path / "b", "edge-grpo", 1, eval_n=4, max_rows=3),
         make_run(tmp_path / "c", "edge-grpo", 0, correction="none"),
         make_run(tmp_path / "d", "grpo", 0, eda=True),
         make_run(tmp_path / "e", "edge-grpo", 0, eda=False),
-        make_run(tmp_path / "f", "force-r", 0, eda=True),
         make_run(tmp_path / "g", "edge-grpo", 0, lr=1e-5, guided_probs=[0.5, 0, 0.5]),
         make_run(tmp_path / "h", "edge-grpo", 0, model="runs/new/sft-seed3/final"),
         make_run(tmp_path / "i", "edge-grpo", 1, model="runs/new/sft-seed4/final"),
@@ -299,36 +293,29 @@ def test_runs_are_labelled_by_the_flags_in_which_they_differ(tmp_path):
         a="EDGE-GRPO",
         b="EDGE-GRPO",
         c="EDGE-GRPO correction=none",
-        d="GRPO + EDA",
-        e="GEC only",
-        f="Force-R eda=True",
-        g="EDGE-GRPO lr=1e-05 guided_probs=0.5/0/0.5",
-        h="EDGE-GRPO model=sft/final",  # the warm start of each seed is one experiment
-        i="EDGE-GRPO model=sft/final",
+        d="GRPO eda=True",
+        e="EDGE-GRPO eda=False",
+        g="EDGE-GRPO lr=1e-05 guided_probs=[0.5,0,0.5]",
+        h="EDGE-GRPO model=runs/new/sft/final",  # the warm start of each seed is one experiment
+        i="EDGE-GRPO model=runs/new/sft/final",
     )
-    folders = [
-        results_of(tmp_path / name, {"1": 0.5}, f"runs/{name}/checkpoints/step-100")
-        for name in "AB"
-    ]
-    assert labels_of(folders) == {"A": "A/step-100", "B": "B/step-100"}
+    folders = [results_of(tmp_path / name, {"1": 0.5}, f"runs/{name}/final") for name in "AB"]
+    assert labels_of(folders) == {"A": "runs/A/final", "B": "runs/B/final"}
 
 
-def test_what_most_runs_of_a_method_have_is_not_in_their_labels_but_below(tmp_path):
+def test_what_all_runs_of_a_method_changed_stands_below_and_not_in_their_labels(tmp_path):
     paths = [
-        make_run(tmp_path / f"tuned{seed}", "edge-grpo", seed, lr=3e-4, temperature=1.0)
-        for seed in (0, 1, 2)
+        make_run(tmp_path / "a", "edge-grpo", 0, lr=3e-4, temperature=1.0),
+        make_run(tmp_path / "b", "edge-grpo", 0, temperature=1.0),
+        make_run(tmp_path / "g", "grpo", 0, metrics=METRICS),
     ]
-    paths.append(make_run(tmp_path / "default", "edge-grpo", 0, temperature=1.0))
-    paths.append(make_run(tmp_path / "g", "grpo", 0))
-    tuned = dict.fromkeys(["tuned0", "tuned1", "tuned2"], "EDGE-GRPO")
-    assert labels_of(paths) == tuned | {"default": "EDGE-GRPO lr=0.0001", "g": "GRPO"}
-    expected = "- EDGE-GRPO, unless labelled otherwise: lr=0.0003 temperature=1\n"
-    assert expected in compared(*paths)
+    assert labels_of(paths) == {"a": "EDGE-GRPO lr=0.0003", "b": "EDGE-GRPO", "g": "GRPO"}
+    assert compared(*paths).endswith("\n- all runs of EDGE-GRPO: temperature=1.0")
 
 
 def test_a_default_that_has_changed_and_a_flag_that_is_new(tmp_path):
-    """A value that was the default of its time is named all the same; an older run has the
-    default."""
+    """A default of its time is named where another run has another; an older run counts as one
+    that did not change the flag."""
     flags_of = dict(a=dict(steps=60), b={}, c=dict(guide="every"), d=dict(guide="all-wrong"))
     paths = []
     for seed, (name, flags) in enumerate(flags_of.items()):
@@ -337,8 +324,8 @@ def test_a_default_that_has_changed_and_a_flag_that_is_new(tmp_path):
         config["flags"] |= flags
         config["changed"] |= flags if name == "d" else {}
         (paths[-1] / "config.json").write_text(json.dumps(config))
-    labels = dict(b="EDGE-GRPO", c="EDGE-GRPO", d="EDGE-GRPO guide=all-wrong")
-    assert labels_of(paths) == {**labels, "a": "EDGE-GRPO steps=60"}
+    labels = dict.fromkeys("bc", "EDGE-GRPO steps=20") | {"a": "EDGE-GRPO steps=60"}
+    assert labels_of(paths) == {**labels, "d": "EDGE-GRPO steps=20 guide=all-wrong"}
 
 
 def test_other_folders_are_searched_or_skipped_with_a_note(tmp_path, capsys):
@@ -381,9 +368,10 @@ def test_packed_runs_are_read_as_the_folders_they_were_made_from(tmp_path, capsy
         assert replace(a, path=None, metrics=[]) == replace(b, path=None, metrics=[])
         assert [line.keys() for line in a.metrics] == [line.keys() for line in b.metrics]
         for x, y in zip(a.metrics, b.metrics):
-            assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
+            x.pop("accuracy"), y.pop("accuracy")  # None in the first step
+            assert x == pytest.approx(y, rel=1e-6)
     trained = next(run for run in packed if run.metrics)
-    assert "accuracy" not in trained.metrics[0] and trained.metrics[1]["loss"] == -0.246914
+    assert trained.metrics[1]["loss"] == -0.2469136
     same = compare.comparison(packed).replace(str(file), str(folder))
     assert compare.comparison(fresh) == same
     again = tmp_path / "again.jsonl.xz"
@@ -424,7 +412,7 @@ EVIDENCE = sorted(RESULTS.rglob("*.jsonl.xz"))
 
 
 def test_the_evidence_is_small_and_every_run_of_it_can_be_compared():
-    names = [name for name, _ in paper.METHODS.values()]
+    names = paper.METHODS.values()
     for file in EVIDENCE:
         found = runs.read_runs([file])
         trained = [run for run in found if run.steps]
@@ -440,7 +428,7 @@ def test_the_packed_evidence_gives_the_numbers_of_the_report():
     axes = RESULTS / "axes.jsonl.xz"
     tables = compared(axes / "T0.6-grpo-*", axes / "T0.6-edge-*").split("\n\n")
     accuracy, training = cells(tables[0]), cells(tables[2])
-    column = accuracy["method"].index("5-8 greedy")
+    column = accuracy["method"].index("tiny:5-8:test avg@1 T=0")
     assert accuracy["GRPO"][column] == "27.5 ± 13.8 [35.2]"
     assert accuracy["EDGE-GRPO"][column] == "40.5 ± 2.5 [40.2]"
     means = [cell.partition(" [")[0] for cell in training["EDGE-GRPO"][1:5]]
@@ -458,16 +446,13 @@ def test_the_real_models_table_is_that_of_its_packed_runs():
     names["no-answers"] = "EDGE-GRPO without answers"
     for run in runs.read_runs([RESULTS / "smollm2" / "runs.jsonl.xz" / "*-seed?"]):
         row = table.pop((names[run.path.name.split("-seed")[0]], str(run.seed)))
-        own, test = run.results["gsm8k-train", "avg@8 T=0.6"], run.results["gsm8k", "T=0.1"]
+        own, test = run.results["gsm8k-train", "avg@8 T=0.6"], run.results["gsm8k", "avg@1 T=0.1"]
         percent = [f"{100 * r['accuracy']:.1f} ± {100 * r['stderr']:.1f}" for r in (own, test)]
         assert row[2:5] == [percent[0], f"{100 * own['pass@8']:.0f}", percent[1]]
         pairs = []
         for key, end in (("mixed_groups", "_corrected"), ("advantage_variance", "_eda")):
-            if key in run.metrics[0]:
-                before, after = (
-                    statistics.fmean(step[name] for step in run.metrics)
-                    for name in (key, key + end)
-                )
+            before, after = average(run.metrics, key), average(run.metrics, key + end)
+            if before is not None:
                 pairs.append(f"{before:.2f} → {after:.2f}")
         assert row[5:7] == (pairs or ["–", "–"])
     assert not table
@@ -494,42 +479,26 @@ def test_the_figures_data(tmp_path):
     figures = plot.all_panels(runs.read_runs([a, b]), window=2)
     assert {name: len(panels) for name, panels in figures.items()} == {
         "entropy": 2,
-        "advantage": 3,
+        "advantage": 4,
         "accuracy": 2,
-        "corrections": 1,
-        "seconds": 1,
     }
     sampled, trained = figures["entropy"]
     assert "as sampled" in sampled.title and "last 2" in sampled.xlabel
     assert sampled.lines == {"GRPO": [(1, 0.25, 0), (2, 0.375, 0)]}, "SFT samples nothing"
     assert set(trained.lines) == {"SFT", "GRPO"}
-    assert set(figures["corrections"][0].lines) == {"GRPO"}, "no line at 0 where none is made"
     held_out = figures["accuracy"][0]
     assert "math" in held_out.title and held_out.xlabel == "step", "evaluations are not smoothed"
     assert held_out.lines["GRPO"] == [(10, 0.99, 0.1), (20, 0.5, 0.1)]
-    assert figures["seconds"][0].lines["GRPO"] == [(1, 1, 0), (2, 1.5, 0)]
 
 
-def evaluated(folder: Path, method: str, *steps: tuple[int, float, int]) -> Path:
-    """A run with evaluations: (step, accuracy, problems)."""
-    run = make_run(folder, method, 0)
-    row = dict(task="math", stderr=0.1, n=1, temperature=0.0)
-    evals = [row | dict(step=s, accuracy=a, problems=p) for s, a, p in steps]
+def test_a_line_of_accuracies_is_over_the_same_problems(tmp_path):
+    """64 problems between, all at the end: a line through both would jump where nothing is new."""
+    run = make_run(tmp_path / "a", "grpo", 0)
+    row = dict(task="math", accuracy=0.5, stderr=0.1, n=1, temperature=0.0)
+    evals = [row | dict(step=s, problems=p) for s, p in ((10, 64), (20, 64), (30, 256))]
     write_lines(run / "evals.jsonl", evals)
-    return run
-
-
-def test_each_run_has_a_line_over_its_own_problems(tmp_path):
-    """64 problems between, all at the end: a line through both would jump where nothing happened.
-    And a run that was always evaluated on other problems than most runs keeps its line."""
-    a = evaluated(tmp_path / "a", "grpo", (10, 0.5, 64), (20, 0.6, 64), (30, 0.3, 256))
-    b = evaluated(tmp_path / "b", "grpo", (10, 0.5, 64), (20, 0.6, 64), (30, 0.3, 256))
-    long = evaluated(tmp_path / "c", "edge-grpo", *((s, 0.4, 500) for s in range(10, 100, 10)))
-    [panel] = plot.all_panels(runs.read_runs([a, b, long]), window=1)["accuracy"]
-    assert [step for step, _, _ in panel.lines["GRPO"]] == [10, 20]
-    assert [step for step, _, _ in panel.lines["EDGE-GRPO"]] == list(range(10, 100, 10))
-    assert list(panel.rings) == ["GRPO"] and panel.rings["GRPO"][0][:2] == (30, 0.3)
-    assert "rings" in panel.xlabel
+    [panel] = plot.all_panels(runs.read_runs([run]), window=1)["accuracy"]
+    assert panel.lines["GRPO"] == [(10, 0.5, 0.1), (20, 0.5, 0.1)]
 
 
 def test_relative_entropy_is_drawn_by_kind_of_row_and_left_out_where_unknown(tmp_path):
@@ -544,9 +513,8 @@ def test_relative_entropy_is_drawn_by_kind_of_row_and_left_out_where_unknown(tmp
         "wrong responses": [(1, 1.2, 0), (2, 1.2, 0)],
         "references": [(1, 0.02, 0), (2, 0.04, 0)],
     }
-    panels = plot.all_panels(runs.read_runs([a, b]), window=1)["relative_entropy"]
-    assert [set(panel.lines) for panel in panels] == [{"EDGE-GRPO"}] * 2
-    assert "relative_entropy" not in plot.all_panels(runs.read_runs([b]), window=1)
+    assert panel.title.endswith("EDGE-GRPO")
+    assert plot.all_panels(runs.read_runs([a, b]), window=1)["relative_entropy"] == [panel]
 
 
 def test_figures_2_and_3_are_drawn_by_temperature(tmp_path):
@@ -567,25 +535,13 @@ def test_figures_2_and_3_are_drawn_by_temperature(tmp_path):
         [[(0.1, 0.2, 0), (1.0, 0.1, 0), (1.2, 0.2, 0)]],
     ]
     by_title = {panel.title: panel.lines for panel in figures["figure3"]}
-    assert by_title["Mean P, wrong / right"] == {"m/final": [(1.0, 1.5, 0)]}
+    assert by_title["Mean P, wrong / right"] == {"runs/m/final": [(1.0, 1.5, 0)]}
     assert len(by_title) == 3, "within each question nothing is known"
     [panel] = figures["entropy_histogram"]
     shares = {name: [s for _, s, _ in line if s] for name, line in panel.lines.items()}
     assert shares["right responses"] == [1.0]
     assert shares["wrong responses"] == pytest.approx([2 / 3, 1 / 3])
-    assert panel.title.endswith("m/final") and "T = 1" in panel.title
-
-
-def test_a_method_has_one_colour_everywhere():
-    names = [name for name, _ in paper.METHODS.values()]
-    labels = [*names, *(f"{names[i % 7]} variant={i}" for i in range(4))]
-    style = plot.styles(labels)
-    assert len(set(style.values())) == len(labels)
-    assert all(plot.styles([m])[m] == style[m] for m in names)
-    colours = {colour for _, colour in paper.METHODS.values()} | {"#F0E442"}
-    assert {colour for colour, _ in style.values()} <= colours
-    variants = plot.styles(["EDGE-GRPO", "EDGE-GRPO lr=1", "EDGE-GRPO lr=2"])
-    assert len({colour for colour, _ in variants.values()}) == 3
+    assert panel.title.endswith(str(folder)) and "T = 1" in panel.title
 
 
 def test_plot_writes_one_png_per_figure(tmp_path, capsys):
@@ -594,17 +550,17 @@ def test_plot_writes_one_png_per_figure(tmp_path, capsys):
         make_run(tmp_path / f"run{seed}", "grpo", seed, metrics=METRICS)
     out = tmp_path / "figures"
     assert evaluation.main(["plot", str(tmp_path), "--out", str(out)]) == 0
-    names = ["accuracy", "advantage", "corrections", "entropy", "seconds"]
+    names = ["accuracy", "advantage", "entropy"]
     assert sorted(p.name for p in out.iterdir()) == [f"{name}.png" for name in names]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.iterdir())
     assert sorted(capsys.readouterr().out.split()) == sorted(str(p) for p in out.iterdir())
 
 
-def test_an_axis_holds_every_point_and_a_note_only_where_there_are_errors(tmp_path):
+def test_an_axis_holds_every_point(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is only needed to draw")
-    panel = plot.Panel("x", "step", {"a": [(1, 0.1, 0.0)]}, {"a": [(2, 3.0, 0.5)]})
+    panel = plot.Panel("x", "step", {"a": [(1, 0.1, 0.0), (2, 3.0, 0.5)]})
     _, axis = pyplot.subplots()
-    plot.draw_panel(axis, panel, plot.styles(["a"]))
+    plot.draw_panel(axis, panel, {"a": ("-", "#000000")})
     low, high = axis.get_ylim()
     assert low <= 0 and high >= 3.5
     pyplot.close("all")
@@ -660,24 +616,22 @@ HEALTHY = dict(
         (dict(truncated=1.0), "were cut at"),
     ],
 )
-def test_warnings_of_a_run(tmp_path, late, says):
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "config.json").write_text('{"vocab_size": 308}')
+def test_warnings_of_a_run(late, says):
     metrics = [HEALTHY] * 4 + [HEALTHY | late] * 16
-    found = page.warnings(metrics, CONFIG, tmp_path)
+    found = page.warnings(metrics, CONFIG)
     assert len(found) == (says is not None) and (not found or says in found[0])
 
 
-def test_first_and_last_steps_never_overlap():
+def test_the_summary_is_of_the_first_and_the_last_tenth():
     evals = [dict(step=s, task="t", accuracy=s / 10, stderr=0.1) for s in (0, 2, 4)]
     metrics = [
         dict(step=s, accuracy=s / 10, mixed_groups=0.1, mixed_groups_corrected=0.1, loss=-s)
         for s in (1, 2, 3, 4)
     ]
     rows = cells(page.summary(metrics, evals))
-    assert rows[""] == ["first 2 of 4 steps", "last 2 of 4 steps"]
-    assert rows["accuracy, sampled (%)"] == ["15.0", "35.0"]
-    assert rows["loss"] == ["-1.5000", "-3.5000"]
+    assert rows[""] == ["first 1 of 4 steps", "last 1 of 4 steps"]
+    assert rows["accuracy, sampled (%)"] == ["10.0", "40.0"]
+    assert rows["loss"] == ["-1", "-4"]
     assert rows["held-out accuracy, t, before and after (%)"] == ["0.0 ± 10.0", "40.0 ± 10.0"]
 
 
@@ -689,7 +643,7 @@ def test_what_eda_sees_is_shown_early_and_late():
         metrics.append(line | dict(relative_entropy_right=None, advantage_share_right=0.0))
     rows = cells(page.kinds_of_rows(metrics))
     assert list(rows)[0] == "first and last 2 of 20 steps"
-    assert rows["references"] == ["0.10", "0.90", "5.0", "45.0"] and len(rows) == 3
+    assert rows["references"] == ["0.10", "5.0", "0.90", "45.0"] and len(rows) == 3
     assert page.kinds_of_rows(METRICS) is None, "an older run"
 
 
@@ -703,7 +657,7 @@ def test_a_diverged_run_says_so_and_a_fence_holds_what_a_model_wrote(tmp_path, c
     for row in rows:
         row["segments"] = [["````python\n\x1b[2J\u202e```", False]]
     write_lines(out / "samples.jsonl", rows)
-    page.conclude(SimpleNamespace(out=str(out), steps=4))
+    page.conclude(SimpleNamespace(out=str(out), steps=4, sft=False))
     text = (out / "report.md").read_text("utf-8")
     assert text.count("\n`````\n") == 6, "three groups, each between longer fences"
     assert "````python\n   \\x1b[2J\\u202e```" in text

@@ -167,6 +167,7 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "line",
     [
@@ -218,6 +219,7 @@ def test_a_whole_step_equals_an_independent_one_in_float64(policy, line, monkeyp
     assert shares[0] == 0 and (max(shares) > 0) == (updates > 1)
 
 
+@pytest.mark.paper
 def test_sft_is_the_mean_log_likelihood_of_the_references(policy):
     flags, loss = flags_of("--method sft --micro-batch-tokens 300"), 0.0
     groups, model = eg.references(policy, data.load("tiny:5-8")[:4]), copy.deepcopy(policy.model)
@@ -367,6 +369,7 @@ EMPTY = "response_tokens=0 truncated=1 accuracy=0 "
 ONE_TOKEN = "response_tokens=1 truncated=1 accuracy=0 "
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "case, line, expected, learns",
     [
@@ -557,28 +560,30 @@ def test_new_equations(run):
 
 
 HINT = """
-def hint(policy, group, i, u):
+def tokens_hint(policy, group, i, u):
     sibling = group.responses[i - 1]
     return policy.encode(f" Another one has {len(sibling.ids)} tokens.")
 """
-HINT_ROW = """    "hint": Correction(
-        adds=hint, keeps=True, goes_on=True, needs_solution=False, count="hinted"),"""
+HINT_ROW = """    "tokens_hint": Correction(
+        adds=tokens_hint, keeps=True, goes_on=True, needs_solution=False, count="tokens_hinted"),"""
 
 
-@pytest.mark.parametrize("line", ["--correction hint", "--guided-probs .3 .2 .2 0 0 .3"])
+@pytest.mark.parametrize("line", ["--correction tokens_hint", "--guided-probs .3 .2 .2 0 0 .3"])
 def test_a_new_correction_is_one_row_and_one_function_which_sees_its_group(run, line):
     """It can be drawn, is counted, is seen in the samples, and the policy goes on behind it."""
     assert run(IDEA + line, edited(HINT, HINT_ROW)) == 0
     lines, wrong = run.lines(), [s for s in run.samples() if s["accuracy"] == 0]
-    hinted = [s for s in wrong if s["correction"] == "hint"]
-    assert len(hinted) == sum(m["hinted"] for m in lines) > 0
+    hinted = [s for s in wrong if s["correction"] == "tokens_hint"]
+    assert len(hinted) == sum(m["tokens_hinted"] for m in lines) > 0
     others = sum(m[c.count] for m in lines for c in eg.CORRECTIONS.values())
     assert len(hinted) + others == len(wrong) and (others > 0) == ("probs" in line)
     rests = [s["corrected"].removeprefix(s["response"]) for s in hinted]
     assert all(re.match(r" Another one has \d+ tokens\.", rest) for rest in rests)
     assert any(not rest.endswith("tokens.") for rest in rests)
     for m in lines:
-        assert 0 <= m["hint_fixed"] <= m["hinted"] and "advantage_share_hint" in m
+        assert (
+            0 <= m["tokens_hint_fixed"] <= m["tokens_hinted"] and "advantage_share_tokens_hint" in m
+        )
 
 
 def test_another_weight_of_injected_tokens(run):
