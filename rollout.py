@@ -1010,7 +1010,7 @@ def join_projections(model, joined=None):
 
 
 # ---- 8. Drafts: several tokens in one decode step ------------------------------------------------
-# A decode step of a few rows is bound by reading the weights, so several tokens of a row take hardly
+# Reading the weights bounds a decode step of a few rows, so several tokens of a row take hardly
 # longer than one. We guess the next k tokens of each row (its draft), run them after its last token
 # in one pass, and draw a token at each position with the random number of that position. As long as
 # the draws equal the draft, they are what the plain sampler draws, and so is the first draw that
