@@ -1,0 +1,75 @@
+"""What the documents promise: their commands run, and their tables are what the scripts print."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(
+        f"results_{name}", ROOT / "results" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_table_of_the_report_is_what_the_script_prints_from_the_packed_runs():
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    tables = script("tables")
+    made = tables.tables()
+    names = re.findall(r"<!-- table (\w+) -->", text)
+    assert sorted(names) == sorted(made)
+    assert tables.put_in(text, made) == text
+
+
+def test_a_table_counts_right_responses_and_pairs_by_seed():
+    tables = script("tables")
+    runs = {}
+    for name, shift in (("a", 0), ("b", 1)):
+        for seed in (1, 2, 3):
+            right = [1 + shift, 0, 4, seed % 2]
+            task = {tables.HARD: {"right": right}}
+            summary = {"n": 8, "results": {"0.6": {"tasks": task}}}
+            runs.setdefault(name, {})[seed] = {"name": name, "summaries": [summary]}
+    assert tables.accuracy(runs["a"][1], tables.HARD, 8) == 100 * 6 / 32
+    runs["b"][3]["summaries"][0]["results"]["0.6"]["tasks"][tables.HARD]["right"][1] = 1
+    # b - a: 1, 1 and 2 of 32 responses
+    assert tables.paired(runs["b"], runs["a"], tables.HARD, 8) == "+4.2 ± 1.0 (t = 4.0)"
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "program.md", *(f"docs/{f.name}" for f in (ROOT / "docs").iterdir())]
+)
+def test_links_lead_to_files(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+def blocks():
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    return re.findall(r"<!-- run -->\n```bash\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_tiny_commands_of_docs_paper_run_as_printed(tmp_path):
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "evals", "figures", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    commands = blocks()
+    assert len(commands) == 4
+    for block in commands:
+        subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, check=True)
+    figures = {file.name for file in (tmp_path / "figures").rglob("*.png")}
+    assert figures >= {"figure2.png", "figure3.png", "entropy_histogram.png", "advantage.png"}
