@@ -264,6 +264,13 @@ class Flags:
         section="memory",
     )
     max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit in memory", low=0)
+    drafts: int = flag(
+        0,
+        "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
+        "samples are the same; 0: off",
+        low=0,
+        high=8,
+    )
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     offload_optimizer: bool = flag(False, "keep master weights and moments in CPU memory")
 
@@ -1026,6 +1033,7 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code
     )
+    policy.sampler.drafts = flags.drafts
     corrections = [CORRECTIONS[name] for name in correction_probabilities(flags)]
     needs_solution = flags.sft or any(c.needs_solution for c in corrections)
     problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)

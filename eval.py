@@ -99,6 +99,13 @@ class Flags:
     template: str = flag("auto", "chat template of the prompt", choices=["auto", "qwen", "llama"])
     batch: int = flag(256, "responses to sample between two writes to --out", low=1)
     max_rows: int = flag(None, "responses sampled at a time; None: as many as fit in memory", low=1)
+    drafts: int = flag(
+        0,
+        "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
+        "samples are the same; 0: off",
+        low=0,
+        high=8,
+    )
     mirror: str = flag("", "a folder or base URL to download from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
@@ -586,6 +593,7 @@ def run(flags: Flags) -> None:
     policy = engine.load_policy(
         flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
     )
+    policy.sampler.drafts = flags.drafts
     settings = dict(
         seed=flags.seed,
         max_new_tokens=flags.max_new_tokens,

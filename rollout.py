@@ -5,12 +5,12 @@ Sampling is most of a GRPO step, so this replaces `model.generate()`. The cache 
 each row that is being sampled, and sampling is one loop (`Sampler.sample_in_slots`):
 
     admit     waiting rows take free slots; each prompt is run once (prefill) for all its rows
-    decode    every live row gets one more token
+    decode    every live row gets one more token, or several if a draft was right (part 8)
     drop      finished rows leave, and rows from the end of the cache move into their slots
 
 Sampling does not depend on the batch. Every row has its own stream of random numbers, so its tokens
-depend on the weights, its prompt, its seed and its limit, and not on the other rows (up to the
-rounding of matrix products, whose last bit may change with the number of rows).
+depend on the weights, its prompt, its seed and its limit, and not on other rows or on drafts (up to
+the rounding of matrix products, whose last bit may change with the number of rows).
 
 The layers of the Llama family (Llama, Qwen2, Qwen3, Mistral) run straight from the model's own
 modules, so the next call sees an optimizer step. Other causal language models of transformers run
@@ -81,6 +81,8 @@ class Sampler:
     vocab_size: ids from here on are padding of the embedding and are never drawn.
     max_rows: how many rows are sampled at a time; the others wait. By default this is all rows, or
         on a GPU as many as fit.
+    drafts: up to this many tokens of each row are looked up and verified in a decode step (part 8).
+        The samples are the same; 0 turns this off.
 
     Raises ValueError if an end id can never be drawn.
     """
@@ -91,10 +93,12 @@ class Sampler:
         end_ids: set[int],
         vocab_size: int | None = None,
         max_rows: int | None = None,
+        drafts: int = 0,
     ):
         self.model = model
         self.end_ids = set(end_ids)
         self.max_rows = max_rows
+        self.drafts = drafts
         device = model.device
         self.embeddings = len(model.get_input_embeddings().weight)
         self.vocab_size = min(vocab_size or self.embeddings, self.embeddings)
@@ -217,7 +221,7 @@ class Sampler:
         count = min(len(waiting), self.max_rows or len(waiting))
         prompt = max(len(row.prompt) for row in waiting)
         longest = max(row.longest() for row in waiting)
-        return Slots(self.model, self.is_end, count, prompt + GROWTH, longest)
+        return Slots(self.model, self.is_end, count, prompt + GROWTH, longest, self.drafts)
 
     def _make_rows(self, prompts, n, limits, seeds):
         """The rows of a call, prompt by prompt, with their limits and random streams."""
@@ -267,14 +271,16 @@ class Slots:
     from position 0 on. Live rows fill the first slots without a gap, so a decode step works on
     `tensor[:rows]`: it wastes no work on finished rows and concatenates nothing."""
 
-    def __init__(self, model, is_end, count, capacity, longest):
-        """Makes `count` slots, with room for `capacity` tokens at first and `longest` at most."""
+    def __init__(self, model, is_end, count, capacity, longest, drafts):
+        """Makes `count` slots, with room for `capacity` tokens at first and `longest` at most, and
+        for a draft after these."""
         base = model.model
         device = is_end.device
         self.model = model
         self.is_end = is_end
         self.device = device
-        self.longest = longest
+        self.drafts = drafts
+        self.longest = longest + drafts
         self.dtype = base.embed_tokens.weight.dtype
         head_dim = base.layers[0].self_attn.head_dim
         self.flash = flash_takes(device, self.dtype, head_dim)
@@ -284,15 +290,16 @@ class Slots:
         self.index = torch.arange(count, device=device)
         self.length = torch.ones_like(self.index)
         self.stop = torch.zeros_like(self.index)  # a row lives while its length is below this
-        size = (count, longest + 1)  # one more, because a finished row writes past its end
+        self.group = torch.zeros_like(self.index)  # equal where the prompts are equal
+        size = (count, self.longest + 1)  # one more, because a finished row writes past its end
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(size, device=device)
         self.entropies = torch.zeros(size, device=device)
         # What depends only on the position is computed once: random numbers and rotations.
         self.uniforms = torch.zeros(size, dtype=torch.float64, device=device)
-        self.positions = torch.arange(longest + 1, device=device)
+        self.positions = torch.arange(self.longest + 1, device=device)
         cos, sin = base.rotary_emb(base.embed_tokens.weight, self.positions[None])
-        self.cos = cos[0, :, None]  # (longest + 1, 1, D)
+        self.cos = cos[0, :, None]  # (self.longest + 1, 1, D)
         self.sin = sin[0, :, None]
         half = self.sin.shape[-1] // 2
         self.sin[..., :half].neg_()  # `rotate` expects this
@@ -328,7 +335,7 @@ class Slots:
     def make_room(self, count):
         """Grows the cache, to `count` slots, if the longest row needs it. It grows in small steps:
         a decode step reads the whole cache, and reading unused positions takes time too."""
-        longest = max(self.lengths)
+        longest = max(self.lengths) + self.drafts
         if longest > self.capacity:
             self.reserve(count, longest + max(GROWTH, longest // 8))
 
@@ -343,7 +350,7 @@ class Slots:
         state = []
         for slot, row in enumerate(rows, first):
             length = len(row.prompt)
-            state.append((length, row.longest(), row.prompt[-1], row.seed))
+            state.append((length, row.longest(), hash(row.prompt), row.seed))
             self.rows.append(row)
             self.lengths.append(length)
             if row.prompt in holders:
@@ -351,11 +358,13 @@ class Slots:
             else:
                 targets.setdefault(row.prompt, []).append(slot)
         prefill(self.model, self, targets)
-        self.copy(copies, max(self.lengths[new]))
-        length, stop, last, seeds = torch.tensor(state).T.to(self.device)
+        self.copy_cache(copies, max(self.lengths[new]))
+        length, stop, group, seeds = torch.tensor(state).T.to(self.device)
         self.length[new] = length
         self.stop[new] = stop
-        self.ids[self.index[new], length - 1] = last  # the first decode step feeds it
+        self.group[new] = group
+        prompts = pad([row.prompt for row in rows], self.device)
+        self.ids[new, : prompts.shape[1]] = prompts
         self.uniforms[new] = random_numbers(seeds[:, None], self.positions)
 
     def drop_finished(self):
@@ -370,7 +379,8 @@ class Slots:
         live = count - len(finished)
         movers = [i for i in range(live, count) if i not in finished]
         moves = list(zip(movers, finished))  # there are as many movers as free slots below `live`
-        self.copy(moves, max(self.lengths))
+        self.copy_cache(moves, max(self.lengths))
+        self.swap(moves)
         for source, target in moves:
             self.rows[target] = self.rows[source]
             self.lengths[target] = self.lengths[source]
@@ -388,17 +398,33 @@ class Slots:
                 response = of_row[len(row.prompt) : self.lengths[slot]]
                 setattr(row.sample, name, response)
 
-    def copy(self, moves, length):
-        """Copies slots, one (from, to) for each move: everything they hold, but of keys and values
-        only the first `length` positions."""
+    def copy_cache(self, moves, length):
+        """Copies the first `length` keys and values of slots, one (from, to) for each move."""
         if not moves:
             return
         source, target = torch.tensor(moves, device=self.device).T
-        tensors = [self.length, self.stop, self.ids]
-        tensors += [self.uniforms, self.logprobs, self.entropies]
-        tensors += [cache[:, :, :length] for cache in self.keys + self.values]
-        for tensor in tensors:
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
+        for cache in self.keys + self.values:
+            used = cache[:, :, :length]
+            used.index_copy_(0, target, used.index_select(0, source))
+
+    def swap(self, moves):
+        """Swaps all that these pairs of slots hold but keys and values, so that the text of a
+        finished row stays for drafts."""
+        if not moves:
+            return
+        source, target = torch.tensor(moves, device=self.device).T
+        both = torch.cat((source, target))
+        other = torch.cat((target, source))
+        for tensor in (
+            self.length,
+            self.stop,
+            self.group,
+            self.ids,
+            self.uniforms,
+            self.logprobs,
+            self.entropies,
+        ):
+            tensor[other] = tensor[both]
 
 
 # ---- 3. Prefill and decode -----------------------------------------------------------------------
@@ -458,29 +484,14 @@ def prefill_batch(model, slots, ids, source, target):
 def decode(model, slots, rule, rows):
     """Draws one more token for each live row among the first `rows` slots, on the device and in
     place. Rows that have finished are computed too but do not advance."""
+    k = min(slots.drafts, TOKENS_PER_STEP // rows - 1)
+    if k > 0:  # part 8 does the same for up to k + 1 tokens
+        return decode_drafts(model, slots, rule, rows, k)
     at = slots.index[:rows]
     length = slots.length[:rows]
     stop = slots.stop[:rows]
-    position = length - 1  # of the last token, whose keys and values are not in the cache yet
-    cos = slots.cos[position, None]
-    sin = slots.sin[position, None]
-    if slots.flash:
-        attention = attend_flash
-        starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
-        valid = length.int(), starts, starts * slots.capacity
-    else:
-        attention = attend_masked
-        beyond = slots.positions[: slots.capacity] >= length[:, None]  # (B, L)
-        mask = torch.zeros_like(beyond, dtype=slots.dtype)
-        valid = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
-
-    def attend(layer, q, k, v, scale):
-        keys, values = slots.keys[layer], slots.values[layer]
-        q = fused(rotate_and_store, q, k, v, cos, sin, keys, values, at, position)
-        return attention(q, keys[:rows], values[:rows], valid, scale)
-
-    tokens = slots.ids[at, position, None]  # (B, 1)
-    hidden = run_layers(model, tokens, slots.joined, attend)  # (B, 1, H)
+    position = length[:, None] - 1  # of the last token, whose keys are not in the cache yet
+    hidden = run_on_cache(model, slots, position)  # (B, 1, H)
     logits = mm_wide(hidden[:, 0], model.lm_head.weight.T)  # (B, V)
     ids, logprobs, entropies = rule.draw(logits, slots.uniforms[at, length])
     # A finished row writes past its end, where nothing is read.
@@ -491,13 +502,49 @@ def decode(model, slots, rule, rows):
     stop.copy_(torch.where(slots.is_end[ids], length, stop))
 
 
+def run_on_cache(model, slots, position):
+    """Runs the tokens at `position` (B, S) of the first B slots, the last ones of each row, whose
+    keys and values are not in the cache yet -> the last hidden state (B, S, H)."""
+    rows, new = position.shape
+    at = slots.index[:rows, None]
+    cos = slots.cos[position]
+    sin = slots.sin[position]
+    if slots.flash:
+        attention = attend_flash
+        starts = torch.arange(rows + 1, device=slots.device, dtype=torch.int32)
+        valid = position[:, -1].int() + 1, starts * new, starts * slots.capacity
+    else:
+        attention = attend_masked
+        beyond = slots.positions[: slots.capacity] > position[:, :, None]  # (B, S, L)
+        mask = torch.zeros_like(beyond, dtype=slots.dtype)
+        valid = mask.masked_fill_(beyond, -torch.inf)[:, None]
+
+    def attend(layer, q, k, v, scale):
+        keys = slots.keys[layer]
+        values = slots.values[layer]
+        q = fused(rotate_and_store, q, k, v, cos, sin, keys, values, at, position)
+        return attention(q, keys[:rows], values[:rows], valid, scale)
+
+    return run_layers(model, slots.ids[at, position], slots.joined, attend)
+
+
 def attend_masked(q, keys, values, mask, scale):
-    """Attention of one query in each row. q (B, 1, heads, D), keys and values (B, kv heads, L, D),
-    mask (B, 1, 1, L) added to the scaled dot products -> (B, 1, heads, D).
+    """Attention of a few queries in each row. q (B, S, heads, D), keys and values (B, kv heads, L,
+    D), mask (B, 1, S, L) added to the scaled dot products -> (B, S, heads, D).
 
     The query heads that share keys are treated as several queries of one head, so keys and values
     are not expanded. For single queries, two matrix products are faster than PyTorch's
     attention."""
+    if q.shape[1] > 1:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2)
     grouped = (scale * q).view(len(q), keys.shape[1], -1, q.shape[3])  # (B, kv heads, group, D)
     weights = (grouped @ keys.mT + mask).softmax(-1)  # (B, kv heads, group, L)
     return (weights @ values).view(q.shape)
@@ -598,11 +645,11 @@ def rotate(x, cos, sin):
 
 
 def rotate_and_store(q, k, v, cos, sin, keys, values, at, position):
-    """Takes queries, keys and values of one token in each row, (B, 1, heads, D). Writes the rotated
-    keys and the values to `position` (B,) of the slots `at` (B,) of a layer's cache, and returns
-    the rotated queries."""
-    keys[at, :, position] = rotate(k, cos, sin)[:, 0]
-    values[at, :, position] = v[:, 0]
+    """Takes queries, keys and values of new tokens in each row, (B, S, heads, D). Writes the
+    rotated keys and the values to `position` (B, S) of the slots `at` (B, 1) of a layer's cache,
+    and returns the rotated queries."""
+    keys[at, :, position] = rotate(k, cos, sin)
+    values[at, :, position] = v
     return rotate(q, cos, sin)
 
 
@@ -797,11 +844,12 @@ def open_fixed_slots(sampler, waiting, rule):
     model = sampler.model
     slots = sampler.slots
     count = min(len(waiting), sampler.max_rows or len(waiting))
-    length = max(row.longest() for row in waiting)
+    length = max(row.longest() for row in waiting) + sampler.drafts
     addresses = [p.data_ptr() for p in model.parameters()]
     if (
         slots is None
         or sampler.addresses != addresses
+        or slots.drafts != sampler.drafts
         or slots.capacity < length
         or sampler.enough_for < count
     ):
@@ -818,7 +866,7 @@ def open_fixed_slots(sampler, waiting, rule):
         sampler.enough_for = count
         if sampler.last_slots < count:
             sampler.enough_for = math.inf  # a new cache could not have more slots
-        slots = Slots(model, sampler.is_end, sampler.last_slots, capacity, capacity)
+        slots = Slots(model, sampler.is_end, sampler.last_slots, capacity, capacity, sampler.drafts)
         slots.joined = join_projections(model)
         sampler.slots = slots
     elif slots.joined:
@@ -893,33 +941,38 @@ def flash_takes(device, dtype, head_dim):
 def attend_flash(q, keys, values, valid, scale):
     """What `attend_masked` computes, by the FlashAttention that PyTorch ships.
 
-    valid: three int32 tensors: the number of valid positions of each row (B,), read on the device;
-    where each row's query starts, 0, 1, ... B (B + 1,); where its keys start, 0, L, ... B L
-    (B + 1,)."""
+    valid: three int32 tensors: the number of valid positions of each row, its new tokens included
+    (B,), read on the device; where each row's queries start, 0, S, ... B S (B + 1,); where its keys
+    start, 0, L, ... B L (B + 1,).
+
+    With several queries in a row the mask is causal, and the kernel aligns it at the bottom right:
+    query i of S sees `used` - S + i + 1 positions. These end with its own, because the new tokens
+    are the last of the `used` ones."""
     used, starts, starts_in_cache = valid
+    rows, new = q.shape[:2]
     keys = keys.transpose(1, 2).flatten(0, 1)  # (B * L, kv heads, D), no copy
     values = values.transpose(1, 2).flatten(0, 1)
     out = torch.ops.aten._flash_attention_forward(
-        q[:, 0],
+        q.flatten(0, 1),
         keys,
         values,
         starts,
         starts_in_cache,
-        1,
-        len(keys) // len(q),
+        new,
+        len(keys) // rows,
         0.0,
-        False,
+        new > 1,
         False,
         scale=scale,
         seqused_k=used,
     )
-    return out[0][:, None]
+    return out[0].view(q.shape)
 
 
 def fused(function, x, *others):
-    """function(x, *others), x (B, S, ...). On a GPU and with S = 1, torch.compile merges it into as
-    few kernels as it can: a kernel takes about 2 microseconds, however little it does."""
-    if x.is_cuda and x.shape[1] == 1:
+    """function(x, *others), x (B, S, ...). On a GPU and with small S, torch.compile merges it into
+    as few kernels as it can: a kernel takes about 2 microseconds, however little it does."""
+    if x.is_cuda and x.shape[1] <= MAX_DRAFTS + 1:
         function = compiled(function)
     return function(x, *others)
 
@@ -954,3 +1007,62 @@ def join_projections(model, joined=None):
             bias = torch.cat([part.bias for part in parts], out=bias)
         layers.append((weight, bias))
     return layers
+
+
+# ---- 8. Drafts: several tokens in one decode step ------------------------------------------------
+# Reading the weights bounds a decode step of a few rows, so several tokens of a row take hardly
+# longer than one. We guess the next k tokens of each row (its draft), run them after its last token
+# in one pass, and draw a token at each position with the random number of that position. As long as
+# the draws equal the draft, they are what the plain sampler draws, and so is the first draw that
+# differs. A wrong draft costs time and changes no sample: its keys and values lie past the row's
+# end, where the mask hides them until later steps overwrite them.
+
+MAX_DRAFTS = 8
+TOKENS_PER_STEP = 64  # rows x (k + 1), as long as a step is bound by memory; not yet measured
+
+
+def look_up_drafts(slots, rows, k):
+    """Guesses the next k tokens of each of the first `rows` slots: (B, k) ids.
+
+    The last three tokens of a row, else its last two, are looked up in all texts with its prompt:
+    its own, those of live rows, and those of finished rows whose slots have not been used again.
+    The draft is what followed their last occurrence. If there is none, the draft is arbitrary."""
+    at = slots.index[:rows, None]
+    last = slots.length[:rows, None] - 3 + slots.positions[:3]
+    tail = slots.ids[at, last.clamp(min=0)]  # (B, 3)
+    # Any three tokens of any slot, and the position of the token that follows them.
+    trigrams = slots.ids[:, :-1].unfold(1, 3, 1)  # (slots, W, 3)
+    follower = slots.positions[3:]  # (W,)
+    equal = trigrams == tail[:, None, None]  # (B, slots, W, 3)
+    same_prompt = slots.group == slots.group[:rows, None]  # (B, slots)
+    in_text = follower < slots.length[:, None]  # (slots, W)
+    found = equal[..., 1] & equal[..., 2] & same_prompt[..., None] & in_text
+    rank = follower + len(follower) * equal[..., 0]
+    best = (found * rank).flatten(1).argmax(1, keepdim=True)  # (B, 1)
+    slot = best // len(follower)
+    start = follower[best % len(follower)]
+    return slots.ids[slot, start + slots.positions[:k]]
+
+
+def decode_drafts(model, slots, rule, rows, k):
+    """The same as `decode`, but draws between one and k + 1 tokens for each live row."""
+    at = slots.index[:rows, None]
+    length = slots.length[:rows]
+    stop = slots.stop[:rows]
+    drafts = look_up_drafts(slots, rows, k)  # (B, k)
+    position = length[:, None] + slots.positions[: k + 1]  # of the tokens to draw
+    slots.ids[at, position[:, :-1]] = drafts
+    hidden = run_on_cache(model, slots, position - 1)  # (B, k + 1, H)
+    logits = mm_wide(hidden.flatten(0, 1), model.lm_head.weight.T)
+    drawn = rule.draw(logits, slots.uniforms[at, position].flatten())
+    ids, logprobs, entropies = (values.view(position.shape) for values in drawn)
+    slots.ids[at, position] = ids
+    slots.logprobs[at, position] = logprobs
+    slots.entropies[at, position] = entropies
+    # A draw counts if all earlier ones equal their drafts and end no row.
+    goes_on = (ids[:, :-1] == drafts) & ~slots.is_end[drafts]
+    count = 1 + goes_on.cumprod(1).sum(1)
+    room = stop - length  # below 1 if the row has finished
+    length += torch.minimum(count, room).clamp(min=0)
+    last = slots.ids[slots.index[:rows], length - 1]
+    stop.copy_(torch.where(slots.is_end[last], length, stop))

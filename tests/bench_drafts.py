@@ -1,8 +1,10 @@
-"""How many decode steps drafts by lookup would save: a replay of responses that exist already.
+"""How many decode steps drafts by lookup save: a replay of responses that exist already, and the
+sampler itself.
 
     python eval.py --model M --tasks T --n 8 --temperature 0.6 --out FOLDER
     python tests/bench_drafts.py FOLDER --model M    # with prompts and references as sources
     python tests/bench_drafts.py RUN                 # a run's samples.jsonl, without them
+    python tests/bench_drafts.py --sample TASK --model M    # the sampler, with and without drafts
 
 In each step every live row looks up its last n tokens (3, then 2) in its own text, then in the
 texts of the other rows with the same prompt, as far as these have come, then in the reference. The
@@ -12,14 +14,20 @@ one more. A token depends only on the row's random stream, so the tokens are the
     tokens a row-step: how many tokens a live row gets in a step, on average.
     group, 8 groups: the lock-step factor, plain steps over steps with drafts. A batch takes as many
         steps as its slowest row; a batch is one group, or 8 groups together.
+
+With --sample the sampler draws 8 responses to each problem, one group at a time, with more and more
+drafts, in turns. It prints decode steps, seconds of this process, and how many responses differ
+from those without drafts (0 but for rounding).
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -131,14 +139,51 @@ def measure(groups: list[tuple], k: int, sizes: tuple, source: str) -> tuple[flo
     return tokens / row_steps, sum(longest) / sum(slowest), together[0] / together[1]
 
 
+def sample(flags: argparse.Namespace) -> None:
+    """Counts the decode steps and the seconds of the sampler for each length of drafts."""
+    import data
+    import engine
+    import rollout
+
+    policy = engine.load_policy(flags.model, "cpu")
+    sampler = policy.sampler
+    prompts = []
+    for problem in data.load(flags.sample, flags.mirror)[: flags.problems]:
+        prompts.append(policy.prompt_ids(problem.question))
+    steps, seconds, different = defaultdict(int), defaultdict(float), defaultdict(int)
+    for prompt in prompts:
+        for k in (0, *DRAFT_LENGTHS):
+            sampler.drafts = k
+            with mock.patch.object(rollout, "decode", wraps=rollout.decode) as decode:
+                start = time.process_time()
+                [rows] = sampler.sample([prompt], 8, flags.max_new_tokens, flags.temperature, 0)
+                seconds[k] += time.process_time() - start
+            steps[k] += decode.call_count
+            ids = [row.ids for row in rows]
+            if k == 0:
+                plain = ids
+            different[k] += sum(a != b for a, b in zip(ids, plain))
+    print(f"{flags.sample}, T = {flags.temperature}, {len(prompts)} groups of 8")
+    print(f"{'k':>3}{'steps':>8}{'factor':>8}{'seconds':>9}{'speed':>7}  different responses")
+    for k in steps:
+        factor, speed = steps[0] / steps[k], seconds[0] / seconds[k]
+        print(f"{k:3}{steps[k]:8}{factor:8.2f}{seconds[k]:9.1f}{speed:7.2f}{different[k]:6}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--model", help="whose prompts and references are sources too")
     parser.add_argument("--mirror")
+    parser.add_argument("--sample", metavar="TASK", help="run the sampler on these problems")
+    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     flags = parser.parse_args()
+    if flags.sample:
+        sample(flags)
     for folder in flags.folders:
         for name, groups in read_groups(folder, flags.model, flags.mirror).items():
             lengths = [len(r) for _, responses, _ in groups for r in responses]

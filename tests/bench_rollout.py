@@ -316,7 +316,7 @@ def bytes_a_step(model, rows: int, context: int) -> int:
     )
 
 
-def bench_device(shape: str, rows_list: list[int], device: str) -> None:
+def bench_device(shape: str, rows_list: list[int], device: str, drafts: int) -> None:
     prompt, short, long = (500, 32, 232) if device == "cuda" else (20, 4, 12)
     model = build(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
     bandwidth = copy_bandwidth(device)
@@ -334,7 +334,7 @@ def bench_device(shape: str, rows_list: list[int], device: str) -> None:
         "useful tokens/s  generate()  ratio  peak GiB"
     )
     for rows in rows_list:
-        sampler = Sampler(model, set())
+        sampler = Sampler(model, set(), drafts=drafts)
         sampler.fixed = True
         prompts = [[i % 100] + [1] * (prompt - 1) for i in range(rows)]
 
@@ -376,19 +376,23 @@ def main() -> None:
     parser.add_argument("--shape", help="cpu: small,27m (default); cuda: 7b (default), 1.5b")
     parser.add_argument("--rows", help="cuda: rows in the batch", default="8,64,256")
     parser.add_argument("--rounds", type=int, default=5, help="cpu: pairs")
+    parser.add_argument(
+        "--drafts", type=int, default=0, help="cuda: tokens that a step verifies; see `replay` only"
+    )
     flags = parser.parse_args()
     if flags.device == "cpu":
         torch.set_num_threads(1)
         for shape in (flags.shape or "small,27m").split(","):
             bench_cpu(shape, flags.rounds)
     elif torch.cuda.is_available():
-        bench_device(flags.shape or "7b", [int(rows) for rows in flags.rows.split(",")], "cuda")
+        rows = [int(rows) for rows in flags.rows.split(",")]
+        bench_device(flags.shape or "7b", rows, "cuda", flags.drafts)
     else:
         print(
             "There is no CUDA device here, so nothing is measured; "
             "the same code with a tiny model, graphs off:"
         )
-        bench_device("tiny", [8, 16], "cpu")
+        bench_device("tiny", [8, 16], "cpu", flags.drafts)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,10 @@ def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
 
     store, add = compiled(rollout.rotate_and_store), compiled(rollout.add_and_norm)
     with torch.inference_mode():
-        for rows in (8, 4, 1):
-            q, k, v, cos, sin = (torch.randn(rows, 1, heads, 16) for heads in (4, 2, 2, 1, 1))
-            at, position = torch.arange(rows), torch.randint(0, 9, (rows,))
+        for rows, new in ((8, 1), (4, 1), (1, 1), (8, 5), (4, 3)):  # new: tokens of a row
+            q, k, v, cos, sin = (torch.randn(rows, new, heads, 16) for heads in (4, 2, 2, 1, 1))
+            at = torch.arange(rows)[:, None]
+            position = torch.randint(0, 4, (rows, 1)) + torch.arange(new)
             caches = [
                 [torch.zeros(8, 9, 2, 16).transpose(1, 2) for _ in range(2)] for _ in range(2)
             ]
@@ -131,7 +132,7 @@ def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
             )
             assert torch.equal(expected, found) and expected.any()
             assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*caches))
-            args = torch.randn(rows, 1, 16), torch.randn(rows, 1, 16), torch.randn(16), 1e-6
+            args = torch.randn(rows, new, 16), torch.randn(rows, new, 16), torch.randn(16), 1e-6
             assert all(map(torch.equal, rollout.add_and_norm(*args), add(*args)))
 
 

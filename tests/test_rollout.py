@@ -673,30 +673,33 @@ def plain_flash(
     q, k, v, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k
 ):
     """A plain reading of the arguments of PyTorch's flash kernel, which needs a GPU: packed rows,
-    each's used part."""
-    assert (max_q, dropout, causal, debug) == (1, 0.0, False, False)
-    assert k.shape == v.shape == (len(q) * max_k, *k.shape[1:]) and starts_q.tolist() == list(
-        range(len(q) + 1)
-    )
+    each's used part, and a causal mask that is aligned at the bottom right."""
+    rows = len(seqused_k)
+    assert (causal, dropout, debug) == (max_q > 1, 0.0, False)
+    assert k.shape == v.shape == (rows * max_k, *k.shape[1:]) and len(q) == rows * max_q
+    assert starts_q.tolist() == list(range(0, len(q) + 1, max_q))
     assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
     out = torch.empty_like(q)
-    for i in range(len(q)):
+    for i in range(rows):
         own = slice(int(starts_k[i]), int(starts_k[i] + seqused_k[i]))
         assert own.stop <= int(starts_k[i + 1])
+        mine = slice(i * max_q, (i + 1) * max_q)
         k_i, v_i = (
             t[own].repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)
         )  # (used, heads, D)
-        out[i] = torch.einsum(
-            "hl,lhd->hd", (torch.einsum("hd,lhd->hl", q[i], k_i) * scale).softmax(-1), v_i
-        )
+        weights = torch.einsum("shd,lhd->hsl", q[mine], k_i) * scale
+        beyond = torch.ones(weights.shape[1:], dtype=torch.bool)
+        weights.masked_fill_(beyond.triu(len(k_i) - max_q + 1), -torch.inf)
+        out[mine] = torch.einsum("hsl,lhd->shd", weights.softmax(-1), v_i)
     return out, None
 
 
-def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch):
+@pytest.mark.parametrize("new", [1, 3])
+def test_flash_attention_is_asked_for_what_masked_attention_computes(new, monkeypatch):
     torch.manual_seed(0)
     rows, heads, shared, length, dim = 3, 6, 2, 10, 8
-    used = torch.tensor([1, 10, 4], dtype=torch.int32)
-    q = torch.randn(rows, 1, heads, dim)
+    used = torch.tensor([new, 10, 4], dtype=torch.int32)
+    q = torch.randn(rows, new, heads, dim)
     keys, values = (
         torch.randn(5, length, shared, dim).transpose(1, 2)[:rows] for _ in range(2)
     )  # as on a GPU
@@ -705,18 +708,20 @@ def test_flash_attention_is_asked_for_what_masked_attention_computes(monkeypatch
         assert k.data_ptr() == keys.data_ptr()  # a view of the cache, not a copy
         return plain_flash(q, k, v, *args, **kwargs)
 
-    mask = torch.zeros(rows, 1, 1, length).masked_fill(
-        torch.arange(length) >= used[:, None, None, None], -torch.inf
-    )
+    position = used[:, None] - new + torch.arange(new)
+    beyond = torch.arange(length) > position[:, None, :, None]
+    mask = torch.zeros(rows, 1, new, length).masked_fill(beyond, -torch.inf)
     expected = rollout.attend_masked(q, keys, values, mask, 0.3)
     starts = torch.arange(rows + 1, dtype=torch.int32)
+    valid = used, starts * new, starts * length
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-        found = rollout.attend_flash(q, keys, values, (used, starts, starts * length), 0.3)
+        found = rollout.attend_flash(q, keys, values, valid, 0.3)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_decoding_by_flash_attention_samples_the_same(qwen, monkeypatch):
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_decoding_by_flash_attention_samples_the_same(qwen, drafts, monkeypatch):
     """What decode hands to the kernel, with the kernel's plain reading in its place."""
     expected = qwen[1](ENDS, max_rows=7).sample(PROMPTS, 3, 30, 1.0, seed=20)
     made = rollout.Slots.__init__
@@ -728,7 +733,7 @@ def test_decoding_by_flash_attention_samples_the_same(qwen, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(rollout.Slots, "__init__", with_flash)
         patch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
-        out = qwen[1](ENDS, max_rows=7).sample(PROMPTS, 3, 30, 1.0, seed=20)
+        out = qwen[1](ENDS, max_rows=7, drafts=drafts).sample(PROMPTS, 3, 30, 1.0, seed=20)
     assert ids_of(out) == ids_of(expected)
 
 
@@ -761,3 +766,146 @@ def test_flash_attention_still_takes_these_arguments():
         "return_debug_mask",
     ]
     assert {"scale", "seqused_k"} <= set(arguments)
+
+
+# ---- drafts --------------------------------------------------------------------------------------
+
+
+def check_equal(out, expected):
+    assert ids_of(out) == ids_of(expected)
+    for a, b in zip(flat(out), flat(expected)):
+        assert a.finished == b.finished
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert a.entropies == pytest.approx(b.entropies, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, temperature, top_p",
+    [("qwen2", 0.0, 1.0), ("qwen2", 1.0, 1.0), ("qwen3", 1.0, 1.0), ("qwen2", 0.8, 0.7)],
+)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_drafts_change_no_sample(fixed, name, temperature, top_p, monkeypatch):
+    """Ragged prompts and limits, fewer slots than rows, and texts of an earlier call in the slots.
+    The number of drafts may change between calls."""
+    monkeypatch.setattr(rollout, "TOKENS_PER_STEP", 10**6)
+    ends = ENDS if temperature else {2}
+    limits = [20, 1, 9, 40, 20] * 2
+    for rows in (None, 3):
+        sampler = Sampler(model_of(name), ends, max_rows=rows)
+        sampler.fixed = fixed
+        for k in range(9):
+            call = PROMPTS, 2, limits, temperature, k // 2, top_p
+            expected = Sampler(model_of(name), ends).sample(*call)
+            sampler.drafts = k
+            check_equal(sampler.sample(*call), expected)
+            assert not fixed or sampler.slots.drafts == k
+
+
+def test_the_draft_of_the_longest_row_has_room(qwen):
+    """Prompt and response fill a fixed cache of 128 positions."""
+    expected = qwen[1](set()).sample([PROMPTS[1]], 1, 117, 0.0, seed=0)
+    check_equal(qwen[1](set(), drafts=8).sample([PROMPTS[1]], 1, 117, 0.0, seed=0), expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_draft_that_is_right_saves_steps_and_a_wrong_one_does_no_harm(
+    qwen, right, k, monkeypatch
+):
+    """Right drafts go on behind limits and end tokens, where the row must stop nevertheless."""
+    monkeypatch.setattr(rollout, "TOKENS_PER_STEP", 10**6)
+    limits = [40, 1, k, k + 1, k + 2] * 4
+    call = PROMPTS, 4, limits, 1.0, 7
+    expected = qwen[1](ENDS).sample(*call)
+    endless = flat(qwen[1](set()).sample(PROMPTS, 4, 60, 1.0, 7))
+    texts = dict(zip(rollout.row_seeds(7, [tuple(p) for p in PROMPTS], 4), endless))
+
+    def look_up(slots, rows, k):
+        drafts = torch.zeros(rows, k, dtype=torch.int64)
+        for i, row in enumerate(slots.rows[:rows]):
+            text = texts[row.seed % 2**64].ids
+            done = int(slots.length[i]) - len(row.prompt)
+            draft = torch.tensor(text[done : done + k])
+            drafts[i] = draft if right else (draft + 1) % V
+        return drafts
+
+    steps = count_calls(monkeypatch, "decode_drafts")
+    monkeypatch.setattr(rollout, "look_up_drafts", look_up)
+    sampler = qwen[1](ENDS, drafts=k)
+    check_equal(sampler.sample(*call), expected)
+    longest = max(len(sample.ids) for sample in flat(expected))
+    assert longest > 2 * k
+    if not sampler.fixed:
+        assert len(steps) == (math.ceil(longest / (k + 1)) if right else longest)
+
+
+def look_up(texts, groups=None, rows=1, k=2):
+    """The drafts of the first rows; behind each text, which must not be read, stand 77s."""
+    size = max(map(len, texts)) + k + 1
+    slots = rollout.Slots.__new__(rollout.Slots)
+    slots.ids = torch.tensor([text + [77] * (size - len(text)) for text in texts])
+    slots.length = torch.tensor([len(text) for text in texts])
+    slots.group = torch.tensor(groups or [0] * len(texts))
+    slots.index = torch.arange(len(texts))
+    slots.positions = torch.arange(size)
+    return rollout.look_up_drafts(slots, rows, k).tolist()
+
+
+@pytest.mark.parametrize(
+    "draft, texts, groups",
+    [
+        ([4, 5], [[1, 2, 3, 4, 5, 6, 1, 2, 3]], None),  # its own text
+        ([6, 7], [[9, 1, 2, 3], [5, 1, 2, 3, 6, 7]], None),  # a sibling's
+        ([6, 7], [[9, 1, 2, 3], [1, 2, 3, 4, 5, 0, 0], [1, 2, 3, 6, 7]], [5, 6, 5]),  # its prompt's
+        ([8, 9], [[9, 1, 2, 3], [0, 1, 2, 3, 6, 7, 0, 1, 2, 3, 8, 9]], None),  # the last place
+        ([6, 7], [[9, 1, 2, 3], [1, 2, 3, 6, 7, 2, 3, 8, 9]], None),  # three tokens before two
+        ([8, 9], [[9, 1, 2, 3], [5, 4, 2, 3, 8, 9]], None),  # two tokens
+        ([6, 7], [[2, 3], [5, 2, 3, 6, 7]], None),  # of a text that has no third
+        ([6, 7], [[9, 1, 2, 3], [1, 2, 3, 6, 7], [0, 0, 0, 1, 2, 3]], None),  # nothing follows yet
+    ],
+)
+def test_what_is_looked_up(draft, texts, groups):
+    assert look_up(texts, groups) == [draft]
+
+
+def test_each_row_has_its_own_draft():
+    texts = [[1, 2, 3], [4, 5, 6], [1, 2, 3, 7, 8, 4, 5, 6, 9, 9]]
+    assert look_up(texts, rows=2) == [[7, 8], [9, 9]]
+
+
+def test_texts_of_finished_rows_stay_for_drafts(qwen, monkeypatch):
+    """Also when other rows move into their slots, and when these are computed with the live ones,
+    because there is no graph of three rows."""
+    looks = count_calls(monkeypatch, "look_up_drafts")
+    limits = [3, 40, 1, 40, 2, 40]
+    prompts = [PROMPTS[1], PROMPTS[3]]
+    out = qwen[1](set(), drafts=4).sample(prompts, 3, limits, 1.0, seed=21)
+    slots = looks[-1][0]
+    texts = []
+    for ids, length, group in zip(slots.ids.tolist(), slots.length, slots.group):
+        texts.append((ids[:length], group))
+    for prompt, samples in zip(prompts, out):
+        for sample in samples:
+            assert (prompt + sample.ids, hash(tuple(prompt))) in texts
+
+
+def test_texts_of_an_earlier_call_are_looked_up_too(monkeypatch):
+    monkeypatch.setattr(rollout, "STEPS_PER_LOOK", 1)
+    sampler = Sampler(model_of("qwen2"), set(), drafts=4)
+    sampler.fixed = True
+    samples = flat(sampler.sample([PROMPTS[3]], 4, 30, 1.0, seed=[1, 2, 3, 4]))
+    last = sampler.slots.ids[3].tolist()
+    [i] = [i for i in range(4) if PROMPTS[3] + samples[i].ids == last[:35]]
+    looks = count_calls(monkeypatch, "look_up_drafts")
+    [[again]] = sampler.sample([PROMPTS[3]], 1, 30, 1.0, seed=[i + 1])
+    assert again.ids == samples[i].ids and len(looks) < 12
+
+
+def test_many_rows_have_no_drafts(monkeypatch):
+    """A step of many rows computes as much as it reads: fewer drafts, the more rows there are."""
+    monkeypatch.setattr(rollout, "TOKENS_PER_STEP", 8)
+    calls = count_calls(monkeypatch, "decode_drafts")
+    limits = [1, 1, 3, 3, 5, 5, 5, 7]
+    Sampler(model_of("qwen2"), set(), drafts=4).sample([PROMPTS[0]], 8, limits, 1.0, seed=22)
+    assert {(rows, k) for *_, rows, k in calls} <= {(4, 1), (3, 1), (2, 3), (1, 4)}
+    assert all(rows < 6 for *_, rows, _ in calls) and calls
