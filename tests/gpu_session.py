@@ -52,6 +52,11 @@ def benchmarks(rehearse: bool) -> list[tuple[str, float, str]]:
         ("tests", 120, "-m pytest -q --cuda"),
         ("bench-step", 60, step),
         ("bench-rollout", 90, "tests/bench_rollout.py --device cuda --shape 7b --rows 8,64,256"),
+        (
+            "bench-rollout-drafts",
+            60,
+            "tests/bench_rollout.py --device cuda --shape 7b --rows 8,16,32 --drafts 4",
+        ),
         ("bench-step-no-recompute", 60, f"{step} --no-checkpointing --micro-batch-tokens 2048"),
         ("bench-entropy", 30, entropy),
         ("bench-step-offload", 150, f"{step} --steps 1 --offload"),
