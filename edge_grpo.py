@@ -124,6 +124,7 @@ class Flags:
     save_tokens: bool = flag(
         False, "write each token's log-probability and entropy too, for eval.py show --html"
     )
+    log: str = flag("", "also log live to this package", choices=["", "wandb", "tensorboard"])
     template: str = flag("auto", "chat template of the prompt", choices=["auto", "qwen", "llama"])
     mirror: str = flag("", "a folder or base URL to download from")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")

@@ -16,6 +16,15 @@ console.py      what is printed, and how an error becomes one sentence
 flags.py        a dataclass of flags as a command line
 """
 
-from engine.models import Policy, load_policy
+from pathlib import Path
+
+import data
+
+if Path(data.__file__).parents[1] != Path(__file__).parents[1]:
+    raise ImportError(
+        f"{data.__file__} hides this project's own data/: rename it, or work in another folder"
+    )
+
+from engine.models import Policy, load_policy  # noqa: E402
 
 __all__ = ["Policy", "load_policy"]

@@ -17,7 +17,7 @@ from errors import UserError
 
 # Flags that may change on --resume: they affect memory and bookkeeping, not results.
 MAY_CHANGE = set(
-    "resume overwrite device out save_every keep mirror max_rows drafts micro_batch_tokens "
+    "resume overwrite device out save_every keep log mirror max_rows drafts micro_batch_tokens "
     "gradient_checkpointing offload_optimizer save_tokens trust_remote_code".split()
 )
 

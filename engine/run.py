@@ -66,6 +66,9 @@ class Run(AbstractContextManager):
             model_fingerprint=policy.fingerprint(),
         )
         self.checkpoint = on_main(self._open)
+        self.log_live = lambda line: None
+        if flags.log and is_main():
+            self.log_live = live_log(flags.log, self.out)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace) -> None:
         if self.lock:
@@ -137,6 +140,7 @@ class Run(AbstractContextManager):
         )
         append(self.out / "metrics.jsonl", [line])
         append(self.out / "samples.jsonl", [dict(step=step + 1, **row) for row in samples])
+        self.log_live({key: value for key, value in line.items() if value is not None})
         self.progress.show(line)
 
     def _restore(self, trainer: Trainer) -> int:
@@ -277,3 +281,26 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")  # Linux
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.machine()
+
+
+def live_log(package: str, out: Path) -> Callable[[dict], None]:
+    """A function that passes a line of metrics.jsonl on to wandb or TensorBoard. UserError if the
+    package is not installed."""
+    try:
+        if package == "wandb":
+            import wandb
+
+            run = wandb.init(project="edge-grpo", name=out.name, dir=str(out), resume="allow")
+            return lambda line: run.log(line, step=line["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            f"--log {package}: the package is not installed; pip install {package}, or drop --log"
+        ) from None
+    writer = SummaryWriter(str(out))
+
+    def add_scalars(line: dict) -> None:
+        for key, value in line.items():
+            writer.add_scalar(key, value, line["step"])
+
+    return add_scalars

@@ -20,7 +20,7 @@ class Flags:
 
 def test_only_what_changes_no_number_may_change_on_resume():
     assert MAY_CHANGE == set(
-        "resume overwrite device out save_every keep mirror max_rows drafts "
+        "resume overwrite device out save_every keep log mirror max_rows drafts "
         "micro_batch_tokens gradient_checkpointing offload_optimizer save_tokens "
         "trust_remote_code".split()
     )

@@ -2,6 +2,11 @@
 words, capacity."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +148,15 @@ def test_cudnn_attention_is_off():
 def test_an_id_beyond_the_vocabulary_is_told_before_a_gpu_sees_it():
     with pytest.raises(ValueError, match="id 63"):
         response_logprobs(small_policy().model, [[1]], [[2, 63]], 1.0, 60, 100)
+
+
+@pytest.mark.slow
+def test_the_prepared_session_of_a_gpu_runs_on_a_cpu_with_tiny_shapes(tmp_path):
+    script = Path(__file__).with_name("gpu_session.py")
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--rehearse", "--skip", "tests"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    parts = json.loads((tmp_path / "summary.json").read_text())
+    assert all(part["exit"] == 0 for part in parts) and len(parts) == 7
+    for arm in ("grpo", "edge", "references-x5"):
+        folder = tmp_path / "runs" / f"{arm}-seed1"
+        assert (folder / "metrics.jsonl").exists() and (folder / "eval" / "summary.json").exists()

@@ -1035,3 +1035,32 @@ def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, capsys, qwen,
         assert sum(m["reflected"] + m["answered"] + m["referenced"] for m in rows) == 12
         assert all(m["entropy_sampled"] <= math.log(151665) for m in rows)  # no padding
     assert all(s["source"].startswith("deepscaler-hard-1k:") for s in samples)
+
+
+def test_metrics_are_logged_live_where_the_package_is(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Wandb:
+        def init(self, **settings):
+            assert settings["name"] == "run"
+            return self
+
+        def log(self, line, step):
+            seen.append((step, line["loss"]))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    argv = ["--steps", "2", "--eval-tasks", "--out", str(tmp_path / "run"), "--log", "wandb"]
+    assert edge_grpo.main(argv) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert seen == [(m["step"], m["loss"]) for m in map(json.loads, lines)]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
+    assert edge_grpo.main([*argv, "--overwrite"]) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_a_data_module_of_the_users_own_is_named_and_not_taken_for_ours(tmp_path):
+    (tmp_path / "data.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", "import engine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "hides this project's own data/" in done.stderr
