@@ -16,11 +16,11 @@ COST = [  # (label, run, colour): Okabe and Ito's colours, which the colour-blin
     ("GRPO", "grpo", "#0072B2"),
     ("DAPO", "dapo", "#56B4E9"),
     ("EDGE-GRPO", "edge", "#D55E00"),
-    ("no EDA, references × 5", "gec-ref5", "#E69F00"),
+    ("no EDA, references × 20", "gec-ref20", "#E69F00"),
     ("GEC only", "gec", "#999999"),
     ("GEC without answers and EDA", "gec-no-answers", "#009E73"),
-    ("GRPO + SFT in one loss", "joint-9-3e-4", "#CC79A7"),
-    ("SFT, then GRPO", "sft-grpo", "#000000"),
+    ("one reference in all-wrong groups", "imitate-neg", "#CC79A7"),
+    ("SFT, then GRPO (SFT not counted)", "sft-grpo", "#000000"),
 ]
 WINDOW = 10  # steps
 
