@@ -18,7 +18,7 @@ COST = [  # (label, run, colour): Okabe and Ito's colours, which the colour-blin
     ("EDGE-GRPO", "edge", "#D55E00"),
     ("no EDA, references × 20", "gec-ref20", "#E69F00"),
     ("GEC only", "gec", "#999999"),
-    ("GEC without answers and EDA", "gec-no-answers", "#009E73"),
+    ("GEC, references for answers, no EDA", "gec-no-answers", "#009E73"),
     ("one reference in all-wrong groups", "imitate-neg", "#CC79A7"),
     ("SFT, then GRPO (SFT not counted)", "sft-grpo", "#000000"),
 ]
@@ -92,7 +92,7 @@ def curve(packed: dict) -> list[tuple[float, float, float]]:
 
 def what_eda_sees(runs: dict) -> None:
     """P/mean and share of the sum of |A^| by kind of row, in the first and the last ten steps."""
-    names = {"edge": "EDGE-GRPO", "edge-no-answers": "EDGE-GRPO without answers"}
+    names = {"edge": "EDGE-GRPO", "edge-no-answers": "references for answers"}
     names["force-r-eda"] = "Force-R & EDA"
     kinds = [kind for kind in KINDS if kind != "wrong"]  # all of these are corrected
     parts = (("relative_entropy", "P / mean P of the group"), ("advantage_share", "share of Σ|Â|"))
