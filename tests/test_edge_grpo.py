@@ -249,6 +249,24 @@ def test_with_a_dense_reward_collapse_is_still_one_of_accuracy(monkeypatch):
 # --- Advantages ------------------------------------------------------------------------------
 
 
+def test_a_random_reward_is_one_half_the_time_whatever_is_right_and_drawn_anew_in_each_step(policy):
+    flags = flags_of("--random-reward --questions-per-step 8 --max-new-tokens 4")
+    problems = data.load("tiny:1-3")[:8]
+    draws = []
+    for step in (0, 1, 1):
+        groups = eg.sample(policy, problems, flags, step)
+        eg.grade(policy, groups)
+        drawn = torch.stack([eg.rewards(group.responses, flags) for group in groups])
+        eg.correct_errors(policy, groups, flags, step)
+        eg.grade(policy, groups)
+        after = torch.stack([eg.rewards(group.responses, flags) for group in groups])
+        assert torch.equal(drawn, after)  # a correction draws no second time
+        draws.append(drawn)
+    assert torch.equal(draws[1], draws[2]) and not torch.equal(draws[0], draws[1])
+    values = torch.stack(draws[:2])
+    assert set(values.flatten().tolist()) == {0.0, 1.0} and 0.35 < values.mean() < 0.65
+
+
 @pytest.mark.parametrize(
     "row",  # of rewards: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4
     [
