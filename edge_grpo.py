@@ -209,9 +209,9 @@ class Flags:
     )
     eda_rows: str = flag(
         "all",
-        "responses whose advantages are divided, after GEC; not-reference: all except those that a "
-        "reference replaced",
-        choices=["all", "right", "wrong", "not-reference"],
+        "responses whose advantages are divided, after GEC; reference: only those that a reference "
+        "replaced, not-reference: all others",
+        choices=["all", "right", "wrong", "reference", "not-reference"],
     )
     eda_grad: bool = flag(
         False,
@@ -595,6 +595,7 @@ def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
         "all": lambda r: True,
         "right": lambda r: r.accuracy > 0,
         "wrong": lambda r: r.accuracy == 0,
+        "reference": lambda r: r.correction == "reference",
         "not-reference": lambda r: r.correction != "reference",
     }[flags.eda_rows]
     return torch.where(torch.tensor([applies(r) for r in group.responses]), A_hat, group.A)

@@ -347,6 +347,7 @@ def test_the_gradient_goes_through_each_responses_own_entropy_and_not_through_th
         "| 2 -2.6666667 0.5714286",
         "--eda-rows right | 2 -2 0.5714286",
         "--eda-rows wrong | 1 -2.6666667 1",
+        "--eda-rows reference | 1 -2 0.5714286",
         "--eda-rows not-reference | 2 -2.6666667 1",
         "--eda-clamp .5 1 | 2 -2.6666667 1",
     ],
