@@ -258,11 +258,17 @@ class Flags:
     max_new_tokens: int = flag(1024, "maximum tokens sampled per response", low=1)
     max_prompt_tokens: int = flag(512, "training problems with a longer prompt are left out", low=1)
 
+    dtype: str = flag(
+        "auto",
+        "what the model computes in; auto: bfloat16 on a GPU, float32 on a CPU. Master weights are "
+        "always float32",
+        choices=["auto", "float32", "bfloat16"],
+        section="memory",
+    )
     micro_batch_tokens: int = flag(
         8192,
         "maximum tokens in one forward and backward pass; each response counts with its prompt",
         low=1,
-        section="memory",
     )
     max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit in memory", low=0)
     drafts: int = flag(
@@ -1033,7 +1039,7 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     row_tokens = flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens
     max_rows = preflight(flags, start_processes(flags.device), rows, row_tokens)
     policy = engine.load_policy(
-        flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code
+        flags.model, flags.device, flags.template, max_rows, flags.trust_remote_code, flags.dtype
     )
     policy.sampler.drafts = flags.drafts
     corrections = [CORRECTIONS[name] for name in correction_probabilities(flags)]

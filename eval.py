@@ -108,6 +108,11 @@ class Flags:
     )
     mirror: str = flag("", "a folder or base URL to download from")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = flag(
+        "auto",
+        "what the model computes in; auto: bfloat16 on a GPU, float32 on a CPU",
+        choices=["auto", "float32", "bfloat16"],
+    )
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
     def total_tokens(self) -> int:
@@ -591,7 +596,12 @@ def run(flags: Flags) -> None:
         problems += tasks[task][: flags.limit]
     check_golds(problems)
     policy = engine.load_policy(
-        flags.model, flags.device, flags.template, flags.max_rows, flags.trust_remote_code
+        flags.model,
+        flags.device,
+        flags.template,
+        flags.max_rows,
+        flags.trust_remote_code,
+        flags.dtype,
     )
     policy.sampler.drafts = flags.drafts
     settings = dict(

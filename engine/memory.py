@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.console import say
 from engine.modelfiles import from_model
-from engine.models import load_config
+from engine.models import choose_dtype, load_config
 from engine.processes import world_size
 
 GIB = 2**30
@@ -35,7 +35,7 @@ def preflight(flags, device: torch.device, rows: int, row_tokens: int) -> int | 
         rows,
         row_tokens,
         flags.micro_batch_tokens,
-        2 if cuda else 4,
+        choose_dtype(flags.dtype, device).itemsize,
         flags.offload_optimizer and cuda,
         flags.gradient_checkpointing,
         world_size(),

@@ -356,14 +356,22 @@ def turn_noise_off(model: nn.Module) -> None:
             part.p = 0.0
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 def load_policy(
     name: str,
     device: str = "auto",
     template: str = "auto",
     max_rows: int | None = None,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Policy:
-    """Returns the policy `name`: bfloat16 on a GPU, float32 on a CPU.
+    """Returns the policy `name`. dtype: see choose_dtype.
 
     template: "qwen", "llama", or "auto" (see choose_template). max_rows: how many are sampled at a
     time, None for any number. Raises UserError, which says what is wrong with the model.
@@ -377,8 +385,7 @@ def load_policy(
     check_ids(name, highest, config.get_text_config().vocab_size)
     if template == "auto":
         template = choose_template(config, tokenizer)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_model(name, device, dtype, trust_remote_code)
+    model = load_model(name, device, choose_dtype(dtype, device), trust_remote_code)
     choose_threads(sum(p.numel() for p in model.parameters()))
     with from_model(name, "it is of a kind that cannot be trained here"):
         check_output_layer(model)

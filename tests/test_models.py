@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, Qwen2Config
 import data
 import engine
 from engine.modelfiles import find_model
+from engine.models import choose_dtype
 from engine.prompts import INSTRUCTION, QWEN_TEMPLATE, find_end_ids, prompt_text
+from engine.trainer import Trainer
 from errors import UserError
 
 QWEN = Path(__file__).parents[2] / "shared" / "tokenizers" / "Qwen2.5-Math-1.5B"
@@ -80,6 +82,15 @@ def test_tiny_policy_round_trips_text(tiny):
     assert tiny.decode(tiny.encode(problem.solution)) == problem.solution
     assert tiny.encode_response(problem.solution) == tiny.encode(problem.solution)
     assert tiny.end_id in tiny.end_ids
+
+
+def test_dtype_is_what_the_model_computes_in_and_masters_stay_float32(tiny):
+    assert tiny.model.dtype == torch.float32  # on a CPU
+    policy = engine.load_policy("tiny", "cpu", dtype="bfloat16")
+    trainer = Trainer(policy, micro_batch_tokens=1000, temperature=1.0)
+    assert policy.model.dtype == torch.bfloat16
+    assert {master.dtype for master in trainer.masters.values()} == {torch.float32}
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_fingerprint_is_that_of_the_weights_the_prompt_and_the_end_tokens(tiny):
