@@ -39,12 +39,15 @@ CONTROLS = [
     ("no EDA, references × 5, at 1e-4", "gec-ref5-1e-4"),
     ("no EDA, references × 20, at 1e-4", "gec-ref20-1e-4"),
     ("EDA on all rows but references (`--eda-rows not-reference`)", "edge-not-ref"),
+    ("EDA on references alone (`--eda-rows reference`)", "edge-ref"),
     ("EDA on right rows (`--eda-rows right`)", "edge-right"),
     ("EDA on wrong rows (`--eda-rows wrong`)", "edge-wrong"),
     ("references in place of answers (`--guided-probs .5 0 .5`)", "edge-no-answers"),
     ("the same, no EDA", "gec-no-answers"),
     ("reflections in place of answers (`--guided-probs .75 0 .25`)", "edge-reflect"),
     ("the same, no EDA ", "gec-reflect"),
+    ("the same, no EDA, references × 5", "gec-reflect-ref5"),
+    ("the same, no EDA, references × 20", "gec-reflect-ref20"),
     ("Force-R & EDA", "force-r-eda"),
     ("Force-R", "force-r"),
     ("Force-R, EDA on right rows", "force-r-eda-right"),
@@ -78,6 +81,30 @@ CURES = [
     ("SFT, then GRPO + SFT, 1e-4", "sft-joint-9-1e-4"),
     ("SFT, then GRPO + SFT, 3e-4", "sft-joint-9-3e-4"),
 ]
+BATCHES = [
+    ("EDGE-GRPO, 8 questions × 8", "edge"),
+    ("16 × 4 (`--guided-probs 0 .5 .5`)", "edge-G4"),
+    ("4 × 16 (`--guided-probs .75 .125 .125`)", "edge-G16"),
+    ("1 × 8, 800 steps, at 1e-4", "edge-Q1"),
+    ("GRPO, 8 questions × 8, at 1e-4", "grpo"),
+    ("GRPO, 1 × 8, 800 steps, at 3e-5", "grpo-Q1"),
+]
+RATES = {  # label -> learning rate -> run
+    "SFT": {"3e-4": "sft", "1e-3": "sft-1e-3"},
+    "GRPO": {"3e-5": "grpo-3e-5", "1e-4": "grpo"},
+    "GRPO + EDA": {"3e-4": "grpo-eda", "1e-3": "grpo-eda-1e-3"},
+    "Force-R & EDA": {"3e-4": "force-r-eda", "1e-3": "force-r-eda-1e-3"},
+    "EDGE-GRPO": {"1e-4": "edge-1e-4", "3e-4": "edge", "1e-3": "edge-1e-3"},
+    "no EDA, references × 5": {"1e-4": "gec-ref5-1e-4", "3e-4": "gec-ref5"},
+    "no EDA, references × 20": {
+        "1e-4": "gec-ref20-1e-4",
+        "3e-4": "gec-ref20",
+        "1e-3": "gec-ref20-1e-3",
+    },
+    "DAPO": {"3e-5": "dapo-3e-5", "1e-4": "dapo"},
+    "A = −1 in all-wrong groups": {"3e-5": "nsr-3e-5", "1e-4": "nsr"},
+    "SFT, then GRPO": {"1e-5": "sft-grpo-1e-5", "3e-5": "sft-grpo"},
+}
 KINDS = ("right", "wrong", "reflect", "answer", "reference")
 Runs = dict[str, dict[int, dict]]  # run -> seed -> what is packed
 
@@ -204,6 +231,20 @@ def groups(runs: Runs, labels: list[tuple[str, str]]) -> str:
     return markdown([*header, "P as sampled, first → last step"], rows)
 
 
+def rates(runs: Runs) -> str:
+    """avg@8 on hard problems by learning rate; the number of seeds in brackets."""
+    header = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3"]
+    rows = []
+    for label, by_rate in RATES.items():
+        row = [label]
+        for rate in header:
+            seeds = runs.get(by_rate.get(rate, ""), {})
+            values = [accuracy(packed, HARD, 8) for packed in seeds.values()]
+            row.append(f"{mean_and_std(values)} ({len(values)})" if values else "")
+        rows.append(row)
+    return markdown(["", *header], rows)
+
+
 def by_seed(runs: Runs) -> str:
     rows = []
     for name in sorted(runs):
@@ -219,6 +260,8 @@ def tables() -> dict[str, str]:
         "groups": groups(runs, METHODS),
         "controls": accuracies(runs, CONTROLS, "edge"),
         "sees": what_eda_sees(runs),
+        "rates": rates(runs),
+        "batches": accuracies(runs, BATCHES, "edge"),
         "cures": accuracies(runs, CURES, "grpo"),
         "seeds": by_seed(runs),
     }
