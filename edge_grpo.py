@@ -15,35 +15,13 @@ Letters: a step has B = Q x G responses, G to each of Q questions. T is the numb
 response, M the number of response tokens in a micro-batch. P is an entropy (Eq. 3).
 """
 
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-import data
-import engine
-import eval as evaluation
-import reward
-from data import Problem
-from engine.console import exit_code, say, timed
-from engine.flags import changed, check_ranges, flag, make_parser, run_name
-from engine.forward import Batch
-from engine.memory import preflight
-from engine.models import Policy
-from engine.problems import check_golds, training_problems
-from engine.processes import gather, leave, spread, start_processes, stream, uniform
-from engine.run import Run
-from engine.trainer import Trainer
-from entropy import response_entropy
+from engine.flags import changed, check_ranges, end_if_unreadable, flag, make_parser, run_name
 from errors import UserError
-from report.metrics import SHOWN, measure, readable
-from report.page import conclude
 
 # --- Flags -----------------------------------------------------------------------------------
 
@@ -300,9 +278,18 @@ class Flags:
 
 
 def parse_flags(argv: list[str]) -> Flags:
+    """The flags of a command line. Raises UserError also for flags in conflict."""
+    flags = read_flags(argv)
+    for wrong, sentence in conflicts(flags):
+        if wrong:
+            raise UserError(sentence)
+    return flags
+
+
+def read_flags(argv: list[str]) -> Flags:
     """The defaults, then the tiny profile, then the method's row, then the flags as given.
 
-    Raises UserError for a value out of range and for flags in conflict."""
+    Raises UserError for an unknown flag and for a value out of range."""
     parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
     given, _ = parser({}).parse_known_args(without_help)
@@ -313,9 +300,6 @@ def parse_flags(argv: list[str]) -> Flags:
     flags.differing = changed(flags, defaults)
     flags.out = flags.out or f"runs/{run_name(flags, flags.differing)}"
     check_ranges(flags)
-    for wrong, sentence in conflicts(flags):
-        if wrong:
-            raise UserError(sentence)
     return flags
 
 
@@ -381,6 +365,36 @@ NOT_FOR_SFT = {
     "updates_per_rollout",
 }
 
+
+# The imports below take seconds, so a mistyped flag ends the program before them.
+if __name__ == "__main__":
+    end_if_unreadable(read_flags)
+
+# ruff: noqa: E402
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import field
+
+import torch
+from torch import Tensor
+
+import data
+import engine
+import eval as evaluation
+import reward
+from data import Problem
+from engine.console import exit_code, say, timed
+from engine.forward import Batch
+from engine.memory import preflight
+from engine.models import Policy
+from engine.problems import check_golds, training_problems
+from engine.processes import gather, leave, spread, start_processes, stream, uniform
+from engine.run import Run
+from engine.trainer import Trainer
+from entropy import response_entropy
+from report.metrics import SHOWN, measure, readable
+from report.page import conclude
 
 # --- Groups of responses ---------------------------------------------------------------------
 

@@ -25,6 +25,14 @@ if Path(data.__file__).parents[1] != Path(__file__).parents[1]:
         f"{data.__file__} hides this project's own data/: rename it, or work in another folder"
     )
 
-from engine.models import Policy, load_policy  # noqa: E402
-
 __all__ = ["Policy", "load_policy"]
+
+
+def __getattr__(name: str):
+    """Import Policy and load_policy from engine.models when they are first used. That imports torch
+    and transformers, which takes seconds, and a program can read its flags before."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from engine import models
+
+    return getattr(models, name)

@@ -7,7 +7,10 @@ method changes.)"""
 import argparse
 import difflib
 import math
+import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, field, fields
 from functools import partial
 from pathlib import Path
@@ -65,6 +68,19 @@ def wrong_flag(message: str, parser: argparse.ArgumentParser | None = None) -> N
             for name in difflib.get_close_matches(word, parser._option_string_actions, 1):
                 message += f"; did you mean {name}?"
     raise UserError(f"{message} (--help lists every flag)")
+
+
+def end_if_unreadable(read: Callable[[list[str]], object]) -> None:
+    """End the program with one sentence and code 2 if `read` refuses its command line.
+
+    For the top of a program, before imports that take seconds. Of several processes under torchrun
+    the first one prints the sentence."""
+    try:
+        read(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def make_parser(

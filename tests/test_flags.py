@@ -1,6 +1,8 @@
 """engine/flags.py. What each flag of edge_grpo.py means stands in test_edge_grpo.py, what none may
 be in test_bad_input.py."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +68,12 @@ OUTS = {
 def test_every_experiment_has_a_folder_of_its_own(flags):
     assert edge_grpo.parse_flags(flags.split()).out == f"runs/{OUTS[flags]}"
     assert edge_grpo.parse_flags([*flags.split(), "--out", "here"]).out == "here"
+
+
+@pytest.mark.parametrize("argv, code", [(["--stepz", "3"], 2), (["--help"], 0)])
+def test_flags_are_read_before_torch_is_imported(argv, code):
+    command = [sys.executable, "-X", "importtime", "edge_grpo.py", *argv]
+    folder = Path(edge_grpo.__file__).parent
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == code and "torch" not in run.stderr
+    assert "did you mean --steps?" in run.stderr or "training steps" in run.stdout
