@@ -11,8 +11,11 @@ engine/ holds the infrastructure: models, optimizer, checkpoints, processes.
 
 docs/paper.md lists where this departs from the released code, and why.
 
+The flags come first. To read the method, begin below them, at "Groups of responses".
+
 Letters: a step has B = Q x G responses, G to each of Q questions. T is the number of tokens in one
-response, M the number of response tokens in a micro-batch. P is an entropy (Eq. 3).
+response, M the number of response tokens in a micro-batch. P is an entropy (Eq. 3). A row is one
+response of a batch. A gold is the right answer of a problem.
 """
 
 import sys
@@ -62,8 +65,8 @@ TINY = dict(  # `--profile tiny` puts these in place of the paper's settings bel
 
 @dataclass
 class Flags:
-    """Every setting of a run. The defaults are the paper's, or those of its released script where
-    the paper is silent."""
+    """Every setting of a run. The defaults of the method are the paper's, or those of its released
+    script where the paper is silent; docs/paper.md lists the exceptions."""
 
     model: str = flag(
         "tiny",
@@ -84,7 +87,7 @@ class Flags:
     questions_per_step: int = flag(1, "questions in a step, Q", low=1)
     group_size: int = flag(8, "responses per question, G", low=1)
     lr: float = flag(1e-6, "peak learning rate; falls linearly to 0, without warm-up", low=0)
-    seed: int = flag(42, "seed of everything", low=0)
+    seed: int = flag(42, "random seed", low=0)
     out: str = flag("", "the run's folder (default: runs/MODEL-METHOD-FLAGS-seedN)")
     resume: bool = flag(
         False, "continue from the newest checkpoint in --out; start if there is none"
@@ -127,7 +130,8 @@ class Flags:
     random_reward: bool = flag(False, "a control: the reward is 0 or 1 at random")
     resample_rounds: int = flag(
         0,
-        "maximum rounds of replacing all-right and all-wrong groups by new questions (DAPO)",
+        "replace all-right and all-wrong groups by new questions, for at most this many rounds "
+        "(DAPO)",
         low=0,
     )
     format_weight: float = flag(
@@ -168,7 +172,9 @@ class Flags:
     )
     correction_tokens: int = flag(256, "maximum tokens sampled after a reflection or prefix", low=0)
     max_corrected_tokens: int = flag(
-        0, "cut corrected responses to this length; 0: only to the model's context", low=0
+        0,
+        "truncate corrected responses to this many tokens; 0: only where the context ends",
+        low=0,
     )
     drop_wrong_references: bool = flag(
         False, "do not use reference solutions that the grader finds wrong"
@@ -187,8 +193,8 @@ class Flags:
     )
     eda_rows: str = flag(
         "all",
-        "responses whose advantages are divided, after GEC; reference: only those that a reference "
-        "replaced, not-reference: all others",
+        "apply EDA only to these responses (as they are after GEC); reference: those that a "
+        "reference replaced",
         choices=["all", "right", "wrong", "reference", "not-reference"],
     )
     eda_grad: bool = flag(
@@ -251,8 +257,8 @@ class Flags:
     max_rows: int = flag(0, "responses sampled at a time; 0: as many as fit in memory", low=0)
     drafts: int = flag(
         0,
-        "verify up to K tokens of a response in a decode step, looked up in the group's texts; the "
-        "samples are the same; 0: off",
+        "speculative decoding: guess up to K tokens per step from the group's own texts; the "
+        "samples stay the same; 0: off",
         low=0,
         high=8,
     )
@@ -271,7 +277,7 @@ class Flags:
     eval_temperature: float = flag(0.1, "sampling temperature; 0: greedy", low=0)
     eval_max_new_tokens: int = flag(
         3000,
-        "maximum tokens per response; what exceeds 3000 is added to the context of 4096",
+        "maximum tokens per response; the context is 4096 tokens, plus what this exceeds 3000 by",
         low=1,
     )
     differing: ClassVar[dict] = {}  # the flags that differ from the profile and the method's row
@@ -287,12 +293,13 @@ def parse_flags(argv: list[str]) -> Flags:
 
 
 def read_flags(argv: list[str]) -> Flags:
-    """The defaults, then the tiny profile, then the method's row, then the flags as given.
+    """The flags of a command line; parse_flags looks for conflicts, too.
 
-    Raises UserError for an unknown flag and for a value out of range."""
+    Each overrides the one before: defaults, tiny profile, method preset, command line. Raises
+    UserError for an unknown flag and for a value out of range."""
     parser = partial(make_parser, Flags, description=__doc__, usage="python edge_grpo.py [flags]")
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
-    given, _ = parser({}).parse_known_args(without_help)
+    given, _ = parser({}).parse_known_args(without_help)  # to learn --method and --profile
     defaults = dict(METHODS[given.method])
     if given.profile == "tiny" or (given.profile == "auto" and given.model == "tiny"):
         defaults = TINY | defaults
@@ -304,7 +311,7 @@ def read_flags(argv: list[str]) -> Flags:
 
 
 def conflicts(flags: Flags) -> list[tuple[bool, str]]:
-    """Pairs: whether these flags have the conflict, and the sentence that says what to change."""
+    """All rules for flags that do not fit together: (is it broken, the error message)."""
     probabilities, clamp, guided = flags.guided_probs, flags.eda_clamp, flags.correction == "guided"
     known = len(CORRECTIONS)
     low, high = clamp[::2], clamp[1::2]
@@ -327,6 +334,11 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
             "--correction, or drop them",
         ),
         (
+            set(flags.correction_factors) != {1} and flags.correction == "none",
+            "--correction-factors does nothing with --correction none: choose another "
+            "--correction, or drop it",
+        ),
+        (
             len(flags.correction_factors) > known,
             f"--correction-factors: at most {known}, one for each of {', '.join(CORRECTIONS)}",
         ),
@@ -338,11 +350,17 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
             (clamp or flags.eda_grad or flags.eda_rows != "all") and not flags.eda,
             "--eda-clamp, --eda-rows and --eda-grad need EDA, which is off: add --eda or drop them",
         ),
+        (
+            flags.injected_shaping > 0 and flags.mask_injected,
+            "--injected-shaping changes the loss of injected tokens, --mask-injected leaves them "
+            "out of it: give one of the two",
+        ),
         (max(flags.betas) >= 1, f"--betas {flags.betas}: must be below 1"),
         (
             flags.sft and changed(flags, TINY | METHODS["sft"]).keys() & NOT_FOR_SFT,
-            "--sft trains on reference solutions alone: drop --correction, --eda, --kl, "
-            "--injected-shaping, --mask-injected and --updates-per-rollout",
+            "--sft trains on reference solutions alone: give it as --method sft, without "
+            "--correction, --eda, --kl, --injected-shaping, --mask-injected and "
+            "--updates-per-rollout",
         ),
         (
             flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
@@ -409,7 +427,7 @@ class Response:
     sampler_logp: list[float] = field(default_factory=list)  # NaN where injected
     entropies: list[float] = field(default_factory=list)  # H_t of each token, nats; NaN: unknown
     finished: bool = False  # the last token is an end token
-    sampled_tokens: int = 0  # newly sampled for this object: a corrected copy counts only its own
+    sampled_tokens: int = 0  # a corrected copy counts only what was sampled for the correction
     random: float = 0.0  # in [0, 1), for --random-reward
     correction: str = ""  # the row of CORRECTIONS that made it, or ""
     text: str = ""  # once it is graded
@@ -447,7 +465,8 @@ class Group:
     A_hat: Tensor | None = None  # (G,) entropy-driven advantages, Eq. 7: what the loss uses
 
     def row(self, i: int) -> int:
-        """Index of response i among all B of the step. Its random choices are keyed by it."""
+        """Index of response i among the step's B responses. It seeds the random choices made for
+        that response."""
         return self.number * len(self.responses) + i
 
 
@@ -456,8 +475,8 @@ def batch_of_problems(
 ) -> list[Problem]:
     """The Q problems of a step: consecutive items of an endless sequence of shuffled epochs.
 
-    `resample_round` (absent in the first draw) selects another sequence for each round of DAPO's
-    resampling."""
+    Each round of DAPO's resampling has shuffles of its own. `resample_round` is its number, and is
+    absent in the first draw."""
     batch = []
     first = step * flags.questions_per_step
     for k in range(first, first + flags.questions_per_step):
@@ -476,6 +495,7 @@ def sample(
     for number, problem in enumerate(problems):
         responses = [Response() for _ in range(flags.group_size)]
         prompt = policy.prompt_ids(problem.question)
+        # One list under two names, until GEC replaces the second.
         groups.append(Group(number, problem, prompt, sampled=responses, responses=responses))
     rows = [(group, i) for group in groups for i in range(flags.group_size)]
     key = (step, "sample", *resample_round)
@@ -488,7 +508,7 @@ def sample(
 def continue_responses(
     policy: Policy, rows: list[tuple[Group, int]], limit: int, flags: Flags, key: tuple
 ) -> None:
-    """Lets the policy continue response i of each (group, i), in place, by at most `limit` tokens.
+    """For each (group, i), samples up to `limit` more tokens and appends them to response i.
 
     A row's random numbers are a hash of (--seed, key, group.row(i)): they depend neither on the
     batch nor on the number of processes, and no generator state has to be saved."""
@@ -526,8 +546,8 @@ def grade(policy: Policy, groups: list[Group]) -> None:
 
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
-    """Rewards (G,) of the responses, float64. Any real number is allowed. GEC and resampling do not
-    use them: they look at `accuracy` only."""
+    """Rewards (G,) of the responses, float64. They may be any real numbers. GEC and resampling look
+    at `accuracy` only."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     if flags.random_reward:
         values = [float(r.random < 0.5) for r in responses]
@@ -569,8 +589,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4, std: str = "group") -> 
 
 
 def advantages(group: Group, flags: Flags) -> Tensor:
-    """Advantages A (G,) of a group, float64: the group-relative ones, or --all-wrong-advantage in
-    such a group, times the --correction-factors entry of each corrected response."""
+    """Advantages A (G,) of a group, float64.
+
+    They are GRPO's, or the constant --all-wrong-advantage if it is set and all responses are wrong.
+    Those of corrected responses are then multiplied by their entry of --correction-factors."""
     A = group_advantages(rewards(group.responses, flags)[None], std=flags.advantage_std)[0]
     if flags.all_wrong_advantage and not any(r.accuracy > 0 for r in group.responses):
         A = torch.full_like(A, flags.all_wrong_advantage)
@@ -581,7 +603,7 @@ def advantages(group: Group, flags: Flags) -> Tensor:
 
 # --- Entropy-Driven Advantage (EDA) ----------------------------------------------------------
 
-MIN_RELATIVE_ENTROPY = 1e-4  # a response with hardly any entropy would get a huge advantage
+MIN_RELATIVE_ENTROPY = 1e-4  # keeps A / P^ finite; it can still be 10,000 A
 
 
 def group_entropy(group: Group) -> Tensor:
@@ -600,16 +622,16 @@ def entropy_driven_advantages(A: Tensor, P: Tensor, clamp: list[float] | None = 
     mean = P.mean(dim=1, keepdim=True).detach()
     relative = P / mean.clamp(min=1e-30)
     relative = torch.where(mean > 0, relative, torch.ones_like(relative))
-    *positive, lo, hi = clamp or (MIN_RELATIVE_ENTROPY, None)  # positive: [] or its own [lo, hi]
-    bounded = relative.clamp(lo, hi)
-    if positive:
-        bounded = torch.where(A > 0, relative.clamp(*positive), bounded)
+    bounds = list(clamp or (MIN_RELATIVE_ENTROPY, None))
+    lo, hi = bounds[:2]  # for positive advantages
+    lo_negative, hi_negative = bounds[-2:]  # the same two, unless four are given
+    bounded = torch.where(A > 0, relative.clamp(lo, hi), relative.clamp(lo_negative, hi_negative))
     return A / bounded
 
 
 def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
-    """Entropy-driven advantages A^ (G,) from group.A and P (G,). Responses that --eda-rows leaves
-    out keep their A."""
+    """Entropy-driven advantages A^ (G,) from group.A and P (G,). Responses that --eda-rows does
+    not select keep their A."""
     A_hat = entropy_driven_advantages(group.A[None], P[None], flags.eda_clamp or None)[0]
     applies = {
         "all": lambda r: True,
@@ -623,8 +645,9 @@ def eda(group: Group, P: Tensor, flags: Flags) -> Tensor:
 
 @timed("update")
 def fill_in_entropies(trainer: Trainer, groups: list[Group]) -> None:
-    """Computes the entropies of responses with injected tokens in a forward pass. The sampler has
-    recorded those of all others (a pass over all would take 14% of a step: tests/bench_step.py)."""
+    """Computes the entropies of responses with injected tokens in a forward pass. Those of all
+    others were recorded while sampling. (A pass over all of them would take 14% of a step on a CPU:
+    tests/bench_step.py.)"""
     rows = []
     for group in groups:
         rows += [(group.prompt, r) for r in group.responses if any(map(math.isnan, r.entropies))]
@@ -671,23 +694,23 @@ class Correction:
 
     adds: Callable[[Policy, Group, int, float], list[int] | None]
     keeps: bool  # True: inject after the response's own tokens; False: in place of them
-    goes_on: bool  # True: the policy continues; False: an end token closes the response
+    continues: bool  # True: the policy continues; False: an end token closes the response
     needs_solution: bool
     count: str  # the key in metrics.jsonl that counts these corrections
 
 
 CORRECTIONS = {  # in the order of --guided-probs and --correction-factors
     "reflect": Correction(
-        adds=reflection, keeps=True, goes_on=True, needs_solution=False, count="reflected"
+        adds=reflection, keeps=True, continues=True, needs_solution=False, count="reflected"
     ),
     "answer": Correction(
-        adds=direct_answer, keeps=True, goes_on=False, needs_solution=False, count="answered"
+        adds=direct_answer, keeps=True, continues=False, needs_solution=False, count="answered"
     ),
     "reference": Correction(
-        adds=reference, keeps=False, goes_on=False, needs_solution=True, count="referenced"
+        adds=reference, keeps=False, continues=False, needs_solution=True, count="referenced"
     ),
     "prefix": Correction(
-        adds=reference_prefix, keeps=False, goes_on=True, needs_solution=True, count="prefixed"
+        adds=reference_prefix, keeps=False, continues=True, needs_solution=True, count="prefixed"
     ),
 }
 
@@ -707,7 +730,9 @@ def correction_probabilities(flags: Flags, problem: Problem | None = None) -> di
             if CORRECTIONS[name].needs_solution:
                 probabilities.pop(name, None)
         total = sum(probabilities.values())
-        probabilities = {name: p / total for name, p in probabilities.items() if total}
+        if total == 0:
+            return {}
+        probabilities = {name: p / total for name, p in probabilities.items()}
     return {name: p for name, p in probabilities.items() if p > 0}
 
 
@@ -718,21 +743,23 @@ def draw_correction(probabilities: dict[str, float], u: float) -> str:
         if u < p:
             break
         u -= p
-    return name
+    return name  # the last one, if the sum is rounded to slightly less than 1
 
 
 def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0.0) -> Response:
     """A copy of response i with the tokens of a correction injected, or response i itself if there
-    is nothing to inject. If the correction goes on, the copy is still to be continued."""
+    is nothing to inject. If the policy continues the correction, that is left to the caller."""
     correction = CORRECTIONS[name]
     old = group.responses[i]
-    kept = 0
+    kept = 0  # tokens of the old response
     if correction.keeps:
-        kept = len(old.ids) - old.finished  # without the end token
+        kept = len(old.ids)
+        if old.finished:
+            kept -= 1  # without the end token
     added = correction.adds(policy, group, i, u)
     if added is None:
         return old
-    if not correction.goes_on:
+    if not correction.continues:
         added = added + [policy.end_id]
     unknown = [math.nan] * len(added)
     return Response(
@@ -740,7 +767,7 @@ def corrected_copy(name: str, policy: Policy, group: Group, i: int, u: float = 0
         injected=old.injected[:kept] + [True] * len(added),
         sampler_logp=old.sampler_logp[:kept] + unknown,
         entropies=old.entropies[:kept] + unknown,
-        finished=not correction.goes_on,
+        finished=not correction.continues,
         random=old.random,
         correction=name,
     )
@@ -769,7 +796,7 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
             u = uniform(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)
-            if responses[i].correction and CORRECTIONS[name].goes_on:
+            if responses[i].correction and CORRECTIONS[name].continues:
                 to_continue.append((group, i))
         group.responses = responses
     key = (step, "reflect")
@@ -838,7 +865,7 @@ class Tokens:
 
     To add an input, add a field here and set it in `tokens_of`."""
 
-    weights: Tensor  # of the token in the loss of the whole step
+    weights: Tensor  # of the token in the loss of the whole step; 0 if it is masked
     advantages: Tensor  # A^ of the response, for each of its tokens
     injected: Tensor  # bool
     old_logp: Tensor | None = None  # under the policy that sampled; None in the first update
@@ -848,8 +875,8 @@ class Tokens:
 def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
     """The loss inputs of each of the step's B responses.
 
-    Masked tokens (--mask-truncated, --mask-injected) are left out of |o_i| and of the token total;
-    fully masked rows are left out of B."""
+    Masked tokens (--mask-truncated, --mask-injected) get weight 0 and do not count in |o_i| or in
+    the token total. A response whose tokens are all masked does not count in B."""
     tokens, counted = [], []
     for group in groups:
         for response, a_hat in zip(group.responses, group.A_hat.tolist()):
@@ -861,12 +888,31 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
                 mask[injected] = 0
             advantages = torch.full_like(mask, a_hat)
             tokens.append(Tokens(weights=mask, advantages=advantages, injected=injected))
-            if mask.any() or not response.ids:
+            if mask.any() or not response.ids:  # an empty response counts in B
                 counted.append(tokens[-1])
     lengths = [int(t.weights.sum()) for t in counted]
     for t, weight in zip(counted, token_weights(lengths, flags.loss, flags.max_new_tokens)):
         t.weights *= weight
     return tokens
+
+
+def batch_loss(t: Tokens, logp: Tensor, flags: Flags) -> Tensor:
+    """The loss of a micro-batch: its part of the step's loss. t: fields (M,); logp (M,)."""
+    old_logp = t.old_logp
+    if old_logp is None:
+        old_logp = logp.detach()  # the policy still is the one that sampled, so the ratio is 1
+    weights = t.weights
+    if flags.injected_shaping:
+        weights = t.weights * ~t.injected
+    loss = policy_loss(logp, old_logp, t.advantages, weights, flags.eps_low, flags.eps_high)
+    if flags.injected_shaping:
+        weights = t.weights * t.injected
+        loss = loss + shaped_loss(logp, t.advantages, weights, flags.injected_shaping)
+    if flags.kl:
+        penalty = kl_penalty(logp, t.reference_logp)
+        penalty = penalty.masked_fill(t.injected, 0)  # only sampled tokens estimate the KL
+        loss = loss + flags.kl * (t.weights * penalty).sum()
+    return loss
 
 
 # --- The update ------------------------------------------------------------------------------
@@ -876,9 +922,9 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
 def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> dict:
     """The optimizer updates of a step, on all B responses.
 
-    The first update's forward pass also fills in each response's `trainer_logp` and any missing
-    entropies. Returns the means of loss and gradient norm over the updates, and how many updates
-    were skipped because they were not finite."""
+    The first update's forward pass also fills in each response's `trainer_logp`, any missing
+    entropies, and each group's P if EDA has not needed it. Returns the means of loss and gradient
+    norm over the updates, and how many updates were skipped because they were not finite."""
     rows = [(group, i) for group in groups for i in range(len(group.responses))]
     prompts = [group.prompt for group, _ in rows]
     ids = [group.responses[i].ids for group, i in rows]
@@ -890,35 +936,22 @@ def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> di
     updates = []
     for k in range(flags.updates_per_rollout):
         sums = defaultdict(float)  # over the micro-batches of all processes
-        by_row = {}
+        first_pass = {}  # row -> (logp, entropy)
         for batch in trainer.micro_batches(prompts, ids):  # a row is never split over two
             logp, entropy = trainer.forward(batch)  # (M,) each, with gradient
             t = batch.join(tokens)  # each field (M,)
-            old_logp = t.old_logp
-            if k == 0:
-                old_logp = logp.detach()  # the ratio is 1, and only its gradient matters
             if flags.eda_grad:
                 t.advantages = advantages_with_gradient(rows, batch, entropy, flags)
-            weights = t.weights
-            if flags.injected_shaping:
-                weights = t.weights * ~t.injected
-            loss = policy_loss(logp, old_logp, t.advantages, weights, flags.eps_low, flags.eps_high)
-            if flags.injected_shaping:
-                weights = t.weights * t.injected
-                loss = loss + shaped_loss(logp, t.advantages, weights, flags.injected_shaping)
-            if flags.kl:
-                penalty = kl_penalty(logp, t.reference_logp)
-                penalty = penalty.masked_fill(t.injected, 0)  # only sampled tokens estimate the KL
-                loss = loss + flags.kl * (t.weights * penalty).sum()
+            loss = batch_loss(t, logp, flags)
             trainer.backward(loss)
             sums["loss"] += loss.item()
-            by_row |= batch.by_row(logp, entropy)
+            if k == 0:
+                first_pass |= batch.by_row(logp, entropy)
         if k == 0:
-            store_first_pass(rows, tokens, by_row)
+            store_first_pass(rows, tokens, first_pass)
         sums = trainer.add_over_processes(sums)
         norm = trainer.step(lr, flags.grad_clip)
-        # The ratio is 1 in the first update, so a statistic of the ratio (a clip fraction, say)
-        # is a mean over updates[1:] alone.
+        # To log a clip fraction, average over updates[1:]: in the first update nothing is clipped.
         updates.append({"loss": sums["loss"], "grad_norm": norm})
     return update_statistics(updates, lr)
 
@@ -941,14 +974,14 @@ def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -
     ids = [group.responses[0].ids for group in groups]
     tokens = tokens_of(groups, flags)
     sums = defaultdict(float)
-    by_row = {}
+    first_pass = {}
     for batch in trainer.micro_batches(prompts, ids):
         logp, entropy = trainer.forward(batch)
         loss = (batch.join(tokens).weights * -logp).sum()
         trainer.backward(loss)
         sums["loss"] += loss.item()
-        by_row |= batch.by_row(logp, entropy)
-    store_first_pass(rows, tokens, by_row)
+        first_pass |= batch.by_row(logp, entropy)
+    store_first_pass(rows, tokens, first_pass)
     sums = trainer.add_over_processes(sums)
     norm = trainer.step(lr, flags.grad_clip)
     return update_statistics([{"loss": sums["loss"], "grad_norm": norm}], lr)
@@ -957,29 +990,30 @@ def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -
 def advantages_with_gradient(
     rows: list[tuple[Group, int]], batch: Batch, entropy: Tensor, flags: Flags
 ) -> Tensor:
-    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). Its value uses the group's
-    P; its gradient flows through the P_i of this forward pass."""
-    columns = [entropy[:0]]  # torch.cat needs one, even if the batch has no row
+    """A^ (M,) with a gradient through each row's own P_i (--eda-grad). Straight-through: the value
+    comes from the group's P, the gradient from the P_i of this forward pass."""
+    columns = [entropy[:0]]  # so that torch.cat works for an empty batch
     for row, entropies in zip(batch.rows, entropy.split(batch.lengths)):
         group, i = rows[row]
         P_i = response_entropy(entropies).cpu()
         P = group.P.clone()
-        P[i] += P_i - P_i.detach()
+        P[i] += P_i - P_i.detach()  # adds 0, with a gradient
         columns.append(eda(group, P, flags)[i].expand(len(entropies)).to(entropy))
     return torch.cat(columns)
 
 
 def store_first_pass(
-    rows: list[tuple[Group, int]], tokens: list[Tokens], by_row: dict[int, tuple]
+    rows: list[tuple[Group, int]], tokens: list[Tokens], first_pass: dict[int, tuple]
 ) -> None:
-    """Stores each response's log-probabilities and missing entropies from the first update's
-    forward pass, when the policy is still the one that sampled. The log-probabilities become the
-    old_logp of later updates. by_row: row -> (logp (T,), entropies (T,)) of this process's rows."""
-    for share in gather(by_row):
-        by_row |= share
+    """Saves what the first forward pass computed, under the policy that sampled: `trainer_logp`,
+    which is also the `old_logp` of later updates, the missing entropies, and P where it is missing.
+
+    first_pass: row -> (logp (T,), entropies (T,)) of this process's rows."""
+    for share in gather(first_pass):
+        first_pass |= share
     for row, (group, i) in enumerate(rows):
         response = group.responses[i]
-        logp, entropies = by_row.get(row, (torch.zeros(0), torch.zeros(0)))
+        logp, entropies = first_pass.get(row, (torch.zeros(0), torch.zeros(0)))
         response.trainer_logp = tokens[row].old_logp = logp
         response.trainer_entropies = entropies
         for t, entropy in enumerate(entropies.tolist()):
@@ -997,13 +1031,13 @@ def train(flags: Flags) -> int:
     """GRPO and its variants, EDGE-GRPO among them. Returns the exit code."""
     policy, problems, trainer, run, evaluate = set_up(flags)
     with run:
-        for step in run.steps(trainer, evaluate, SHOWN):
+        for step in run.steps(trainer, evaluate, SHOWN):  # it saves and evaluates between steps
             batch = batch_of_problems(problems, flags, step)  # Q problems
             groups = sample(policy, batch, flags, step)  # Q groups of G responses
             grade(policy, groups)
             all_groups = resample_equal_groups(policy, groups, problems, flags, step)  # DAPO
             correct_errors(policy, groups, flags, step)  # GEC
-            grade(policy, groups)
+            grade(policy, groups)  # the corrected ones
             for group in groups:
                 group.A = group.A_hat = advantages(group, flags)  # (G,)
             if flags.eda:
@@ -1046,9 +1080,8 @@ def references(policy: Policy, problems: list[Problem]) -> list[Group]:
 
 
 def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[[int], None]]:
-    """Loads and checks everything that a run needs, and opens its folder. The last item returned
-    is a function of the number of steps done, which evaluates the policy on --eval-tasks. Raises
-    UserError."""
+    """Loads and checks everything that a run needs, and opens its folder. The last item is
+    evaluate(steps_done), which evaluates the policy on --eval-tasks. Raises UserError."""
     rows = 0 if flags.sft else flags.questions_per_step * flags.group_size
     row_tokens = flags.max_prompt_tokens + flags.max_new_tokens + flags.correction_tokens
     max_rows = preflight(flags, start_processes(flags.device), rows, row_tokens)
@@ -1059,10 +1092,12 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     corrections = [CORRECTIONS[name] for name in correction_probabilities(flags)]
     needs_solution = flags.sft or any(c.needs_solution for c in corrections)
     problems, left_out, wrong_references = training_problems(flags, policy, needs_solution)
-    if corrections and not any(c.goes_on for c in corrections):
+    every_one = flags.guide == "every" and not flags.guide_at_most
+    if corrections and every_one and not any(c.continues for c in corrections):
         say(
-            "note: these corrections make every wrong response right, so no group is mixed and "
-            "nothing is learned; use --correction guided with a first --guided-probs above 0"
+            "note: these corrections make nearly every wrong response right, so few groups are "
+            "mixed and little is learned; use --correction guided with a first --guided-probs "
+            "above 0"
         )
     tasks = {}
     for task in flags.eval_tasks:

@@ -8,9 +8,9 @@ copies of them. So the output matrix is processed in blocks of vocabulary entrie
                 blocks.
     backward    compute each block's logits again, and from them its part of the gradients.
 
-With blocks of the vocabulary rather than of tokens, each row of the weight's gradient comes out of
-a single matrix product over all tokens. It is summed in fp32 and rounded once, so a bf16 model
-needs no fp32 copy of a 152k x 3584 gradient.
+Because the blocks split the vocabulary and not the tokens, one matrix product over all tokens gives
+finished rows of the weight's gradient. They are summed in fp32 and rounded to bf16 once, so no fp32
+copy of a 152k x 3584 gradient is needed.
 
 The entropy is the paper's token entropy H_t = -sum_v p_t(v) log p_t(v) with p_t = softmax(z_t / T),
 in nats, and `response_entropy` is its Eq. 3. tests/bench_entropy.py measures time and memory.
@@ -36,13 +36,13 @@ def logprob_entropy(
     ids. Pass real tokens only, no padding. Returns logp (N,) and entropy (N,), float32, in nats.
     logp is differentiable in hidden and weight, entropy only with `entropy_grad`.
 
-    vocab_size: rows of weight from here on are padding, with probability 0 and gradient 0.
-    chunk: vocabulary entries per block. The numbers do not depend on it; by default a block fits a
-        fixed amount of memory.
+    vocab_size: the rows of weight beyond it are padding, with probability 0 and gradient 0.
+    chunk: vocabulary entries per block, which changes results only by rounding; by default a block
+        fits a fixed amount of memory.
 
     bf16 inputs are multiplied as bf16 and summed in fp32; everything after that is fp32.
 
-    Raises ValueError if shapes, dtypes, targets, vocab_size, temperature or chunk make no sense.
+    Raises ValueError if shapes, dtypes, targets, vocab_size, temperature or chunk are invalid.
     Targets on a GPU are not checked, because that would wait for the GPU: check them beforehand."""
     if vocab_size is None:
         vocab_size = len(weight)
@@ -56,19 +56,26 @@ def logprob_entropy(
 
 def response_entropy(entropies: Tensor) -> Tensor:
     """P_i of Eq. 3 for one response: 1/|o_i| sum_t H_t over all of its tokens, injected ones too.
-    (T,) -> scalar, float32; 0 if T = 0. Whatever uses a P uses this function."""
+    (T,) -> scalar, float32; 0 if T = 0. Every P in this project is computed here."""
     return entropies.float().sum() / max(len(entropies), 1)
 
 
 def default_chunk(hidden: Tensor) -> int:
     """Vocabulary entries per block: on a CPU few enough for its cache, on a GPU enough to keep it
     busy. It is a multiple of 64: with unaligned rows a matrix product takes a third longer."""
-    # The numbers that a block holds: its logits (N each) and its rows of the gradient (H each).
-    numbers = 2**26 if hidden.is_cuda else 2**22
-    return max(1, numbers // max(sum(hidden.shape), 1) // 64) * 64
+    numbers = 2**26 if hidden.is_cuda else 2**22  # that a block may hold
+    entries = numbers // max(sum(hidden.shape), 1)  # an entry: N logits, H numbers of the gradient
+    return max(1, entries // 64) * 64
 
 
 class _LogprobEntropy(torch.autograd.Function):
+    """With logits z (N, V) divided by T, Z = sum_v exp(z_v), p = exp(z) / Z, and v the target:
+
+    log p_v = z_v - log Z           its gradient: d log p_v / dz = 1[target] - p
+    H = -sum_v p_v log p_v          its gradient: dH / dz = -p (log p + H)
+    H = H(block) + E_block[H(token | block)], for the sum over blocks of the vocabulary
+    """
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocab_size, entropy_grad, chunk):
         blocks = _blocks(vocab_size, chunk, weight)
@@ -85,13 +92,13 @@ class _LogprobEntropy(torch.autograd.Function):
             # Divide by T and subtract the largest, in place.
             top = logits.amax(1) / temperature
             torch.add(-top[:, None], logits, alpha=1 / temperature, out=logits)
-            weights = logits.exp()  # proportional to the probabilities
-            total = weights.sum(1)
-            blocks_logz[i] = top + total.log()
-            mean_logit = weights.mul_(logits).sum(1) / total
-            blocks_entropy[i] = total.log() - mean_logit
+            exp_logits = logits.exp()
+            Z = exp_logits.sum(1)
+            blocks_logz[i] = top + Z.log()
+            mean_logit = exp_logits.mul_(logits).sum(1) / Z
+            blocks_entropy[i] = Z.log() - mean_logit
         logz = blocks_logz.logsumexp(0)  # (N,)
-        # The chain rule of entropy: H = H(which block) + the mean over blocks of H(within it).
+        # H = H(block) + E_block[H(token | block)]
         logp_block = blocks_logz - logz
         entropy = (logp_block.exp() * (blocks_entropy - logp_block)).sum(0)
         entropy.clamp_(min=0)
@@ -111,7 +118,7 @@ class _LogprobEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, logz, entropy = ctx.saved_tensors
-        # Divided by T, these (N,) are gradients with respect to logits before the division by T.
+        # The chain rule through logits / T: from here on, gradients are of the undivided logits.
         g_logp = g_logp.to(logz.dtype) / ctx.temperature
         g_entropy = g_entropy.to(logz.dtype) / ctx.temperature
         g_hidden = g_weight = None
@@ -121,38 +128,38 @@ class _LogprobEntropy(torch.autograd.Function):
             g_weight = torch.empty_like(weight)
             g_weight[ctx.vocab_size :] = 0
         for start, stop, end in _blocks(ctx.vocab_size, ctx.chunk, weight):
+            # One piece of memory: first the logits of the block, then log p, then the gradient.
             block = mm_wide(hidden, weight[start:end].T)
+            block[:, stop - start :] = 0  # padding rows of the matrix have no gradient
             logp = block[:, : stop - start]
             torch.add(-logz[:, None], logp, alpha=1 / ctx.temperature, out=logp)
-            # d logp / dz = 1[target] - p;   d entropy / dz = -p (log p + H)
             slope = -g_logp[:, None]
             if ctx.entropy_grad:
                 slope = slope - g_entropy[:, None] * (logp + entropy[:, None])
-            g_logits = logp.exp_().mul_(slope)
+            logp.exp_().mul_(slope)  # the terms with p
             index, inside = _position(targets, start, stop)
             of_target = g_logp * inside
-            g_logits.scatter_add_(1, index[:, None], of_target[:, None])
-            block[:, stop - start :] = 0  # padding rows of the matrix have no gradient
-            block = block.to(hidden.dtype)
+            logp.scatter_add_(1, index[:, None], of_target[:, None])  # the term 1[target]
+            g_logits = block.to(hidden.dtype)
             if g_hidden is not None:
-                g_hidden += mm_wide(block, weight[start:end])
+                g_hidden += mm_wide(g_logits, weight[start:end])
             if g_weight is not None:
-                g_weight[start:end] = mm_wide(block.T, hidden)
+                g_weight[start:end] = mm_wide(g_logits.T, hidden)
         if g_hidden is not None:
             g_hidden = g_hidden.to(hidden.dtype)
         return g_hidden, g_weight, None, None, None, None, None
 
 
 def _blocks(vocab_size: int, chunk: int, weight: Tensor) -> list[tuple[int, int, int]]:
-    """(start, stop, end) of each block: start:stop are vocabulary entries, start:end the rows of
-    the matrix that are multiplied. The last block is extended to a multiple of 64 by padding rows
-    of the matrix, as far as there are any, because an aligned product is faster."""
+    """(start, stop, end) of each block: its vocabulary entries are start:stop, the rows of the
+    matrix that are multiplied start:end. Only in the last block may end be larger: it takes padding
+    rows along, to a multiple of 64 if there are enough, because an aligned product is faster."""
     blocks = []
     for start in range(0, vocab_size, chunk):
         stop = min(start + chunk, vocab_size)
         blocks.append((start, stop, stop))
     start, stop, _ = blocks[-1]
-    aligned = stop + (start - stop) % 64
+    aligned = start + -(-(stop - start) // 64) * 64
     blocks[-1] = start, stop, min(aligned, len(weight))
     return blocks
 

@@ -63,7 +63,7 @@ def measure(groups: list, everything: list, rewards: Callable, corrections: dict
     numbers["over_long"] = 0
     for name, correction in corrections.items():
         numbers[correction.count] = 0
-        if correction.goes_on:
+        if correction.continues:
             numbers[f"{name}_fixed"] = 0
 
     logp_pairs, entropy_pairs = [], []
@@ -73,7 +73,7 @@ def measure(groups: list, everything: list, rewards: Callable, corrections: dict
             correction = corrections[r.correction]
             numbers[correction.count] += 1
             numbers["sampled_tokens"] += r.sampled_tokens
-            if correction.goes_on:
+            if correction.continues:
                 numbers[f"{r.correction}_fixed"] += r.accuracy
         if flags.top_p == 1:
             logp_pairs.append((r.sampler_logp, r.trainer_logp))

@@ -100,6 +100,9 @@ def test_the_tiny_settings_belong_to_the_profile_not_to_the_name():
         ("--method grpo --guide all-wrong", "--guide"),
         ("--method grpo --guide-at-most 1", "--guide-at-most"),
         ("--correction-factors 1 1 1 1 1", "at most 4"),
+        ("--method grpo --correction-factors 1 1 5", "does nothing"),
+        ("--injected-shaping .1 --mask-injected", "one of the two"),
+        ("--sft", "--method sft"),
         ("--eda-clamp 1", "LO HI"),
         ("--eda-clamp 1 2 3", "LO HI"),
         ("--eda-clamp 0 1", "0 < LO < HI"),
@@ -295,7 +298,7 @@ def test_group_advantages_on_worked_numbers(row):
         "--all-wrong-advantage -1 | 1 1 1 | 0 0 0",
         "--all-wrong-advantage -1 --method dr-grpo | 1 0 | 0.5 -0.5",
         "--all-wrong-advantage -1 --correction-factors 1 3 | 0 0 0 | -1 -3 -1",
-        "--method dr-grpo --correction-factors 2 3 | 1 0 1 0 | 0.5 -1.5 1 -0.5",
+        "--method dr-grpo --correction guided --correction-factors 2 3 | 1 0 1 0 | 0.5 -1.5 1 -0.5",
     ],
 )
 def test_advantages_of_a_group_with_its_flags(row):

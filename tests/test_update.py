@@ -545,30 +545,28 @@ def test_new_equations(run):
 
 
 HINT = """
-def tokens_hint(policy, group, i, u):
+def sibling_hint(policy, group, i, u):
     sibling = group.responses[i - 1]
     return policy.encode(f" Another one has {len(sibling.ids)} tokens.")
 """
-HINT_ROW = """    "tokens_hint": Correction(
-        adds=tokens_hint, keeps=True, goes_on=True, needs_solution=False, count="tokens_hinted"),"""
+HINT_ROW = """    "sibling_hint": Correction(
+        adds=sibling_hint, keeps=True, continues=True, needs_solution=False, count="hinted"),"""
 
 
-@pytest.mark.parametrize("line", ["--correction tokens_hint", "--guided-probs .3 .2 .2 0 .3"])
+@pytest.mark.parametrize("line", ["--correction sibling_hint", "--guided-probs .3 .2 .2 0 .3"])
 def test_a_new_correction_is_one_row_and_one_function_which_sees_its_group(run, line):
     """It can be drawn, is counted, is seen in the samples, and the policy goes on behind it."""
     assert run(IDEA + line, edited(HINT, HINT_ROW)) == 0
     lines, wrong = run.lines(), [s for s in run.samples() if s["accuracy"] == 0]
-    hinted = [s for s in wrong if s["correction"] == "tokens_hint"]
-    assert len(hinted) == sum(m["tokens_hinted"] for m in lines) > 0
+    hinted = [s for s in wrong if s["correction"] == "sibling_hint"]
+    assert len(hinted) == sum(m["hinted"] for m in lines) > 0
     others = sum(m[c.count] for m in lines for c in eg.CORRECTIONS.values())
     assert len(hinted) + others == len(wrong) and (others > 0) == ("probs" in line)
     rests = [s["corrected"].removeprefix(s["response"]) for s in hinted]
     assert all(re.match(r" Another one has \d+ tokens\.", rest) for rest in rests)
     assert any(not rest.endswith("tokens.") for rest in rests)
     for m in lines:
-        assert (
-            0 <= m["tokens_hint_fixed"] <= m["tokens_hinted"] and "advantage_share_tokens_hint" in m
-        )
+        assert 0 <= m["sibling_hint_fixed"] <= m["hinted"] and "advantage_share_sibling_hint" in m
 
 
 def test_another_weight_of_injected_tokens(run):
