@@ -21,35 +21,18 @@ edge_grpo.py calls `while_training` on held-out problems. To use several GPUs, r
 `torchrun --nproc-per-node 8 -- eval.py ...`; without the -- torchrun would read --n as its own.
 """
 
-import functools
-import math
-import re
-import statistics
 import sys
-import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import data
-import engine
-import report
-import reward
-from data import Problem
-from engine.console import exit_code, say
-from engine.flags import check_ranges, flag, make_parser
-from engine.folder import append, claim, read_json, read_lines, write_json
-from engine.forward import response_logprobs
-from engine.problems import check_golds
-from engine.processes import is_main, leave, on_main, spread, stream
-from entropy import response_entropy
-from errors import UserError
+from engine.flags import check_ranges, end_if_unreadable, flag, make_parser
+from report import COMMANDS
 from report.paper import CONTEXT, PUBLISHED, TASKS
-from report.tables import group, mean, result_text
+
+# --- Flags ------------------------------------------------------------------------------------
 
 MAX_NEW_TOKENS = 3000  # per response, as in the paper
 REFLECTION_TOKENS = 256  # after a forced reflection, as in GEC
-say_once = functools.cache(say)
 
 
 @dataclass
@@ -118,6 +101,61 @@ class Flags:
     def total_tokens(self) -> int:
         """The maximum length of prompt and response together; the model may allow less."""
         return self.context or CONTEXT + max(0, self.max_new_tokens - MAX_NEW_TOKENS)
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    """The flags of a command line. Raises UserError."""
+    usage = "python eval.py --model MODEL [flags]"
+    parser = make_parser(Flags, {}, description=__doc__, usage=usage)
+    flags = Flags(**vars(parser.parse_args(argv)))
+    check_ranges(flags)
+    for name in ("model", "tasks", "temperature"):
+        if not getattr(flags, name):
+            parser.error(f"--{name}: must be given")
+    if flags.entropy and 0 in flags.temperature:
+        parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
+    if not flags.out:
+        model = Path(flags.model)
+        out = Path("evals") / f"{model.name}-seed{flags.seed}"
+        if model.name == "final":
+            out = model.parent / "eval"
+        flags.out = str(out)
+    return flags
+
+
+def reads_runs(argv: list[str]) -> bool:
+    """Whether a command line is one of the commands that read runs."""
+    return bool(argv) and argv[0] in COMMANDS
+
+
+# The imports below take seconds, so a mistyped flag ends the program before them.
+if __name__ == "__main__" and not reads_runs(sys.argv[1:]):
+    end_if_unreadable(parse_flags)
+
+# ruff: noqa: E402
+import functools
+import math
+import re
+import statistics
+import time
+from collections import Counter
+from dataclasses import asdict, field
+
+import data
+import engine
+import reward
+from data import Problem
+from engine.console import exit_code, say
+from engine.folder import append, claim, read_json, read_lines, write_json
+from engine.forward import response_logprobs
+from engine.problems import check_golds
+from engine.processes import is_main, leave, on_main, spread, stream
+from entropy import response_entropy
+from errors import UserError
+from report.commands import run_command
+from report.tables import group, mean, result_text
+
+say_once = functools.cache(say)
 
 
 # --- Protocol: sample and grade ---------------------------------------------------------------
@@ -660,35 +698,14 @@ def analyse(records: list[Record], forced: list[Record], flags: Flags) -> dict:
 # --- The command line -------------------------------------------------------------------------
 
 
-def parse_flags(argv: list[str]) -> Flags:
-    """The flags of a command line. Raises UserError."""
-    usage = "python eval.py --model MODEL [flags]"
-    parser = make_parser(Flags, {}, description=__doc__, usage=usage)
-    flags = Flags(**vars(parser.parse_args(argv)))
-    check_ranges(flags)
-    for name in ("model", "tasks", "temperature"):
-        if not getattr(flags, name):
-            parser.error(f"--{name}: must be given")
-    if flags.entropy and 0 in flags.temperature:
-        parser.error("--entropy: at temperature 0 every entropy is 0; give a temperature above 0")
-    if not flags.out:
-        model = Path(flags.model)
-        out = Path("evals") / f"{model.name}-seed{flags.seed}"
-        if model.name == "final":
-            out = model.parent / "eval"
-        flags.out = str(out)
-    return flags
-
-
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, or run one of the commands that read runs; returns the exit code."""
     if argv is None:
         argv = sys.argv[1:]
-    reads_runs = bool(argv) and argv[0] in report.COMMANDS
 
     def work() -> int:
-        if reads_runs:
-            print(report.command(argv))
+        if reads_runs(argv):
+            print(run_command(argv))
         else:
             run(parse_flags(argv))
         return 0
@@ -697,7 +714,7 @@ def main(argv: list[str] | None = None) -> int:
         work,
         "run the same command again to continue",
         "set --max-rows or --batch lower; run the same command again to continue",
-        if_unread=0 if reads_runs else 141,  # a closed pipe left an evaluation incomplete
+        if_unread=0 if reads_runs(argv) else 141,  # a closed pipe left an evaluation incomplete
     )
 
 
