@@ -262,15 +262,10 @@ def respond(
 
 def grade(drafts: list[Draft], records: list[Record]) -> None:
     """Fill in the rewards and the answer of each record."""
-
-    def rewards(rows: list[tuple[str, list]]) -> list[tuple[float, float]]:
-        if not rows:
-            return []
-        responses, golds = zip(*rows)
-        return reward.score_all(responses, golds)
-
-    rows = [(r.response, list(d.problem.answers)) for d, r in zip(drafts, records)]
-    for record, (format, accuracy) in zip(records, spread(rows, rewards)):
+    responses = [record.response for record in records]
+    golds = [list(draft.problem.answers) for draft in drafts]
+    scores = spread(responses, golds, reward.score_all)
+    for record, (format, accuracy) in zip(records, scores):
         record.format, record.accuracy = format, accuracy
         record.answer = reward.final_answer(record.response)
 
@@ -283,17 +278,16 @@ def add_entropy(
     The entropy of a token is that of softmax(z / T), where T is the sampling temperature.
     """
     policy.sampler.release()  # its cache holds most of a GPU's memory
-
-    def forward(rows: list[tuple[list[int], list[int]]]) -> list[tuple]:
-        if not rows:
-            return []
-        prompts, responses = zip(*rows)
-        return response_logprobs(
-            policy.model, prompts, responses, temperature, policy.vocab_size, budget=8192
-        )
-
-    rows = [(d.prompt, r.ids) for d, r in zip(drafts, records)]
-    for record, (_, entropies) in zip(records, spread(rows, forward)):
+    logprobs = functools.partial(
+        response_logprobs,
+        policy.model,
+        temperature=temperature,
+        vocab_size=policy.vocab_size,
+        budget=8192,
+    )
+    prompts = [draft.prompt for draft in drafts]
+    responses = [record.ids for record in records]
+    for record, (_, entropies) in zip(records, spread(prompts, responses, logprobs)):
         if record.ids:
             record.entropy = response_entropy(entropies).item()
 

@@ -154,19 +154,14 @@ class Policy:
 
         The prompts are spread over the processes. Raises CannotSample.
         """
-        rows = []
-        for prompt, limit, seed in zip(prompts, limits, seeds):
-            rows.append((prompt, min(limit, self.room(prompt)), seed))
+        limits = [min(limit, self.room(prompt)) for prompt, limit in zip(prompts, limits)]
 
-        def of_rows(own: list[tuple]) -> list[Sample]:
-            if not own:
-                return []
-            prompts, limits, seeds = map(list, zip(*own))
+        def sample_share(prompts: list, limits: list, seeds: list) -> list[Sample]:
             groups = self.sampler.sample(prompts, 1, limits, temperature, seeds, top_p)
             return [group[0] for group in groups]
 
         try:
-            return spread(rows, of_rows)
+            return spread(prompts, limits, seeds, sample_share)
         except ValueError as error:  # the sampler's own sentence, such as logits that are NaN
             raise CannotSample(str(error)) from error
 

@@ -157,14 +157,15 @@ def on_main(work: Callable[[], object]):
     return gather(work() if is_main() else None)[0]
 
 
-def spread(items: list, work: Callable[[list], list]) -> list:
-    """Call `work` on this process's share of `items` (every W-th); return the results of all of
-    them, in order.
+def spread(*columns_and_work) -> list:
+    """spread(column, ..., work): call work(column, ...) with this process's share (every W-th
+    entry) of lists of the same length; return the results for all entries, in order.
 
-    `work` takes a list, which may be empty, and returns one of the same length. (A collective.)
+    `work` takes lists, which may be empty, and returns one of the same length. (A collective.)
     """
-    results = [None] * len(items)
-    parts = gather(work(items[rank() :: world_size()]))
+    *columns, work = columns_and_work
+    results = [None] * len(columns[0])
+    parts = gather(work(*[column[rank() :: world_size()] for column in columns]))
     for r, part in enumerate(parts):
         results[r :: world_size()] = part
     return results

@@ -129,18 +129,14 @@ class Trainer:
         """(logp (T_i,), entropy (T_i,)) of each row on the CPU, without a gradient, under the
         policy as it is or under the initial model."""
         model = self.reference if reference else self.policy.model
-
-        def of_rows(rows: list[tuple]) -> list[tuple[Tensor, Tensor]]:
-            return response_logprobs(
-                model,
-                [prompt for prompt, _ in rows],
-                [response for _, response in rows],
-                self.temperature,
-                self.policy.vocab_size,
-                self.micro_batch_tokens,
-            )
-
-        return spread(list(zip(prompts, responses)), of_rows)
+        logprobs = functools.partial(
+            response_logprobs,
+            model,
+            temperature=self.temperature,
+            vocab_size=self.policy.vocab_size,
+            budget=self.micro_batch_tokens,
+        )
+        return spread(prompts, responses, logprobs)
 
     # --- The optimizer ------------------------------------------------------------------------
 
