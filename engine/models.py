@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -31,12 +30,6 @@ from rollout import Sample, Sampler
 
 transformers.utils.logging.disable_progress_bar()  # else its bars stand between our lines
 
-# Tokenizers that disagree on prompts or solutions disagree on some of these.
-PROBE = (
-    "Ann's got 2023 pens, 650841 more, and it'll cost $12.50.  How many?\n\n\tLet x_1^2 = "
-    "\\frac{3}{4}; \\[x \\le 0.5\\]\n<think>\nOKAY, caf\u00e9 \u6570\u5b66 \ud55c\uad6d \u221a2 "
-    "\U0001f642 -> **bold**   \\boxed{-1/2}.\n\n\n  def f(x): return x**2 != 1e-3 "
-)
 # Tensors in weight files that no longer change a model's logits: buffers that are computed anew,
 # and the layers that predict several tokens ahead.
 HARMLESS_LEFTOVERS = re.compile(
@@ -211,10 +204,10 @@ def check_embedding(name: str, config: transformers.PretrainedConfig) -> None:
 def load_tokenizer(
     name: str, trust_remote_code: bool = False
 ) -> transformers.PreTrainedTokenizerBase:
-    """Returns the tokenizer, which gives the ids of the model's own tokenizer.json if it has one.
+    """Returns the tokenizer: the model's own tokenizer.json as it is, if it has one.
 
-    transformers 5 may rebuild a tokenizer by the rules of its class, so both encode a probe; where
-    they differ, the file is used as it is. Raises UserError.
+    AutoTokenizer would rebuild some of them by the rules of their class, with other ids (the
+    distilled models of DeepSeek-R1). Raises UserError.
     """
     with from_model(name, "its tokenizer cannot be read"):
         folder = folder_of(name)
@@ -223,38 +216,16 @@ def load_tokenizer(
             raise UserError(
                 f"--model {name}: it has no tokenizer (tokenizer.json); copy its base model's"
             )
-        tokenizer = AutoTokenizer.from_pretrained(
-            **where(name), trust_remote_code=trust_remote_code
-        )
-        own_file = folder / "tokenizer.json"
-        if own_file.is_file() and not agrees_with_file(tokenizer, own_file):
+        if (folder / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(**where(name))
-            if not agrees_with_file(tokenizer, own_file):
-                raise UserError(
-                    f"--model {name}: transformers {transformers.__version__} gives other token "
-                    "ids than its tokenizer.json; use another version of transformers"
-                )
-            say(
-                f"note: transformers {transformers.__version__} would give other token ids than "
-                "the model's tokenizer.json, which is used as it is"
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                **where(name), trust_remote_code=trust_remote_code
             )
         own_template = folder / "chat_template.json"  # where multimodal models keep it
         if tokenizer.chat_template is None and own_template.is_file():
             tokenizer.chat_template = json.loads(own_template.read_bytes())["chat_template"]
         return tokenizer
-
-
-def agrees_with_file(tokenizer: transformers.PreTrainedTokenizerBase, file: Path) -> bool:
-    """Returns whether the tokenizer encodes and decodes a probe text as its tokenizer.json does."""
-    original = tokenizers.Tokenizer.from_file(str(file))
-    original.no_truncation()
-    original.no_padding()
-    ids = original.encode(PROBE, add_special_tokens=False).ids
-    text = original.decode(ids, skip_special_tokens=False)
-    return (
-        tokenizer.encode(PROBE, add_special_tokens=False, verbose=False) == ids
-        and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    )
 
 
 def load_model(

@@ -57,14 +57,11 @@ def prompt_text(
         ]
     if response:
         messages.append({"role": "assistant", "content": response})
-    chat_template = tokenizer.chat_template
-    if not isinstance(chat_template, str):  # several by name; this finds the default one
-        chat_template = tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=not response,
-        chat_template=CLOCK + chat_template,
+        chat_template=CLOCK + tokenizer.get_chat_template(),
         date_string=TODAY.strftime("%d %b %Y"),
     )
 
