@@ -146,7 +146,6 @@ def verified(path: Path) -> dict:
         adam_steps=int,
         logs=dict,
         bad_steps=int,
-        good=int,
         files=dict,
     )
     for name, size in manifest["logs"].items():

@@ -54,7 +54,6 @@ class Run(AbstractContextManager):
         self.out = Path(flags.out)
         self.code = 0
         self.bad_steps = 0  # without a finite gradient, in a row, up to now
-        self.good = 0  # the newest checkpoint that does not follow such a step
         self.lock = None
         learned_from = [(p.question, p.answers, p.solution) for p in problems]
         self.facts = dict(
@@ -74,10 +73,8 @@ class Run(AbstractContextManager):
         if self.lock:
             self.lock.close()
         if isinstance(error, CannotSample):
-            good = "none was saved yet"
-            if self.good:
-                good = self.out / "checkpoints" / f"step-{self.good}"
-            raise UserError(f"{error}, or lower --lr; the last good checkpoint: {good}") from error
+            saved = self.out / "checkpoints"
+            raise UserError(f"{error}, or lower --lr; earlier checkpoints: {saved}") from error
 
     def steps(
         self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]
@@ -151,7 +148,7 @@ class Run(AbstractContextManager):
             return 0
         path, manifest = self.checkpoint
         load_checkpoint(trainer, path, manifest)
-        self.bad_steps, self.good = manifest["bad_steps"], manifest["good"]
+        self.bad_steps = manifest["bad_steps"]
         say(f"going on from {path}")
         return manifest["step"]
 
@@ -168,9 +165,7 @@ class Run(AbstractContextManager):
                 logs[name] = (self.out / name).stat().st_size
         if step == self.flags.steps:
             save_final(self.policy, self.out / "final")
-        if not self.bad_steps:
-            self.good = step
-        progress = dict(logs=logs, bad_steps=self.bad_steps, good=self.good)
+        progress = dict(logs=logs, bad_steps=self.bad_steps)
         save_checkpoint(trainer, self.out / "checkpoints", step, progress)
         if not self.bad_steps:  # else the good ones are kept
             prune(self.out / "checkpoints", self.flags.keep)
