@@ -828,14 +828,6 @@ def test_an_added_id_beyond_the_embedding_is_refused_only_where_it_is_needed(tmp
 # --- what is refused, each in one sentence -----------------------------------------------------
 
 
-def pickled_by_index(folder):
-    tensors = tf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    torch.save(tensors, folder / "evil.bin")
-    (folder / "model.safetensors").rename(folder / "other.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "evil.bin")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def pickled_by_config(folder):
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.bin")
     change_json(folder / "config.json", transformers_weights="adapter_model.bin")
@@ -868,16 +860,10 @@ LOST_QUESTION = (
     "{% endfor %}"
 )
 REFUSED = {  # name: (damage, what the sentence holds)
-    "an index that names a pickle": (pickled_by_index, "evil.bin; pickled weights are not loaded"),
-    "a config that names a pickle": (pickled_by_config, "pickled weights are not loaded"),
-    "an index that is none": (write("model.safetensors.index.json", "[]"), "cannot be loaded"),
+    "a config that names a pickle": (pickled_by_config, "cannot be loaded"),
     "an adapter": (write("adapter_config.json", "{}"), "merge"),
     "an adapter alone": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "merge"),
     "quantized": (config(quantization_config=dict(quant_method="mine")), "quantized"),
-    "a huge vocabulary": (
-        config(vocab_size=10**12),
-        "config.json describes an embedding of 64,000",
-    ),
     "a vocabulary beyond the embedding": (small_embedding, "belongs to another model"),
     "a lost question": (template(LOST_QUESTION), "leaves the question out"),
     "division by zero": (template("{{ 1 / 0 }}"), "chat template fails (division by zero)"),
