@@ -20,6 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from errors import UserError
+from reward import final_answer
 
 TRAINING_SETS = ("deepscaler-hard-1k", "gsm8k-train")
 
@@ -276,7 +277,7 @@ def _plain(text: str) -> str:
 
     A boxed gold stays as it is, because grading reads the last box in it.
     """
-    if last_box(text):
+    if final_answer(text):
         return text
     inner = _unwrapped(text.strip(), DELIMITERS + MARKUP)
     return text if inner == _content(text) else inner
@@ -284,7 +285,7 @@ def _plain(text: str) -> str:
 
 def _content(text: str) -> str:
     """Return the content of the last box, if there is one, without the dollars around formulas."""
-    return _unwrapped(last_box(text) or text.strip(), DELIMITERS)
+    return _unwrapped((final_answer(text) or text).strip(), DELIMITERS)
 
 
 def _unwrapped(text: str, patterns: list[str]) -> str:
@@ -294,14 +295,3 @@ def _unwrapped(text: str, patterns: list[str]) -> str:
         if match and match[match.lastindex].strip():
             text = match[match.lastindex].strip()
     return text
-
-
-def last_box(text: str) -> str | None:
-    r"""Return the content of the last closed \boxed{...}, of nested ones the innermost."""
-    for box in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[box.end() :][: brace.start()].strip()
-    return None

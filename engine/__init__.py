@@ -16,13 +16,13 @@ console.py      what is printed, and how an error becomes one sentence
 flags.py        a dataclass of flags as a command line
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
-import data
-
-if Path(data.__file__).parents[1] != Path(__file__).parents[1]:
+data_file = find_spec("data").origin
+if Path(data_file).parents[1] != Path(__file__).parents[1]:
     raise ImportError(
-        f"{data.__file__} hides this project's own data/: rename it, or work in another folder"
+        f"{data_file} hides this project's own data/: rename it, or work in another folder"
     )
 
 __all__ = ["Policy", "load_policy"]

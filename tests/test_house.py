@@ -20,7 +20,7 @@ MAY_IMPORT = {  # of the project
     "entropy": set(),
     "rollout": {"entropy"},
     "reward": {"grading"},
-    "data": {"errors"},
+    "data": {"errors", "reward"},
     "engine": {"errors", "data", "entropy", "rollout", "reward"},
     "report": {"errors", "data", "engine", "reward"},
     "edge_grpo": ROOMS - {"results"},
