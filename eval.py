@@ -708,7 +708,6 @@ def main(argv: list[str] | None = None) -> int:
         work,
         "run the same command again to continue",
         "set --max-rows or --batch lower; run the same command again to continue",
-        if_unread=0 if reads_runs(argv) else 141,  # a closed pipe left an evaluation incomplete
     )
 
 

@@ -49,12 +49,12 @@ def is_lost_process(error: BaseException) -> bool:
     return world_size() > 1 and from_collective
 
 
-def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: int = 2) -> int:
+def exit_code(work: Callable[[], int], go_on: str, less_memory: str) -> int:
     """Return the exit code of work(); a mistake of the user ends in one sentence on stderr and
     code 2.
 
     go_on: how to continue once the mistake is corrected. less_memory: which flags to set where
-    memory is short. if_unread: the code where the output goes to a pipe that nobody reads.
+    memory is short.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console without ± does not end a run
@@ -66,12 +66,10 @@ def exit_code(work: Callable[[], int], go_on: str, less_memory: str, if_unread: 
             return code
     except UserError as error:
         sentence = str(error)
-    except BrokenPipeError:
+    except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
         # Python would complain once more when it flushes stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if if_unread != 2:
-            return if_unread
-        sentence = f"nobody reads this output any more; {go_on}"
+        return 128 + signal.SIGPIPE
     except (OSError, SafetensorError) as error:
         sentence = f"{first_line(error)}; fix that and {go_on}, or give another --out"
     except (RuntimeError, MemoryError) as error:

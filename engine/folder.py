@@ -71,10 +71,10 @@ def read_json(path: Path, text: bytes | None = None, line: int = 1, **kinds: typ
     return content
 
 
-def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
+def read_lines(path: Path) -> tuple[list[dict], int]:
     """Return the objects of a JSONL file (none if it is absent), and the bytes of its whole lines.
 
-    A last line that an interruption cut off is left out. kinds and what is raised: as in read_json.
+    A last line that an interruption cut off is left out. Raises what read_json raises.
     """
     try:
         content = path.read_bytes()
@@ -82,7 +82,7 @@ def read_lines(path: Path, **kinds: type | tuple) -> tuple[list[dict], int]:
         return [], 0
     size = content.rfind(b"\n") + 1
     lines = content[:size].split(b"\n")[:-1]
-    rows = [read_json(path, text, number, **kinds) for number, text in enumerate(lines, start=1)]
+    rows = [read_json(path, text, number) for number, text in enumerate(lines, start=1)]
     return rows, size
 
 

@@ -579,13 +579,13 @@ def test_plot_without_matplotlib_or_data_says_so(tmp_path, monkeypatch, capsys):
     assert "nothing to compare" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_has_seen_enough_ends_the_command_in_silence():
     """`eval.py compare ... | head`: the pipe is closed before anything is written."""
     argv = [sys.executable, "eval.py", "compare", str(EVIDENCE[0])]
     pipe = subprocess.PIPE
     process = subprocess.Popen(argv, stdout=pipe, stderr=pipe, cwd=ROOT)
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 # --- report.md ------------------------------------------------------------------------------------

@@ -523,10 +523,10 @@ def test_damaged_json_is_one_sentence_with_file_and_line(tmp_path, text, line):
     file.write_bytes(text)
     with pytest.raises(UserError, match=rf"x\.json:{line}: .*; restore the file"):
         read_json(file, step=int)
-    if b"\n" not in text:
+    if not text.endswith(b"}"):  # that would be another object
         file.write_bytes(b'{"step": 1}\n' + text + b'\n{"step": 2}\n')
         with pytest.raises(UserError, match=r"x\.json:2: "):
-            read_lines(file, step=int)
+            read_lines(file)
 
 
 def test_not_even_a_nan_makes_a_line_that_is_no_json(tmp_path):
