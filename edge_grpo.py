@@ -833,10 +833,10 @@ def shaped_loss(logp: Tensor, advantages: Tensor, weights: Tensor, shaping: floa
     return -(weights * advantages * p / (p + shaping)).sum()
 
 
-def kl_penalty(logp: Tensor, reference_logp: Tensor) -> Tensor:
+def kl_penalty(logp: Tensor, initial_logp: Tensor) -> Tensor:
     """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1 with
-    d = reference_logp - logp."""
-    d = reference_logp - logp
+    d = initial_logp - logp."""
+    d = initial_logp - logp
     return torch.exp(d) - d - 1
 
 
@@ -869,7 +869,7 @@ class Tokens:
     advantages: Tensor  # A^ of the response, for each of its tokens
     injected: Tensor  # bool
     old_logp: Tensor | None = None  # under the policy that sampled; None in the first update
-    reference_logp: Tensor | None = None  # under the initial model (KL)
+    initial_logp: Tensor | None = None  # under the initial model (KL)
 
 
 def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
@@ -909,7 +909,7 @@ def batch_loss(t: Tokens, logp: Tensor, flags: Flags) -> Tensor:
         weights = t.weights * t.injected
         loss = loss + shaped_loss(logp, t.advantages, weights, flags.injected_shaping)
     if flags.kl:
-        penalty = kl_penalty(logp, t.reference_logp)
+        penalty = kl_penalty(logp, t.initial_logp)
         penalty = penalty.masked_fill(t.injected, 0)  # only sampled tokens estimate the KL
         loss = loss + flags.kl * (t.weights * penalty).sum()
     return loss
@@ -930,8 +930,8 @@ def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> di
     ids = [group.responses[i].ids for group, i in rows]
     tokens = tokens_of(groups, flags)
     if flags.kl:
-        for t, (logp, _) in zip(tokens, trainer.logprobs(prompts, ids, reference=True)):
-            t.reference_logp = logp
+        for t, (logp, _) in zip(tokens, trainer.logprobs(prompts, ids, initial=True)):
+            t.initial_logp = logp
 
     updates = []
     for k in range(flags.updates_per_rollout):
@@ -1113,7 +1113,7 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
         weight_decay=flags.weight_decay,
         offload=flags.offload_optimizer,
         checkpointing=flags.gradient_checkpointing,
-        keep_reference=flags.kl > 0,
+        keep_initial=flags.kl > 0,
     )
     return policy, problems, trainer, run, partial(evaluation.while_training, policy, tasks, flags)
 

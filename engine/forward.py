@@ -20,15 +20,16 @@ from rollout import has_llama_layers, rms_norm
 class Batch:
     """A micro-batch: whole rows (a prompt with its response), never parts of a row.
 
-    The N tokens hold each prompt once, however many of its responses follow, and every response
-    but for its last token, which is predicted and never fed. M counts the response tokens."""
+    The N tokens hold each prompt once, however many of its responses follow, and each response
+    without its last token, which is only a target. M counts the response tokens. `make_batch` has
+    an example."""
 
     rows: list[int]  # which rows of the step, in the order of their tokens below
     lengths: list[int]  # response tokens of each of them; they sum to M
     ids: Tensor  # (N,)
     positions: Tensor  # (N,) position of each token in its row
     padded_rows: list[Tensor]  # (b, S) each: b rows of similar length as indices into the N tokens
-    place: Tensor  # (N,) where each token stands when `padded_rows` are flattened and joined
+    place: Tensor  # (N,) index of each token in the concatenated, flattened `padded_rows`
     previous: Tensor  # (M,) index into the N tokens: the token before each response token
     targets: Tensor  # (M,) the response tokens
     max_target: int  # the largest of them, kept on the host so that no check waits for a GPU
@@ -64,8 +65,8 @@ def make_batches(
     """Micro-batches of the given rows, each of at most `budget` tokens unless it is a single row.
 
     Every row counts with its prompt; rows without a response are left out. Packed batches keep
-    the order of the rows, so that rows of one prompt stay together. Others are padded to their
-    longest row, so the rows are sorted by length and padding counts."""
+    the order of the rows, so that rows of one prompt stay together. Without packing, a batch is
+    padded to its longest row, so rows are sorted by length and padding counts."""
     lengths = {row: len(prompts[row]) + len(responses[row]) for row in rows if responses[row]}
     order = list(lengths)
     if not packed:
@@ -92,7 +93,19 @@ def make_batch(
     device: torch.device,
     packed: bool,
 ) -> Batch:
-    """The given rows as one micro-batch. No rows: an empty batch of one token and M = 0."""
+    """The given rows as one micro-batch. No rows: an empty batch of one token and M = 0.
+
+    Example: two responses [e f g] and [c d] to the prompt [a b], packed. The last tokens g and d
+    are targets only.
+
+        ids          a b e f c          N = 5
+        positions    0 1 2 3 2
+        padded_rows  [0 1 2 3]          a b e f
+                     [0 1 4]            a b c, in a second block, as its length is another
+        place        4 5 2 3 6          in 0 1 2 3 0 1 4; a and b stand in both rows
+        targets      e f g c d          M = 5
+        previous     1 2 3 1 4          the token before each: b e f b c
+    """
     rows = sorted(rows, key=lambda row: -len(prompts[row]) - len(responses[row]))
     ids, previous, indices = [], [], []
     prompt_start: dict[tuple, int] = {}
@@ -117,6 +130,8 @@ def make_batch(
         for index in block:
             for position, token in enumerate(index):
                 positions[token] = position
+                # A prompt token stands in several rows. Causal attention gives it the same
+                # output in each of them, so any one will do.
                 place[token] = offset + position
             offset += width
         padded_rows.append([index + [0] * (width - len(index)) for index in block])
@@ -213,7 +228,7 @@ class ForwardPass(nn.Module):
                 f"but the vocabulary ends at {vocab_size - 1}"
             )
         if self.packed:
-            # transformers builds an (N, N) mask unless it is given one.
+            # transformers builds an (N, N) mask unless it is given one; attend_packed reads none.
             unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.ids.device)
             out = self.model.base_model(
                 input_ids=batch.ids[None],

@@ -44,23 +44,22 @@ class Trainer:
         weight_decay: float = 0.0,
         offload: bool = False,
         checkpointing: bool = False,
-        keep_reference: bool = False,
+        keep_initial: bool = False,
     ):
         """temperature: of every log-probability and entropy. entropy_grad: make the entropies
         differentiable. checkpointing: recompute activations in the backward pass.
-        keep_reference: keep a copy of the initial model, for a KL penalty."""
+        keep_initial: keep a copy of the initial model, for a KL penalty."""
         self.policy = policy
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
         self.entropy_grad = entropy_grad
-        self.offload = offload
         self.checkpointing = checkpointing
         self.sharded = world_size() > 1
-        self.reference = None
-        if keep_reference:
-            self.reference = copy.deepcopy(policy.model).requires_grad_(False)
+        self.initial_model = None
+        if keep_initial:
+            self.initial_model = copy.deepcopy(policy.model).requires_grad_(False)
         self.forward_pass = shard(policy.model) if self.sharded else ForwardPass(policy.model)
-        self.adam_steps = 0  # that any weight has made
+        self.adam_steps = 0  # so far
         model = self.forward_pass.model.requires_grad_(True)
         if checkpointing:
             # transformers 5 renames the method; early 5.x has only the old name, late 5.x warns.
@@ -80,10 +79,9 @@ class Trainer:
             self.adam[name] = torch.optim.AdamW(
                 [master], lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
             )
-        self.in_last_batch = False
-        self.copied: set[str] = set()  # offload: gradients on their way to the CPU
+        self.offload = None
         if offload:
-            self._copy_gradients_during_backward()
+            self.offload = Offload(self.params, self.masters, policy.device)
 
     # --- Forward and backward -----------------------------------------------------------------
 
@@ -92,19 +90,20 @@ class Trainer:
     ) -> Iterator[Batch]:
         """Yields this process's share of the step's rows (every W-th) as micro-batches.
 
-        A sharded forward is a collective, so every process yields equally many; the surplus ones
-        are empty. Iterate to the end, and call `forward` and `backward` once for each batch."""
+        A sharded forward is a collective, so every process yields equally many: those with fewer
+        batches add empty ones. Iterate to the end, and call `forward` and `backward` once for each
+        batch."""
         rows = list(range(rank(), len(responses), world_size()))
         device, packed = self.policy.device, self.forward_pass.packed
         batches = make_batches(prompts, responses, rows, self.micro_batch_tokens, device, packed)
         most = max(gather(max(len(batches), 1)))
         while len(batches) < most:
             batches.append(make_batch(prompts, responses, [], device, packed))
-        self.copied = set()
         # transformers recomputes activations only in training mode. Dropout is off in any case.
         self.forward_pass.train(self.checkpointing)
         for number, batch in enumerate(batches, start=1):
-            self.in_last_batch = number == len(batches)
+            if self.offload and number == len(batches):
+                self.offload.begin_last_backward()
             yield batch
         self.forward_pass.eval()
 
@@ -114,8 +113,8 @@ class Trainer:
         return self.forward_pass(batch, self.temperature, self.policy.vocab_size, self.entropy_grad)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of this micro-batch's part of the step's loss, which is a sum over
-        micro-batches and processes. FSDP2 averages over processes, hence the factor."""
+        """Backpropagates this micro-batch's part of the step's loss. The parts are summed over
+        micro-batches and processes; FSDP2 averages over processes, which the factor undoes."""
         (loss * world_size()).backward()
 
     def add_over_processes(self, sums: dict[str, float]) -> dict[str, float]:
@@ -124,11 +123,11 @@ class Trainer:
         return {name: sum(one[name] for one in everyone) for name in sums}
 
     def logprobs(
-        self, prompts: list[list[int]], responses: list[list[int]], reference: bool = False
+        self, prompts: list[list[int]], responses: list[list[int]], initial: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
         """(logp (T_i,), entropy (T_i,)) of each row on the CPU, without a gradient, under the
         policy as it is or under the initial model."""
-        model = self.reference if reference else self.policy.model
+        model = self.initial_model if initial else self.policy.model
         logprobs = functools.partial(
             response_logprobs,
             model,
@@ -166,14 +165,11 @@ class Trainer:
             names = []
         scale = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         if self.offload:
-            for name in names:
-                if name not in self.copied:  # the last micro-batch did not touch it, say an expert
-                    self._copy_out(name)
-            self.streams.synchronize()
+            self.offload.finish_copies(names)
         for name in names:
             self._update_weight(name, lr, scale)
         if self.offload:
-            self.streams.synchronize()  # else the next gradients overwrite what is still read
+            self.offload.wait()  # the next backward pass writes to the memory that is still read
         if names:
             self.adam_steps += 1
             refresh(self.policy.model, self.params)
@@ -182,61 +178,20 @@ class Trainer:
 
     def _update_weight(self, name: str, lr: float, scale: float) -> None:
         """AdamW on one master with its gradient times `scale`, then the new weight."""
-        p, master, adam = self.params[name], self.masters[name], self.adam[name]
-        weight = local(p)
-        gradient = self.host_grads[name] if self.offload else local(p.grad)
-        fp32_gradient = gradient
-        if gradient.dtype != master.dtype:
-            if self.offload:
-                fp32_gradient = self.scratch[: master.numel()].view_as(master)
-            else:
-                fp32_gradient = torch.empty_like(master)
-            fp32_gradient.copy_(gradient)
-        master.grad = fp32_gradient.mul_(scale)
+        master, adam = self.masters[name], self.adam[name]
+        weight = local(self.params[name])
+        if self.offload:
+            master.grad = self.offload.fp32_gradient(name, master)
+        else:
+            master.grad = local(self.params[name].grad).to(master.dtype)
+        master.grad.mul_(scale)
         adam.param_groups[0]["lr"] = lr
         adam.step()
         master.grad = None
         if self.offload:
-            # Back through the same pinned memory, rounded first: half the traffic.
-            weight.copy_(gradient.copy_(master), non_blocking=True)
+            self.offload.copy_back(name, master, weight)
         elif master.data_ptr() != weight.data_ptr():
             weight.copy_(master)
-
-    # --- Offload: gradients leave for the CPU during the backward pass -------------------------
-
-    def _copy_gradients_during_backward(self) -> None:
-        """As soon as the last micro-batch's backward has made a gradient, copies it to pinned CPU
-        memory on a stream of its own."""
-        cuda = self.policy.device.type == "cuda"
-        self.streams = torch.get_device_module(self.policy.device)
-        self.copy_stream = self.streams.Stream()  # on a CPU it does nothing
-        if cuda and self.sharded:
-            # torchrun leaves each process one thread, but AdamW on the CPU can use its share.
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-        # One pinned block for all, because each allocation is rounded up to a power of two
-        # (7B: 16 GiB instead of 27). Each part begins at a multiple of 16 bytes.
-        weights = {name: local(p) for name, p in self.params.items()}
-        sizes = [math.ceil(w.nbytes / 16) * 16 for w in weights.values()]
-        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
-        self.host_grads = {}
-        for (name, w), part in zip(weights.items(), block.split(sizes)):
-            self.host_grads[name] = part[: w.nbytes].view(w.dtype).view(w.shape)
-        for name, p in self.params.items():
-            p.register_post_accumulate_grad_hook(functools.partial(self._copy_if_last, name))
-        # One fp32 gradient that all weights use in turn: fresh memory is slower than AdamW itself.
-        largest = max((master.numel() for master in self.masters.values()), default=0)
-        self.scratch = torch.empty(largest)
-
-    def _copy_if_last(self, name: str, _: Tensor) -> None:
-        if self.in_last_batch:  # earlier ones are still to be added to
-            self._copy_out(name)
-
-    def _copy_out(self, name: str) -> None:
-        self.copy_stream.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copy_stream):
-            self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
-        self.copied.add(name)
 
     # --- Checkpoints --------------------------------------------------------------------------
 
@@ -276,3 +231,70 @@ class Trainer:
                 self.adam[name].state[master] = state
             local(p).copy_(master)
         refresh(self.policy.model, self.params)
+
+
+class Offload:
+    """Masters and moments in CPU memory: gradients leave for the CPU during the backward pass, and
+    the new weights come back through the same memory."""
+
+    def __init__(self, params: dict[str, Tensor], masters: dict[str, Tensor], device: torch.device):
+        cuda = device.type == "cuda"
+        self.params = params
+        self.streams = torch.get_device_module(device)
+        self.copy_stream = self.streams.Stream()  # on a CPU it does nothing
+        self.in_last_backward = False
+        self.copied: set[str] = set()  # gradients on their way to the CPU
+        if cuda and world_size() > 1:
+            # torchrun leaves each process one thread, but AdamW on the CPU can use its share.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+        # One pinned block for all, because each allocation is rounded up to a power of two
+        # (7B: 16 GiB instead of 27). Each part begins at a multiple of 16 bytes.
+        weights = {name: local(p) for name, p in params.items()}
+        sizes = [math.ceil(w.nbytes / 16) * 16 for w in weights.values()]
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=cuda)
+        self.host_grads = {}
+        for (name, w), part in zip(weights.items(), block.split(sizes)):
+            self.host_grads[name] = part[: w.nbytes].view(w.dtype).view(w.shape)
+        for name, p in params.items():
+            p.register_post_accumulate_grad_hook(functools.partial(self._copy_if_last, name))
+        # One fp32 gradient that all weights use in turn: fresh memory is slower than AdamW itself.
+        largest = max((master.numel() for master in masters.values()), default=0)
+        self.scratch = torch.empty(largest)
+
+    def begin_last_backward(self) -> None:
+        """From now on, copies each gradient as soon as the backward pass has made it."""
+        self.in_last_backward = True
+        self.copied = set()
+
+    def _copy_if_last(self, name: str, _: Tensor) -> None:
+        if self.in_last_backward:  # earlier ones are still to be added to
+            self._copy(name)
+
+    def _copy(self, name: str) -> None:
+        self.copy_stream.wait_stream(self.streams.current_stream())
+        with self.streams.stream(self.copy_stream):
+            self.host_grads[name].copy_(local(self.params[name].grad), non_blocking=True)
+        self.copied.add(name)
+
+    def finish_copies(self, names: list[str]) -> None:
+        """Waits until the gradients of `names` are on the CPU."""
+        for name in names:
+            if name not in self.copied:  # the last micro-batch did not touch it, say an expert
+                self._copy(name)
+        self.in_last_backward = False
+        self.wait()
+
+    def wait(self) -> None:
+        self.streams.synchronize()
+
+    def fp32_gradient(self, name: str, master: Tensor) -> Tensor:
+        gradient = self.host_grads[name]
+        if gradient.dtype == master.dtype:
+            return gradient
+        return self.scratch[: master.numel()].view_as(master).copy_(gradient)
+
+    def copy_back(self, name: str, master: Tensor, weight: Tensor) -> None:
+        """The new weight, through the pinned memory of its gradient: rounded first, that is half
+        the traffic."""
+        weight.copy_(self.host_grads[name].copy_(master), non_blocking=True)

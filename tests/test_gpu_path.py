@@ -38,7 +38,7 @@ def test_offload_fetches_gradients_that_the_last_micro_batch_did_not_touch():
             backward(
                 trainer, [*prompts, [1] * 30, [1, 2]], [*responses, [5] * 30, [3]], factor=-1 / 100
             )
-            missed += len(trainer.params.keys() - trainer.copied) if offload else 0
+            missed += len(trainer.params.keys() - trainer.offload.copied) if offload else 0
             trainer.step(1e-2, 1.0)
         weights.append([p.detach().clone() for p in policy.model.parameters()])
     assert missed == 3 and all(torch.equal(a, b) for a, b in zip(*weights))

@@ -57,7 +57,7 @@ def test_offload_equals_no_offload_bit_for_bit(dtype):
     trainer = train_steps(offloaded, 5, 1e-3, offload=True)
     for master, p in zip(trainer.masters.values(), trainer.params.values()):
         assert master.data_ptr() != p.data_ptr()
-    blocks = {g.untyped_storage().data_ptr() for g in trainer.host_grads.values()}
+    blocks = {g.untyped_storage().data_ptr() for g in trainer.offload.host_grads.values()}
     assert len(blocks) == 1  # each would be rounded up to a power of two, if pinned
     assert same(plain.model.parameters(), offloaded.model.parameters())
 
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step_of_the_optimizer():
         p.grad = torch.full_like(p, float("inf"))
     assert trainer.step(1.0, 1.0) == float("inf") and trainer.adam_steps == 0
     assert all(p.grad is None for p in trainer.params.values())
-    assert trainer.reference is None  # it takes as much memory as the model
+    assert trainer.initial_model is None  # it takes as much memory as the model
 
 
 def test_a_state_is_loaded_whole_also_of_a_parameter_that_had_no_gradient_yet():

@@ -186,12 +186,12 @@ def test_a_whole_step_equals_an_independent_one_in_float64(policy, line, monkeyp
     over the micro-batches of an update."""
     flags = flags_of("--temperature .8 --group-size 4 --micro-batch-tokens 150 " + line)
     own, groups, clipped, policy_loss = own_copy(policy), random_groups(policy), [], eg.policy_loss
-    trainer = trainer_of(own, flags, keep_reference=True)
+    trainer = trainer_of(own, flags, keep_initial=True)
     with torch.no_grad():
-        for p in trainer.reference.parameters():
+        for p in trainer.initial_model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     start, model = copy.deepcopy(own.model.state_dict()), copy.deepcopy(own.model).double()
-    reference = copy.deepcopy(trainer.reference).double()
+    reference = copy.deepcopy(trainer.initial_model).double()
     losses, norms, gradients, shares = zip(
         *independent_updates(model, reference, groups, flags, lr=1e-4)
     )
@@ -437,9 +437,9 @@ def test_a_run_leaves_out_long_prompts_repeats_what_is_left_and_counts_its_token
 
 
 TRAINER = dict(temperature=1.0, entropy_grad=False, betas=(0.9, 0.99), weight_decay=0.0)
-TRAINER |= dict(offload=False, checkpointing=False, keep_reference=False)
+TRAINER |= dict(offload=False, checkpointing=False, keep_initial=False)
 OTHER = dict(temperature=0.7, entropy_grad=True, betas=(0.5, 0.6), weight_decay=0.1)
-OTHER |= dict(offload=True, checkpointing=True, keep_reference=True)
+OTHER |= dict(offload=True, checkpointing=True, keep_initial=True)
 FLAGS = "--temperature .7 --eda-grad --betas .5 .6 --weight-decay .1 --offload-optimizer --kl .1 "
 
 
