@@ -358,9 +358,8 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
         (max(flags.betas) >= 1, f"--betas {flags.betas}: must be below 1"),
         (
             flags.sft and changed(flags, TINY | METHODS["sft"]).keys() & NOT_FOR_SFT,
-            "--sft trains on reference solutions alone: give it as --method sft, without "
-            "--correction, --eda, --kl, --injected-shaping, --mask-injected and "
-            "--updates-per-rollout",
+            "--sft trains on reference solutions alone: use --method sft, and drop --correction, "
+            "--eda, --kl, --injected-shaping, --mask-injected and --updates-per-rollout",
         ),
         (
             flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
