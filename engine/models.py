@@ -18,9 +18,9 @@ from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
 from engine.prompts import (
     QUESTION,
+    closed_turn,
     find_end_ids,
     prompt_text,
-    response_header,
     saved_eos_token,
     turn_end,
 )
@@ -372,16 +372,20 @@ def check_prompt(policy: Policy, name: str) -> None:
 
 
 def usable_header(policy: Policy) -> str:
-    """Returns the response header, "" if references cannot begin with it.
+    """Returns what the template writes between a prompt and its response, "" if references cannot
+    begin with it.
 
-    Prints a note unless responses directly follow the prompt, as they do in most templates.
+    For most templates this is empty. It is an empty think block for Qwen3, a channel for gpt-oss,
+    and the assistant's header where the template ignores add_generation_prompt. Prints a note
+    unless responses directly follow the prompt.
     """
     prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
-    header = response_header(policy.tokenizer, policy.template)
+    before, _ = closed_turn(policy.tokenizer, policy.template) or ("", "")
+    header = before.removeprefix(prompt)
     problem = ""
     if "<think" in prompt and "</think" not in prompt.rpartition("<think")[2]:
         problem = "opens <think>: responses begin inside it, and injected text ends the turn there"
-    elif header is None:
+    elif not before.startswith(prompt):
         problem = "does not show how a response follows the prompt: references directly follow it"
     elif policy.end_ids & set(policy.encode(header)):
         problem = (

@@ -76,19 +76,6 @@ def closed_turn(tokenizer, template: str) -> tuple[str, str] | None:
     return None
 
 
-def response_header(tokenizer, template: str) -> str | None:
-    """Returns what the template writes between a prompt and its response; None if unknown.
-
-    For most templates this is empty. It is an empty think block for Qwen3, a channel for gpt-oss,
-    and the assistant's header where the template ignores add_generation_prompt.
-    """
-    prompt = prompt_text(tokenizer, QUESTION, template)
-    turn = closed_turn(tokenizer, template)
-    if turn is None or not turn[0].startswith(prompt):
-        return None
-    return turn[0].removeprefix(prompt)
-
-
 def turn_end(tokenizer, template: str) -> int | None:
     """Returns the special token that the template puts after a response; None without one."""
     turn = closed_turn(tokenizer, template)
