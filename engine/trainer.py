@@ -139,10 +139,6 @@ class Trainer:
 
     # --- The optimizer ------------------------------------------------------------------------
 
-    def drop_gradients(self) -> None:
-        for p in self.params.values():
-            p.grad = None
-
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient, over all processes. (torch.nn.utils.get_total_norm would
         round the norms of bf16 gradients to bf16.)"""
@@ -173,7 +169,7 @@ class Trainer:
         if names:
             self.adam_steps += 1
             refresh(self.policy.model, self.params)
-        self.drop_gradients()
+        self.forward_pass.zero_grad()
         return norm
 
     def _update_weight(self, name: str, lr: float, scale: float) -> None:
