@@ -183,7 +183,7 @@ class Record:
 
 
 @dataclass
-class Draft:
+class Request:
     """A response that is still to be sampled. A forced reflection gives its first tokens."""
 
     problem: Problem
@@ -193,7 +193,7 @@ class Draft:
     phrase: str = ""
 
     def key(self, temperature: float) -> tuple:
-        """The key of the record that this draft becomes."""
+        """The key of the record that answers this request."""
         task, _, row = self.problem.source.rpartition(":")
         return task, int(row), self.sample, temperature, self.phrase
 
@@ -209,33 +209,34 @@ def evaluate(
 ) -> list[Record]:
     """Sample and grade n responses to each problem; all responses to one problem are adjacent."""
     flags = Flags(max_new_tokens=max_new_tokens, seed=seed, top_p=top_p)
-    return respond(policy, drafts(policy, problems, n), temperature, flags)
+    return respond(policy, requests(policy, problems, n), temperature, flags)
 
 
-def drafts(policy: engine.Policy, problems: list[Problem], n: int) -> list[Draft]:
+def requests(policy: engine.Policy, problems: list[Problem], n: int) -> list[Request]:
     """The n responses to each problem that are to be sampled."""
     to_sample = []
     for problem in problems:
         prompt = policy.prompt_ids(problem.question)
         for sample in range(n):
-            to_sample.append(Draft(problem, sample, prompt))
+            to_sample.append(Request(problem, sample, prompt))
     return to_sample
 
 
 def respond(
-    policy: engine.Policy, drafts: list[Draft], temperature: float, flags: Flags
+    policy: engine.Policy, requests: list[Request], temperature: float, flags: Flags
 ) -> list[Record]:
-    """Sample and grade each draft. With --entropy, also compute P_i, except for forced reflections.
+    """Sample and grade the responses. With --entropy, also compute P_i, except for forced
+    reflections.
 
     Prompt and response together stay within the context and the model's own maximum. Under
     torchrun every process samples and grades its share, and all of them return all records.
     """
     total_tokens = min(flags.total_tokens(), policy.context())
     prompts, limits, seeds = [], [], []
-    for draft in drafts:
-        prompt = draft.prompt + draft.start
+    for request in requests:
+        prompt = request.prompt + request.start
         wanted = flags.max_new_tokens
-        if draft.phrase:
+        if request.phrase:
             wanted = REFLECTION_TOKENS
         limit = max(0, min(wanted, total_tokens - len(prompt)))
         if limit < wanted:
@@ -245,25 +246,25 @@ def respond(
             )
         prompts.append(prompt)
         limits.append(limit)
-        seeds.append(stream(flags.seed, draft.problem.source, draft.sample, draft.phrase))
+        seeds.append(stream(flags.seed, request.problem.source, request.sample, request.phrase))
     samples = policy.sample(prompts, limits, seeds, temperature, flags.top_p)
 
     records = []
-    for draft, sample in zip(drafts, samples):
-        ids = draft.start + sample.ids
-        ids = ids[: max(0, total_tokens - len(draft.prompt))]  # a forced phrase may not fit
-        record = Record(*draft.key(temperature), policy.decode(ids), ids, sample.finished)
+    for request, sample in zip(requests, samples):
+        ids = request.start + sample.ids
+        ids = ids[: max(0, total_tokens - len(request.prompt))]  # a forced phrase may not fit
+        record = Record(*request.key(temperature), policy.decode(ids), ids, sample.finished)
         records.append(record)
-    grade(drafts, records)
-    if flags.entropy and not drafts[0].phrase:
-        add_entropy(policy, drafts, records, temperature)
+    grade(requests, records)
+    if flags.entropy and not requests[0].phrase:
+        add_entropy(policy, requests, records, temperature)
     return records
 
 
-def grade(drafts: list[Draft], records: list[Record]) -> None:
+def grade(requests: list[Request], records: list[Record]) -> None:
     """Fill in the rewards and the answer of each record."""
     responses = [record.response for record in records]
-    golds = [list(draft.problem.answers) for draft in drafts]
+    golds = [list(request.problem.answers) for request in requests]
     scores = spread(responses, golds, reward.score_all)
     for record, (format, accuracy) in zip(records, scores):
         record.format, record.accuracy = format, accuracy
@@ -271,7 +272,7 @@ def grade(drafts: list[Draft], records: list[Record]) -> None:
 
 
 def add_entropy(
-    policy: engine.Policy, drafts: list[Draft], records: list[Record], temperature: float
+    policy: engine.Policy, requests: list[Request], records: list[Record], temperature: float
 ) -> None:
     """Fill in P_i of Eq. 3, the mean entropy of a response's tokens; None if it has no token.
 
@@ -285,7 +286,7 @@ def add_entropy(
         vocab_size=policy.vocab_size,
         budget=8192,
     )
-    prompts = [draft.prompt for draft in drafts]
+    prompts = [request.prompt for request in requests]
     responses = [record.ids for record in records]
     for record, (_, entropies) in zip(records, spread(prompts, responses, logprobs)):
         if record.ids:
@@ -452,10 +453,12 @@ def reflects(response: str) -> bool:
     return REFLECTION.search(response.replace("’", "'")) is not None
 
 
-def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Record]) -> list[Draft]:
-    """Drafts that continue each wrong response, without its end token, after each phrase."""
+def forced_requests(
+    policy: engine.Policy, requests: list[Request], records: list[Record]
+) -> list[Request]:
+    """Requests that continue each wrong response, without its end token, after each phrase."""
     forced = []
-    for draft, record in zip(drafts, records):
+    for request, record in zip(requests, records):
         if record.accuracy == 1:
             continue
         written = record.ids
@@ -463,7 +466,7 @@ def forced_drafts(policy: engine.Policy, drafts: list[Draft], records: list[Reco
             written = written[:-1]
         for phrase in FORCED:
             start = written + policy.encode(phrase)
-            forced.append(Draft(draft.problem, draft.sample, draft.prompt, start, phrase))
+            forced.append(Request(request.problem, request.sample, request.prompt, start, phrase))
     return forced
 
 
@@ -591,15 +594,15 @@ def open_results(out: Path, settings: dict) -> dict[tuple, Record]:
 
 def complete(
     policy: engine.Policy,
-    drafts: list[Draft],
+    requests: list[Request],
     temperature: float,
     flags: Flags,
     stored: dict[tuple, Record],
     name: str,
 ) -> list[Record]:
-    """The records of all drafts: those already stored, and the others, written batch by batch."""
-    missing = [draft for draft in drafts if draft.key(temperature) not in stored]
-    say(f"{name}: {len(missing)} of {len(drafts)} responses still to sample")
+    """The records of all requests: those already stored, and the others, written batch by batch."""
+    missing = [request for request in requests if request.key(temperature) not in stored]
+    say(f"{name}: {len(missing)} of {len(requests)} responses still to sample")
     done = 0
     started = time.perf_counter()
     while done < len(missing):
@@ -613,7 +616,7 @@ def complete(
         done += len(batch)
         minutes = (time.perf_counter() - started) / done * (len(missing) - done) / 60
         say(f"{name}: {done}/{len(missing)} responses, {minutes:.1f} min left at this pace")
-    return [stored[draft.key(temperature)] for draft in drafts]
+    return [stored[request.key(temperature)] for request in requests]
 
 
 # --- The evaluation of a model ----------------------------------------------------------------
@@ -653,13 +656,13 @@ def run(flags: Flags) -> None:
     first_prompt = policy.decode_raw(policy.prompt_ids(problems[0].question))
     say(f"prompt of the first problem: {first_prompt!r}")
 
-    to_sample = drafts(policy, problems, flags.n)
+    to_sample = requests(policy, problems, flags.n)
     results = {}
     for T in dict.fromkeys(flags.temperature):
         records = complete(policy, to_sample, T, flags, stored, f"T = {T:g}")
         forced = []
         if flags.reflect:
-            to_reflect = forced_drafts(policy, to_sample, records)
+            to_reflect = forced_requests(policy, to_sample, records)
             name = f"T = {T:g}, forced reflection"
             forced = complete(policy, to_reflect, T, flags, stored, name)
         if is_main():

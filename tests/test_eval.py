@@ -152,7 +152,7 @@ def test_prompt_and_response_fit_the_context(
     policy = script({question: ["x" * 9000] * 3}, positions)
     problems = [problem(question, 1, source="a:1")] * 2
     limits = evaluation.Flags(max_new_tokens=max_new_tokens, context=context)
-    records = evaluation.respond(policy, evaluation.drafts(policy, problems, 1), 0.1, limits)
+    records = evaluation.respond(policy, evaluation.requests(policy, problems, 1), 0.1, limits)
     if context is None:
         records += evaluation.evaluate(policy, problems[:1], max_new_tokens=max_new_tokens)
     for r, call in zip(records, policy.calls):
@@ -577,11 +577,11 @@ def test_forced_reflection_continues_the_wrong_responses_only():
         answers[r"q\boxed{1}" + phrase] = answers["rxxxx" + phrase] = [r" \boxed{2}|"]
     policy = script(answers)
     problems = [problem(q, gold, source=f"a:{gold}") for q, gold in zip("pqr", (1, 2, 3))]
-    drafts = evaluation.drafts(policy, problems, 1)
+    drafts = evaluation.requests(policy, problems, 1)
     limits = evaluation.Flags(max_new_tokens=12, seed=3)
     records = evaluation.respond(policy, drafts, 0.1, limits)
     policy.calls.clear()
-    forced = evaluation.forced_drafts(policy, drafts, records)
+    forced = evaluation.forced_requests(policy, drafts, records)
     forced = evaluation.respond(policy, forced, 0.1, limits)
     assert [(r.problem, r.accuracy) for r in forced] == [(2, 1)] * 4 + [(3, 0)] * 4
     assert forced[0].response == r"\boxed{1}" + paper + r" \boxed{2}", "no end token between"
@@ -593,10 +593,10 @@ def test_a_forced_reflection_is_cut_to_the_context():
     """A response may have used all of it, and learned positions end there."""
     answers = {"pxxxx" + phrase: [""] for phrase in evaluation.FORCED}
     policy = script({"p": ["xxxx"], **answers}, max_positions=8)
-    drafts = evaluation.drafts(policy, [problem("p", 1, source="a:1")], 1)
+    drafts = evaluation.requests(policy, [problem("p", 1, source="a:1")], 1)
     limits = evaluation.Flags(max_new_tokens=4)
     records = evaluation.respond(policy, drafts, 0.1, limits)
-    forced = evaluation.forced_drafts(policy, drafts, records)
+    forced = evaluation.forced_requests(policy, drafts, records)
     records = evaluation.respond(policy, forced, 0.1, limits)
     assert [r.response for r in records] == ["xxxx" + phrase[:3] for phrase in evaluation.FORCED]
     assert all(len(r.ids) == 7 and not r.finished for r in records)
@@ -655,7 +655,7 @@ def test_equal_entropies_are_neither_above_nor_below_their_average():
 
 
 def test_entropy_is_that_of_the_sampling_distribution(tiny):
-    drafts = evaluation.drafts(tiny, data.load("tiny:1-3:test")[:3], 1)
+    drafts = evaluation.requests(tiny, data.load("tiny:1-3:test")[:3], 1)
     limits = evaluation.Flags(max_new_tokens=20, entropy=True)
     records = evaluation.respond(tiny, drafts, 0.6, limits)
     for r, d in zip(records, drafts):
