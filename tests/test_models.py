@@ -40,6 +40,9 @@ def test_llama_gets_the_instruction_in_the_user_turn():
     class Fake:
         chat_template = "x"
 
+        def get_chat_template(self):
+            return self.chat_template
+
         def apply_chat_template(self, messages, **_):
             return messages
 
