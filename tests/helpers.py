@@ -154,7 +154,7 @@ LLAMA_FAMILY = ("qwen2", "qwen3", "llama", "mistral")  # whose layers run_layers
 
 
 def config_of(name, **changes):
-    kind, own = FAMILIES[name]
+    kind, own = FAMILIES.get(name, (name, {}))
     return AutoConfig.for_model(kind, **SHAPE | own | changes)
 
 

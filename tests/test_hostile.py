@@ -11,16 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
 import edge_grpo as eg
-import engine
 import reward
 from data import Problem
-from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
 from engine.trainer import Trainer
 from errors import UserError
@@ -35,45 +32,9 @@ ANY_TEXT = st.text(
     st.characters(exclude_categories=("Cs",)), max_size=60
 )  # control characters, all planes
 HALVES = st.text(st.characters(), max_size=20)  # halves of surrogate pairs too
-PIECES = st.sampled_from(
-    [
-        r"\boxed{",
-        "}",
-        "{",
-        "\\",
-        "$",
-        r"\frac",
-        "^",
-        "_",
-        "(",
-        ")",
-        "[",
-        "]",
-        "1",
-        "9" * 30,
-        "0",
-        "-",
-        "/",
-        ",",
-        ".",
-        "%",
-        r"\sqrt",
-        r"\text{",
-        "x",
-        "!",
-        "**",
-        "e",
-        "inf",
-        "nan",
-        "<|im_end|>",
-        "<|im_start|>",
-        "\n",
-        "\0",
-        "\u2028",
-        "½",
-        "٣",
-    ]
-)
+PIECES = r"""\boxed{ } { \ $ \frac ^ _ ( ) [ ] 1 0 - / , . % \sqrt \text{ x ! ** e inf nan
+    999999999999999999999999999999 <|im_end|> <|im_start|> ½ ٣"""
+PIECES = st.sampled_from([*PIECES.split(), "\n", "\0", "\u2028"])
 MATHS = st.lists(PIECES, max_size=25).map("".join)
 GOLD = st.one_of(
     ANY_TEXT,
@@ -97,15 +58,9 @@ FULL = dict(
 ROW = st.one_of(ANY_JSON, st.fixed_dictionaries({}, optional=ODD), st.fixed_dictionaries(FULL))
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return engine.load_policy("tiny", "cpu")
-
-
 def ids(low=0, size=24):
-    return st.lists(
-        st.integers(0, 307), min_size=low, max_size=size
-    )  # any id of the tiny model, special ones too
+    """Any ids of the tiny model, special ones too."""
+    return st.lists(st.integers(0, 307), min_size=low, max_size=size)
 
 
 # --- grading ------------------------------------------------------------------------------------
@@ -113,28 +68,9 @@ def ids(low=0, size=24):
 
 @FEW
 @given(st.one_of(ANY_TEXT, MATHS, HALVES), GOLD)
-def test_grading_gives_zeros_and_ones(response, gold):
-    format, accuracy = reward.score(response, gold)
-    assert format in (0.0, 1.0) and accuracy in (0.0, 1.0)
-
-
-@FEW
-@given(MATHS, GOLD)
-def test_grading_what_stands_in_a_box(answer, gold):
-    assert set(reward.score(r"so \boxed{" + answer + "}", gold)) <= {0.0, 1.0}
-
-
-@FEW
-@given(
-    st.lists(
-        st.tuples(st.one_of(ANY_TEXT, MATHS), st.lists(MATHS, min_size=1, max_size=2)), max_size=4
-    )
-)
-def test_many_are_graded_as_each_is(pairs):
-    texts, golds = [t for t, _ in pairs], [g for _, g in pairs]
-    assert [tuple(s) for s in reward.score_all(texts, golds)] == [
-        tuple(reward.score(t, g)) for t, g in pairs
-    ]
+def test_grading_gives_zeros_and_ones(text, gold):
+    for response in (text, r"so \boxed{" + text + "}"):
+        assert set(reward.score(response, gold)) <= {0.0, 1.0}
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -161,11 +97,8 @@ def test_any_file_is_read_whole_or_refused_by_name(tmp_path, policy, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     for p in load(path):
-        assert (
-            p.question.strip()
-            and p.answers
-            and all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
-        )
+        assert p.question.strip() and p.answers
+        assert all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
         assert policy.prompt_ids(p.question)
         assert isinstance(data.gold_text(p), str)
 
@@ -181,14 +114,6 @@ def test_a_file_of_strange_text_keeps_it_byte_for_byte(tmp_path, question, answe
         has_markup = re.search(r"[^\w\s]", answer)
         assert p.solution in (None, solution) or has_markup
         assert p.answers == (answer,) or has_markup
-
-
-@FEW
-@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30))
-def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
-    if not name.startswith(tuple("12345678")):  # the real ones are tested elsewhere
-        with pytest.raises(UserError):
-            data.load(f"tiny:{name}")
 
 
 # --- correction and scoring ---------------------------------------------------------------------
@@ -259,64 +184,11 @@ def test_text_goes_to_ids_and_back(policy, text):
     assert policy.prompt_ids(text)[-1] == policy.prompt_ids("x")[-1]
 
 
-@FEW
-@given(ids(size=40))
-def test_any_ids_have_a_text(policy, row):
-    assert isinstance(policy.decode(row), str) and isinstance(policy.decode_raw(row), str)
-
-
-@FEW
-@given(st.lists(st.tuples(ids(low=1), ids()), max_size=5), st.floats(0.05, 5), st.integers(1, 200))
-def test_scores_do_not_depend_on_how_rows_fall_into_batches(policy, rows, temperature, budget):
-    prompts, responses = [p for p, _ in rows], [r for _, r in rows]
-    scored = response_logprobs(
-        policy.model, prompts, responses, temperature, policy.vocab_size, budget
-    )
-    for (logp, entropy), response, prompt in zip(scored, responses, prompts):
-        assert (
-            logp.shape == entropy.shape == (len(response),)
-            and logp.isfinite().all()
-            and entropy.isfinite().all()
-        )
-        [(alone, _)] = response_logprobs(
-            policy.model, [prompt], [response], temperature, policy.vocab_size, 10**6
-        )
-        assert torch.allclose(logp, alone, atol=1e-3)
-
-
 # --- flags and models ---------------------------------------------------------------------------
 
-WORDS = st.sampled_from(
-    [
-        "--lr",
-        "--steps",
-        "--seed",
-        "--eda-clamp",
-        "--guided-probs",
-        "--betas",
-        "--method",
-        "--no-eda",
-        "--sft",
-        "--kl",
-        "0",
-        "1",
-        "0.5",
-        "-1",
-        "nan",
-        "inf",
-        "1e999",
-        "grpo",
-        "sft",
-        "",
-        "--",
-        "-",
-        "=",
-        "--lr=1e-3",
-        "--eval-tasks",
-        "x" * 50,
-        "½",
-    ]
-)
+WORDS = """--lr --steps --seed --eda-clamp --guided-probs --betas --method --no-eda --sft --kl 0
+    1 0.5 -1 nan inf 1e999 grpo sft -- - = --lr=1e-3 --eval-tasks ½"""
+WORDS = st.sampled_from([*WORDS.split(), "", "x" * 50])
 
 
 @FEW
@@ -340,14 +212,10 @@ def test_any_name_of_a_model_is_found_or_refused(name):
 
 def test_models_are_loaded_without_pickle_and_without_their_own_code():
     """No program has another way to read weights (what is refused: see test_bad_input)."""
-    root = Path(__file__).parents[1]
-    files = [
-        f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("tests", ".venv")
-    ]
-    source = "".join(path.read_text() for path in files)
+    source = ""
+    for path in Path(__file__).parents[1].rglob("*.py"):
+        if not {"tests", ".venv"} & set(path.parts):
+            source += path.read_text(encoding="utf-8")
     assert "torch.load(" not in source and "import pickle" not in source
-    assert (
-        source.count("use_safetensors=True")
-        == source.count("AutoModelForCausalLM.from_pretrained")
-        == 1
-    )
+    assert source.count("AutoModelForCausalLM.from_pretrained") == 1
+    assert source.count("use_safetensors=True") == 1
