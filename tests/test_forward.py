@@ -48,10 +48,13 @@ def check_batch(batch, prompts, responses, packed):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_micro_batches_hold_every_row_once_within_the_budget_with_little_padding(packed):
-    for (prompts, responses), most_padding in ((random_rows(64), 0.1), (shared_rows(), 1)):
+    few_shared = random_rows(64), 0.1
+    many_shared = shared_rows(), 1
+    for (prompts, responses), most_padding in (few_shared, many_shared):
         responses[5] = []
         asked = [*range(9, -1, -1), *range(12, len(responses))]
-        rows, counts = [], []
+        rows = []
+        counts = []
         for batch in batches_of(prompts, responses, 300, packed, asked):
             rows += batch.rows
             counts.append(check_batch(batch, prompts, responses, packed))
@@ -63,9 +66,11 @@ def test_micro_batches_hold_every_row_once_within_the_budget_with_little_padding
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_budget_is_filled_to_the_last_token_and_a_longer_row_is_alone(packed):
-    full = batches_of([[1] * 4] * 5, [[2] * 6] * 5, 20, packed)
+    prompts, responses = [[1] * 4] * 5, [[2] * 6] * 5
+    full = batches_of(prompts, responses, 20, packed)
     assert [len(b.rows) for b in full] == [2, 2, 1]
-    long = batches_of([[1] * 5] * 3, [[2] * 50, [3] * 2, [4] * 3], 20, packed)
+    responses = [[2] * 50, [3] * 2, [4] * 3]
+    long = batches_of(prompts[:3], responses, 20, packed)
     assert [b.rows for b in long] == [[0], [2, 1]]
 
 
@@ -74,17 +79,19 @@ def test_columns_of_the_rows_become_those_of_the_batch_and_keep_their_type():
     tokens = []
     for r in responses:
         ids = torch.tensor(r)
-        tokens.append(Tokens(weights=ids, advantages=ids.double(), injected=ids % 2 == 0))
+        odd = ids % 2 == 1
+        tokens.append(Tokens(weights=ids, advantages=ids.double(), injected=odd))
     empty = make_batch(prompts, responses, [], CPU, True)
     for batch in [*batches_of(prompts, responses, 100), empty]:
         ids = batch.targets
         t = batch.join(tokens)
         assert t.old_logp is None
-        torch.testing.assert_close(t.weights, ids)
+        torch.testing.assert_close(t.weights, ids)  # in type too
         torch.testing.assert_close(t.advantages, ids.double())
-        torch.testing.assert_close(t.injected, ids % 2 == 0)
+        torch.testing.assert_close(t.injected, ids % 2 == 1)
         for row, (column,) in batch.by_row(ids.float().requires_grad_()).items():
-            assert column.tolist() == responses[row]
+            found = column.tolist()
+            assert found == responses[row]
             assert not column.requires_grad
 
 
@@ -93,10 +100,12 @@ def test_columns_of_the_rows_become_those_of_the_batch_and_keep_their_type():
 
 def whole_logits(model, prompt, response):
     """logp and entropy (2, T) of a response, from the model's own forward on this row alone."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :60]
+    ids = torch.tensor([prompt + response])
+    logits = model(ids).logits[0, len(prompt) - 1 : -1, :60]
     logp = torch.log_softmax(logits / 0.7, -1)
     entropy = -(logp.exp() * logp).sum(-1)
-    return torch.stack([logp[range(len(response)), response], entropy])
+    of_targets = logp[range(len(response)), response]
+    return torch.stack([of_targets, entropy])
 
 
 @pytest.mark.parametrize("name", [*LLAMA_FAMILY, "mistral_window", "gpt2"])
@@ -108,25 +117,28 @@ def test_numbers_and_gradients_equal_the_models_own_forward_at_any_budget(name):
         for layer in model.model.layers:
             layer.self_attn.scaling *= 2.3  # some models scale by other than 1 / sqrt(D)
     prompts, responses = shared_rows()
-    factors = torch.rand(30, 2, 1, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(0)
+    factors = torch.rand(30, 2, 1).double()
     expected = []
     for row in range(30):
         expected.append(whole_logits(model, prompts[row], responses[row]))
         (factors[row] * expected[row]).sum().backward()
-    gradient = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
     forward_pass = ForwardPass(model)
     assert forward_pass.packed == packed
     for budget in (1, 300, 10_000):
         model.zero_grad()
         for batch in batches_of(prompts, responses, budget, packed):
-            numbers = torch.stack(forward_pass(batch, 0.7, 60, entropy_grad=True))  # (2, M)
+            numbers = forward_pass(batch, 0.7, 60, entropy_grad=True)
+            columns = torch.stack(numbers).split(batch.lengths, dim=1)  # (2, T) each
             loss = 0.0
-            for row, ours in zip(batch.rows, numbers.split(batch.lengths, dim=1)):
+            for row, ours in zip(batch.rows, columns):
                 assert torch.allclose(ours, expected[row].float(), atol=1e-6)
                 loss = loss + (factors[row] * ours).sum()
             loss.backward()
         for name, p in model.named_parameters():
-            assert (p.grad - gradient[name]).norm() <= 1e-6 * gradient[name].norm(), name
+            exact = gradients[name]
+            assert (p.grad - exact).norm() <= 1e-6 * exact.norm(), name
 
 
 def test_response_logprobs_are_of_each_row_in_order_and_empty_where_it_is():
@@ -149,8 +161,9 @@ def test_an_id_beyond_the_vocabulary_is_refused():
 def test_whoever_else_calls_the_model_gets_its_usual_forward_mask_and_config():
     """A packed forward pass needs no mask, which would be N x N."""
     model = small_policy().model
-    ids = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-    padding = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    ids = torch.arange(1, 19).view(2, 9)
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
     before = model(input_ids=ids, attention_mask=padding).logits
     config = model.config.to_json_string()
     masks = []

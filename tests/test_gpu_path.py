@@ -28,7 +28,8 @@ def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "device", torch.device(device))
             forward_pass = ForwardPass(copy.deepcopy(model))
-        norms = [norm for norm in copy.deepcopy(forward_pass).modules() if "forward" in vars(norm)]
+        modules = copy.deepcopy(forward_pass).modules()
+        norms = [module for module in modules if "forward" in vars(module)]
         assert len(norms) == fused
         assert all(norm.forward.args[0] is norm for norm in norms)
         logp, entropy = forward_pass(batch, 0.7, 60, True)
@@ -40,7 +41,13 @@ def test_fused_norms_score_and_learn_as_the_models_own(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "room, slots, capacity",
-    [(None, 2, 128), (10_000, 2, 2048), (1000, 2, 384), (300, 2, 128), (200, 1, 128)],
+    [
+        (None, 2, 128),
+        (10_000, 2, 2048),
+        (1000, 2, 384),
+        (300, 2, 128),
+        (200, 1, 128),
+    ],
 )
 def test_a_fixed_cache_has_room_for_longer_rows_where_that_costs_none(
     monkeypatch, room, slots, capacity
@@ -64,13 +71,14 @@ def test_an_adapter_is_not_passed_by():
 
     model = small_policy(torch.float32, tied=False).model
     call = [[1, 2, 3]], 4, 20, 1.0, 0
-    plain = Sampler(model, set()).sample(*call)
+    [plain] = Sampler(model, set()).sample(*call)
     for layer in model.model.layers:
         layer.self_attn.k_proj.__class__ = Adapter
-    adapted = Sampler(model, set()).sample(*call)
+    [adapted] = Sampler(model, set()).sample(*call)
     fixed = Sampler(model, set())
     fixed.fixed = True
-    assert [s.ids for s in fixed.sample(*call)[0]] == [s.ids for s in adapted[0]]
+    [again] = fixed.sample(*call)
+    assert [s.ids for s in again] == [s.ids for s in adapted]
     assert fixed.slots.joined is None
     assert plain != adapted
 
@@ -94,9 +102,11 @@ def test_what_is_fused_on_a_gpu_can_be_compiled_and_computes_the_same():
             for store, add in (plain, fused):
                 keys, values = torch.zeros(2, 8, 9, 2, 16).transpose(2, 3)
                 q = store(*qkv_cos_sin, keys, values, at, position)
-                results.append([q, keys, values, *add(x, y, torch.ones(16), 1e-6)])
+                total, norm = add(x, y, torch.ones(16), 1e-6)
+                results.append([q, keys, values, total, norm])
             for a, b in zip(*results):
-                assert torch.equal(a, b) and a.any()
+                assert torch.equal(a, b)
+                assert a.any()
 
 
 def test_cudnn_attention_is_off():

