@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import lzma
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -324,19 +323,6 @@ def test_a_cpu_tells_its_pace_after_32_responses(tmp_path, monkeypatch, capsys):
     assert batches == [32, 8]
     assert "40 of 40 responses" in shown
     assert "32/40 responses" in shown
-
-
-def test_right_responses_by_problem_are_in_the_packed_evidence(tmp_path, capsys):
-    out, packed = tmp_path / "eval", tmp_path / "evidence.jsonl.xz"
-    assert evaluation.main(command(out, "--tasks", "tiny:1-3:test", "tiny:5-8:test")) == 0
-    assert evaluation.main(["pack", str(out), "--out", str(packed)]) == 0
-    [row] = lzma.decompress(packed.read_bytes()).splitlines()
-    tasks = json.loads(row)["summaries"][0]["results"]["1"]["tasks"]
-    counts = {task: [0] * 5 for task in ("tiny:1-3:test", "tiny:5-8:test")}
-    for r in rows(out):
-        counts[r["task"]][r["problem"] - 1] += r["accuracy"] == 1
-    assert {task: result["right"] for task, result in tasks.items()} == counts
-    assert sum(map(sum, counts.values())) > 0
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys):

@@ -10,7 +10,7 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
-import pytest
+from helpers import flags_of, group_of, response, train_step, trainer_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,6 @@ import edge_grpo as eg
 import reward
 from data import Problem
 from engine.modelfiles import TINY_MODEL, find_model
-from engine.trainer import Trainer
 from errors import UserError
 
 FEW = settings(
@@ -69,8 +68,8 @@ def ids(low=0, size=24):
 @FEW
 @given(st.one_of(ANY_TEXT, MATHS, HALVES), GOLD)
 def test_grading_gives_zeros_and_ones(text, gold):
-    for response in (text, r"so \boxed{" + text + "}"):
-        assert set(reward.score(response, gold)) <= {0.0, 1.0}
+    for whole in (text, r"so \boxed{" + text + "}"):
+        assert set(reward.score(whole, gold)) <= {0.0, 1.0}
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -119,20 +118,6 @@ def test_a_file_of_strange_text_keeps_it_byte_for_byte(tmp_path, question, answe
 # --- correction and scoring ---------------------------------------------------------------------
 
 
-def graded(policy, problem, rows):
-    responses = []
-    for row in rows:
-        finished = bool(row) and row[-1] in policy.end_ids
-        unknown = [math.nan] * len(row)
-        responses.append(
-            eg.Response(row, [False] * len(row), [0.0] * len(row), unknown, finished=finished)
-        )
-    prompt = policy.prompt_ids(problem.question)
-    group = eg.Group(0, problem, prompt, sampled=responses, responses=responses)
-    eg.grade(policy, [group])
-    return group
-
-
 @FEW
 @example("0", "0", "0", [[], []], 1)  # nothing is left that was sampled
 @given(
@@ -143,31 +128,29 @@ def graded(policy, problem, rows):
     st.integers(0, 2**40),
 )
 def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, solution, rows, seed):
-    """Graded, corrected at random, weighed: every number is finite, every origin is known."""
-    flags = eg.parse_flags(
-        f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split()
-    )
-    group = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
+    """Graded, corrected at random, trained on at a learning rate of 0: every number is finite,
+    every origin is known."""
+    flags = flags_of(f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}")
+    responses = []
+    for row in rows:
+        finished = bool(row) and row[-1] in policy.end_ids
+        responses.append(response(None, row, format=None, finished=finished))
+    group = group_of(responses, problem=Problem(question, (answer,), solution, "row:1"))
+    group.prompt = policy.prompt_ids(question)
+    eg.grade(policy, [group])
     eg.correct_errors(policy, [group], flags, seed % 7)
     eg.grade(policy, [group])
-    trainer = Trainer(policy, flags.micro_batch_tokens, temperature=flags.temperature)
-    eg.fill_in_entropies(trainer, [group])
-    group.A = eg.advantages(group, flags)
-    group.P = eg.group_entropy(group)
-    group.A_hat = eg.eda(group, group.P, flags)
+    train_step(trainer_of(policy, flags), [group], flags, lr=0.0)
     assert group.A_hat.isfinite().all()
-    for r in group.sampled:  # of the sampler
-        [(_, entropies)] = trainer.logprobs([group.prompt], [r.ids])
-        r.entropies = entropies.tolist()
-    for r, c, row in zip(group.sampled, group.responses, rows):
-        [(logp, entropy)] = trainer.logprobs([group.prompt], [c.ids])
-        assert r.ids == row and (c is r or c.correction)
-        assert len(c.ids) == len(c.injected) == len(c.sampler_logp) == len(c.entropies)
-        assert logp.isfinite().all() and (logp <= 1e-4).all()
-        assert c.entropies == pytest.approx(entropy.tolist(), abs=1e-4)
-        assert min(c.entropies, default=0) >= -1e-4
-        c.trainer_logp, c.trainer_entropies = logp, entropy  # as the update would fill them in
-        assert all(math.isnan(x) == y for x, y in zip(c.sampler_logp, c.injected))
+    for r, row in zip(group.sampled, rows):
+        assert r.ids == row
+    for r in group.responses:
+        n = len(r.ids)
+        assert n == len(r.injected) == len(r.sampler_logp) == len(r.entropies)
+        assert list(map(math.isnan, r.sampler_logp)) == r.injected
+        assert r.trainer_logp.isfinite().all()
+        assert (r.trainer_logp <= 1e-4).all()
+        assert min(r.entropies, default=0) >= -1e-4
     rewards = partial(eg.rewards, flags=flags)
     metrics = eg.measure([group], [group], rewards, eg.CORRECTIONS, flags)
     assert all(v is None or math.isfinite(v) for v in metrics.values())

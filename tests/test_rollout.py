@@ -210,9 +210,8 @@ def test_inverse_cdf_over_blocks_is_the_inverse_cdf():
     assert torch.allclose(logprobs, chosen.log().float(), atol=1e-5)
 
 
-def test_random_numbers_are_splitmix_and_uniform():
-    """The finalizer against plain Python integers, and the stream's mean, spread and lag
-    correlation."""
+def test_random_numbers_are_splitmix():
+    """Against plain Python integers."""
 
     def finalize(x):
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -229,17 +228,6 @@ def test_random_numbers_are_splitmix_and_uniform():
         bits = finalize(state % 2**64) >> 11
         numbers = rollout.random_numbers(*torch.tensor([[seed], [position]]))
         assert numbers.item() == bits / 2**53
-    seeds, positions = torch.arange(400)[:, None], torch.arange(100)
-    u = rollout.random_numbers(seeds, positions)
-    assert abs(u.mean() - 0.5) < 0.01
-    assert abs(u.var() - 1 / 12) < 0.002
-    assert 0 <= u.min()
-    assert u.max() < 1
-    next_position = u[:, 1:], u[:, :-1]
-    next_seed = u[1:], u[:-1]
-    for a, b in (next_position, next_seed):
-        pair = torch.stack((a.flatten(), b.flatten()))
-        assert abs(torch.corrcoef(pair)[0, 1]) < 0.02
 
 
 # ---- Ends, limits, vocabulary --------------------------------------------------------------------
