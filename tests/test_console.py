@@ -63,14 +63,6 @@ def test_the_bar_can_be_read_on_any_terminal(monkeypatch, capsys, columns, holds
     assert holds in last and "left" in last and last.count("|") == 2
 
 
-def test_no_speed_where_nothing_is_sampled(capsys):
-    """SFT: not 0 tokens a second."""
-    for speed in (0.0, 3210.0):
-        line = dict(step=1, loss=0.5, tokens_per_second=speed)
-        console.Progress(1, 0, {"loss": "loss"}).show(line)
-        assert ("tok/s" in capsys.readouterr().out) == (speed > 0)
-
-
 @pytest.mark.parametrize(
     "parameters, set_by_user, asked", [(10**5, "", [1]), (10**9, "", []), (10**5, "3", [])]
 )

@@ -556,13 +556,3 @@ def test_shipped_checkpoint(policy):
     rows = [policy.prompt_ids(p.question)], [response]
     [(logp, _)] = response_logprobs(policy.model, *rows, 1.0, policy.vocab_size, 1000)
     assert logp.mean() > -1.0  # it knows its world: far from the -5.7 of chance
-
-
-def test_training_rows_learn_the_replies_only():
-    rng = random.Random(3)
-    rows = [make_tiny_model.training_row(rng, guesses=True) for _ in range(300)]
-    for row in rows:
-        learned = "".join(text for text, is_learned in row if is_learned)
-        assert learned.endswith("}.<|im_end|>")
-        assert "How many?" not in learned and "Wait!" not in learned
-    assert any(make_tiny_model.REFLECT in [text for text, _ in row] for row in rows)

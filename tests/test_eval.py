@@ -315,16 +315,6 @@ def test_the_command_prints_the_table_and_continues_after_an_interruption(
     assert batches == [0, 2], "a larger limit only adds"
 
 
-def test_a_cpu_tells_its_pace_after_32_responses(tmp_path, monkeypatch, capsys):
-    batches = spy_on_respond(monkeypatch)
-    more = "--limit 20 --max-new-tokens 2 --batch 256".split()
-    assert evaluation.main(command(tmp_path, *more)) == 0
-    shown = capsys.readouterr().out
-    assert batches == [32, 8]
-    assert "40 of 40 responses" in shown
-    assert "32/40 responses" in shown
-
-
 def test_a_folder_of_other_settings_is_refused(tmp_path, capsys):
     assert evaluation.main(command(tmp_path)) == 0
     before = rows(tmp_path)

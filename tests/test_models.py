@@ -518,15 +518,6 @@ def test_without_a_generation_config_the_saved_model_still_knows_its_end(tmp_pat
     assert tf.GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 256
 
 
-def test_what_cannot_be_saved_is_met_when_the_model_is_loaded(tmp_path, monkeypatch):
-    def refuse(self, folder):
-        raise ValueError("some generation parameters are set in the model config")
-
-    monkeypatch.setattr(tf.Qwen2Config, "save_pretrained", refuse)
-    with pytest.raises(UserError, match="cannot be saved again .*generation parameters"):
-        engine.load_policy(str(tiny(tmp_path)), "cpu")
-
-
 # --- end tokens --------------------------------------------------------------------------------
 
 EOS = "<|endoftext|>"

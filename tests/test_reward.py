@@ -2,7 +2,6 @@
 regression cases and the golds of the benchmarks where ../shared has them, and what hostile text
 must not do."""
 
-import inspect
 import json
 import os
 import random
@@ -368,17 +367,6 @@ def test_awkward_text_is_answered(piece, count, rest):
                 score("\\boxed{" + text, gold)
 
 
-def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
-    def deep(levels: int) -> bool:
-        if levels:
-            return deep(levels - 1)
-        return grade(box("\\sqrt{\\frac{1}{1+\\frac{1}{2}}}"), "\\sqrt{\\frac{2}{3}}")
-
-    used = len(inspect.stack())
-    for margin in range(40, 200, 10):
-        assert deep(sys.getrecursionlimit() - used - margin) in (True, False)
-
-
 # -- the process that has sympy
 
 SLOW = "\\int_0^{\\infty} \\frac{\\sin(x^3+x)}{e^{x^2}+\\cos x} dx"
@@ -446,17 +434,6 @@ def test_any_thread_and_several_graders_at_once(warm):
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda row: grade(box(row[1]), row[0]), rows * 2))
     assert verdicts == [row[2] for row in rows * 2]
-
-
-def test_a_forked_child_grades_with_a_process_of_its_own(warm):
-    child = os.fork()
-    if not child:
-        own = sympy_process.ask("1", ["1"])
-        own = own and sympy_process.running().pid != warm
-        sympy_process.end()
-        os._exit(0 if own else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert sympy_process.ask("1", ["1"]) is True
 
 
 def test_no_process_outlives_a_killed_parent():
