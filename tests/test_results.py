@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,7 +97,7 @@ def cells(table: str) -> dict[str, list[str]]:
     rows = {}
     for line in table.splitlines():
         if line.startswith("|"):
-            first, *others = re.split(r" *\| *", line.strip("| "))
+            first, *others = map(str.strip, line.strip("|").split("|"))
             rows[first] = others
     return rows
 
