@@ -8,13 +8,13 @@ what random tokens raise.
 """
 
 import argparse
-import json
 import re
 import sys
 import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from helpers import json_lines  # noqa: E402
 from test_grading import fuzz  # noqa: E402
 from test_reward import SHARED, benchmarks, box, pairs  # noqa: E402
 
@@ -30,24 +30,23 @@ def measure(name: str, cases: list[tuple[str, object, bool]]) -> None:
         seconds.append(time.perf_counter() - started)
         right[expected].append(verdict == expected)
     seconds.sort()
-    shares = "   ".join(
-        f"{label} {sum(hits)}/{len(hits)} right ({sum(hits) / max(len(hits), 1):.1%})"
-        for label, hits in (("equal", right[True]), ("different", right[False]))
-    )
+    shares = ""
+    for label, hits in (("equal", right[True]), ("different", right[False])):
+        share = sum(hits) / max(len(hits), 1)
+        shares += f"{label} {sum(hits)}/{len(hits)} right ({share:.1%})   "
     median, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
     print(
-        f"{name:8} {shares}   median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   "
+        f"{name:8} {shares}median {median * 1e3:.3f} ms   p99 {p99 * 1e3:.1f} ms   "
         f"slowest {seconds[-1] * 1e3:.0f} ms"
     )
 
 
 def shared_cases(name: str) -> list[tuple[str, object, bool]]:
-    rows = [json.loads(line) for line in (SHARED / "graders" / name).read_text().splitlines()]
-    return [
-        (row["response"], row["gold"], row["expected"])
-        for row in rows
-        if row["expected"] != "either"
-    ]
+    rows = []
+    for row in json_lines(SHARED / "graders" / name):
+        if row["expected"] != "either":
+            rows.append((row["response"], row["gold"], row["expected"]))
+    return rows
 
 
 def quoted(question: str) -> list[str]:

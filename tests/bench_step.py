@@ -75,10 +75,11 @@ def words(vocab: int) -> PreTrainedTokenizerFast:
 def questions(vocab: int, count: int, step: int) -> list[str]:
     """The prompts of a step, 16 to 48 tokens each."""
     draw = random.Random(step)
-    return [
-        " ".join(f"w{draw.randrange(2, vocab)}" for _ in range(draw.randint(16, 48)))
-        for _ in range(count)
-    ]
+    made = []
+    for _ in range(count):
+        length = draw.randint(16, 48)
+        made.append(" ".join(f"w{draw.randrange(2, vocab)}" for _ in range(length)))
+    return made
 
 
 def end_ids(vocab: int) -> list[int]:
@@ -146,7 +147,9 @@ def our_step(policy, trainer, problems, flags, step: int, score: bool) -> tuple[
         grade()
     length = sum(len(r.ids) for r in responses())
     if score:
-        prompts = [group.prompt for group in groups for _ in group.responses]
+        prompts = []
+        for group in groups:
+            prompts += [group.prompt] * len(group.responses)
         trainer.logprobs(prompts, [r.ids for r in responses()])
         lap("score", length)
     for group in groups:
@@ -268,9 +271,10 @@ def trl_trainer(args, lengths: list, times: list):
         seed=args.seed,
         logging_steps=1000,
     )
-    data = Dataset.from_dict(
-        {"prompt": [q for s in range(args.steps + 1) for q in questions(vocab, PROMPTS, s)]}
-    )
+    prompts = []
+    for step in range(args.steps + 1):
+        prompts += questions(vocab, PROMPTS, step)
+    data = Dataset.from_dict({"prompt": prompts})
     return GRPOTrainer(
         model,
         odd_length,
@@ -314,9 +318,9 @@ def report_phases(run: dict, args) -> None:
         if tokens and took:
             line += f"{tokens / took:12.0f} tokens/s"
             work = 6 if phase == "update" else 2
-            line += (
-                f"{work * run['weights'] * tokens / took / peak / 1e12:9.1%} MFU" if peak else ""
-            )
+            if peak:
+                mfu = work * run["weights"] * tokens / took / peak / 1e12
+                line += f"{mfu:9.1%} MFU"
         print(line)
     print(
         f"  step   {step:9.3f} s for {mean_length(run) * len(run['lengths'][0]):.0f} response "

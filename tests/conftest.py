@@ -29,6 +29,14 @@ def signals_end_pytest_and_no_run():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def policy():
+    """The tiny model, for tests that leave it as it is."""
+    import engine
+
+    return engine.load_policy("tiny", "cpu")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--cuda", action="store_true", help="run only the tests that need a GPU, on this machine's"
@@ -43,10 +51,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     on_gpu = config.getoption("--cuda")
+    reason = "runs on the CPU" if on_gpu else "needs a GPU and --cuda"
     for item in items:
         if on_gpu != bool(item.get_closest_marker("cuda")):
-            item.add_marker(
-                pytest.mark.skip(
-                    reason="needs a GPU and --cuda" if not on_gpu else "runs on the CPU"
-                )
-            )
+            item.add_marker(pytest.mark.skip(reason=reason))

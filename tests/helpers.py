@@ -1,23 +1,14 @@
-"""What several test files share: small models, rows for them, groups of responses, a step."""
+"""What several test files share: files and commands, small models and rows for them, groups of
+responses, a step."""
 
 import copy
+import json
 import math
 import random
 from dataclasses import replace
 
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import data
 import edge_grpo as eg
@@ -26,6 +17,39 @@ from data import Problem
 from engine.forward import make_batch
 from engine.trainer import Trainer
 from rollout import Sampler
+
+# --- Files and commands ----------------------------------------------------------------------
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_problems(path, problems):
+    rows = []
+    for p in problems:
+        rows.append(dict(problem=p.question, answer=p.answers[0], solution=p.solution))
+    return write_lines(path, rows)
+
+
+def refusal(capfd, main, argv):
+    """The sentence, alone on stderr, of a command that is refused."""
+    capfd.readouterr()
+    assert main([str(word) for word in argv]) == 2
+    text = capfd.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and len(text) < 700, text
+    return text
+
+
+def equal(ours, theirs):
+    """Whether two dicts of tensors are the same, bit for bit."""
+    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
 
 # --- Small random models and rows for them ---------------------------------------------------
 
@@ -94,57 +118,54 @@ def train_steps(policy, steps, lr, offload=False, checkpointing=False, rows=12):
 
 
 SHAPE = dict(
-    hidden_size=32,
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
     num_hidden_layers=2,
     num_attention_heads=4,
-    intermediate_size=64,
-    vocab_size=64,
     max_position_embeddings=256,
     pad_token_id=None,
+    bos_token_id=1,
+    eos_token_id=2,
 )
-MODELS = {  # name: (class, config, whether its batches are packed)
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE, num_key_value_heads=2), True),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16), True),
-    "llama": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            **SHAPE,
-            num_key_value_heads=4,
-            rope_parameters=dict(
-                rope_type="llama3",
-                rope_theta=1e4,
-                factor=8.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=64,
-            ),
-        ),
-        True,
-    ),
-    "mistral": (
-        MistralForCausalLM,
-        MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=None),
-        True,
-    ),
-    "window": (
-        MistralForCausalLM,
-        MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=8),
-        False,
-    ),
-    "gpt2": (
-        GPT2LMHeadModel,
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=64,
-            n_positions=256,
-            bos_token_id=None,
-            eos_token_id=None,
-        ),
-        False,
-    ),
+LLAMA_3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+GQA = dict(num_key_value_heads=2)
+WINDOW = dict(**GQA, sliding_window=6)
+FAMILIES = {  # name: (model type, what its config has beyond SHAPE)
+    "qwen2": ("qwen2", GQA),
+    "qwen3": ("qwen3", dict(**GQA, head_dim=32, tie_word_embeddings=True)),
+    "llama": ("llama", dict(attention_bias=True, mlp_bias=True, rope_parameters=LLAMA_3_ROPE)),
+    "mistral": ("mistral", dict(num_key_value_heads=1, sliding_window=None)),
+    "mistral_window": ("mistral", WINDOW),
+    "qwen2_window": ("qwen2", dict(**WINDOW, use_sliding_window=True, max_window_layers=1)),
+    "gemma2": ("gemma2", dict(**WINDOW, head_dim=16, query_pre_attn_scalar=16)),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "mamba": ("mamba", dict(hidden_size=32)),
 }
+LLAMA_FAMILY = ("qwen2", "qwen3", "llama", "mistral")  # whose layers run_layers computes
+
+
+def config_of(name, **changes):
+    kind, own = FAMILIES.get(name, (name, {}))
+    return AutoConfig.for_model(kind, **SHAPE | own | changes)
+
+
+def random_model(name, noise=0.0, **changes):
+    """Random weights, with noise so large that distributions are far from flat."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(name, **changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return model
 
 
 # --- Groups of responses, and a step of training on them -------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from helpers import refusal
 from transformers import BertConfig, BertForMaskedLM
 
 import edge_grpo
@@ -64,7 +65,11 @@ tiny => unrecognized arguments: tiny
 --updates-per-rollout 0 => --updates-per-rollout
 --loss mean => mean
 --template chatml => chatml
---correction wait => wait
+--correction wait => must be none, guided, reflect
+--correction-factors 1 1 1 1 1 => at most 4
+--all-wrong-advantage 1 => --all-wrong-advantage
+--method grpo --guide all-wrong => --guide
+--method grpo --guide-at-most 1 => --guide
 --betas 0.9 1 => --betas
 --betas 0.9 => --betas
 --method force-r --guided-probs 0.2 0.4 0.4 => belongs to --correction guided
@@ -75,11 +80,16 @@ tiny => unrecognized arguments: tiny
 --guided-probs 0.5 0.25 => sum to 1
 --eda-clamp 2 1 => LO < HI
 --eda-clamp 0 1 => 0 < LO
+--eda-clamp 1 2 3 => LO HI
+--eda-clamp .5 1 2 1 => LO < HI
+--no-eda --eda-rows right => need EDA
 --eda-clamp 0.5 2 --no-eda => --eda-clamp
 --eda-grad --no-eda => --eda-grad
 --method sft --eda => drop --correction, --eda
 --method sft --correction reflect => drop --correction
 --method sft --kl 0.1 => --kl
+--method sft --injected-shaping .1 => drop
+--method sft --updates-per-rollout 2 => drop
 --resume --overwrite => one of the two
 --device tpu => --device tpu
 --device cpu:x => --device cpu:x
@@ -93,6 +103,7 @@ tiny => unrecognized arguments: tiny
 --eval-tasks {tmp}/null.json => null.json:1
 
 --data tiny:1:test => for testing
+--data gsm8k => --data gsm8k is for testing
 --data tiny => tiny
 --data tiny: => tiny:
 --data tiny:9 => tiny:9
@@ -101,19 +112,23 @@ tiny => unrecognized arguments: tiny
 --data tiny:5:nowhere => tiny:5:nowhere
 --data tiny:5:train:long => tiny:5:train:long
 --data tiny:5:a:b:c => tiny:5:a:b:c
+--data tiny:4: => is not a tiny set
+--data tiny:0-3 => is not a tiny set
 --data {tmp}/nothing.jsonl => neither a file nor a known set
 --data {tmp}/. => is a folder
 --data {tmp}/%(long)s => too long
 --data {tmp}/broken.json => broken.json is not valid JSON
 --data {tmp}/broken.jsonl => broken.jsonl:2 is not valid JSON
 --data {tmp}/latin1.jsonl => not UTF-8
---data {tmp}/binary.json => not UTF-8
 --data {tmp}/empty.jsonl => holds no problem
---data {tmp}/empty.json => holds no problem
 --data {tmp}/blank.jsonl => holds no problem
 --data {tmp}/no_answer.jsonl => no field answer
 --data {tmp}/no_problem.jsonl => no field problem
---data {tmp}/null.json => null.json:1: the answer
+--data {tmp}/null.json => null.json:1: the answer is of type NoneType
+--data {tmp}/second.json => second.json:2: the answer is of type dict
+--data {tmp}/answer_in_list.jsonl => the answer is of type NoneType
+--data {tmp}/solution_number.jsonl => the solution is of type int
+--data {tmp}/huge_number.json => not valid JSON
 --data {tmp}/answer_list.jsonl => empty list of answers
 --data {tmp}/answer_nan.jsonl => finite number
 --data {tmp}/answer_bool.jsonl => the answer
@@ -122,7 +137,6 @@ tiny => unrecognized arguments: tiny
 --data {tmp}/question_number.jsonl => the problem is of type int
 --data {tmp}/rows_are_lists.jsonl => JSON
 --data {tmp}/object.json => no field problem
---data {tmp}/number.json => JSON int
 --data {tmp}/surrogate.jsonl => surrogate
 --data {tmp}/deep.json => not valid JSON
 --data {tmp}/no_solution.jsonl => no reference solution
@@ -137,29 +151,39 @@ tiny => unrecognized arguments: tiny
 --model {tmp} => no config.json
 --model {tmp}/no-config => no config.json
 --model {tmp}/config-not-json => config.json
---model {tmp}/config-list => config.json
---model {tmp}/config-empty => config.json
 --model {tmp}/config-without-type => config.json
 --model {tmp}/config-unknown-type => nonesuch
 --model {tmp}/config-impossible-sizes => --model
---model {tmp}/config-text-for-a-number => --model
 --model {tmp}/no-tokenizer => no tokenizer
 --model {tmp}/tokenizer-broken => tokenizer
---model {tmp}/tokenizer-not-json => tokenizer
 --model {tmp}/tokenizer-of-another-model => the tokenizer has ids up to
 --model {tmp}/template-broken => chat template
 --model {tmp}/template-refuses => no system turn
 --model {tmp}/templates-without-default => multiple chat templates
---model {tmp}/no-weights => no file named model.safetensors
---model {tmp}/weights-pickled => no file named model.safetensors
---model {tmp}/weights-cut-off => cannot be loaded
---model {tmp}/weights-empty => cannot be loaded
---model {tmp}/weights-no-safetensors => cannot be loaded
+--model {tmp}/template-loses-the-question => leaves the question out
+--model {tmp}/template-divides-by-zero => chat template fails (division by zero)
+--model {tmp}/template-of-a-large-text => chat template fails (MemoryError)
+--model {tmp}/template-with-half-a-character => chat template fails
+--model {tmp}/template-is-a-number => --model
+--model {tmp}/no-weights => no *.safetensors
+--model {tmp}/weights-pickled => pickles are not loaded
+--model {tmp}/index-names-a-pickle => evil.bin; pickled weights are not loaded
+--model {tmp}/config-names-a-pickle => pickled weights are not loaded
+--model {tmp}/index-is-a-list => cannot be loaded
+--model {tmp}/adapter => merge
+--model {tmp}/quantized => quantized
+--model {tmp}/vocabulary-is-huge => config.json describes an embedding of 64,000
+--model {tmp}/weights-cut-off => the weights have only 5,000 bytes
+--model {tmp}/weights-no-safetensors => the weights have only 4,096 bytes
 --model {tmp}/weights-one-missing => model.norm.weight
 --model {tmp}/weights-one-of-another-shape => model.norm.weight
 --model {tmp}/weights-of-another-model => of another architecture
 --model {tmp}/weights-not-finite => not finite
---model {tmp}/end-token-outside-vocabulary => 50256
+--model {tmp}/end-token-outside-vocabulary => eos_token_id in config.json is id 50256
+--model {tmp}/end-token-is-negative => eos_token_id in generation_config.json is id -1
+--model {tmp}/end-token-is-text => --model
+--model {tmp}/end-token-is-true => --model
+--model {tmp}/end-token-of-the-tokenizer => eos_token in tokenizer_config.json is id 308, but the
 --model {tmp}/remote-code => trust
 --model {tmp}/encoder => --model
 
@@ -168,6 +192,15 @@ eval.py --model tiny --n 0 => --n 0
 eval.py --model tiny --n x => x
 eval.py --model tiny --temperature -1 => --temperature
 eval.py --model tiny --limit 0 => --limit 0
+eval.py --model tiny --temperature nan => --temperature
+eval.py --model tiny --top-p 1.1 => --top-p
+eval.py --model tiny --max-new-tokens 0 => --max-new-tokens
+eval.py --model tiny --context 0 => --context
+eval.py --model tiny --seed -1 => --seed
+eval.py --model tiny --batch 0 => --batch
+eval.py --model tiny --compare 8b-sft => --compare
+eval.py --model tiny --entropy --temperature 0 => --entropy
+eval.py --model tiny --tasks => --tasks: must be given
 eval.py --model tiny --stepz => --stepz
 eval.py --model {tmp}/nothing --tasks tiny:3:validation => no such folder
 eval.py --model tiny --tasks nonsense => nonsense
@@ -187,13 +220,15 @@ FILES = {
     "broken.json": '[{"problem": "1+1?", "answer": "2"',
     "broken.jsonl": '{"problem": "1+1?", "answer": "2"}\n{"problem": ',
     "latin1.jsonl": b'{"problem": "caf\xe9?", "answer": "2"}',
-    "binary.json": bytes(range(128, 256)),
     "empty.jsonl": "",
-    "empty.json": "[]",
     "blank.jsonl": "\n\n",
     "no_answer.jsonl": '{"problem": "1+1?"}',
     "no_problem.jsonl": '{"answer": "2"}',
     "null.json": '[{"problem": "1+1?", "answer": null}]',
+    "second.json": '[{"problem": "1+1?", "answer": "2"}, {"problem": "1+1?", "answer": {}}]',
+    "answer_in_list.jsonl": '{"problem": "1+1?", "answer": ["1", null]}',
+    "solution_number.jsonl": '{"problem": "1+1?", "answer": "2", "solution": 3}',
+    "huge_number.json": '[{"problem": "q", "answer": ' + "1" * 5000 + "}]",
     "answer_list.jsonl": '{"problem": "1+1?", "answer": []}',
     "answer_nan.jsonl": '{"problem": "1+1?", "answer": NaN}',
     "answer_bool.jsonl": '{"problem": "1+1?", "answer": true}',
@@ -202,7 +237,6 @@ FILES = {
     "question_number.jsonl": '{"problem": 7, "answer": "2"}',
     "rows_are_lists.jsonl": '["1+1?", "2"]',
     "object.json": '{"data": []}',
-    "number.json": "3",
     "surrogate.jsonl": r'{"problem": "\ud800", "answer": "2"}',
     "deep.json": "[" * 100_000,
     "no_solution.jsonl": '{"problem": "1+1?", "answer": "2"}',
@@ -256,6 +290,18 @@ def pickled(model):
     (model / "model.safetensors").unlink()
 
 
+def pickled_by_index(model):
+    shutil.copy(model / "model.safetensors", model / "evil.bin")
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "evil.bin"}}
+    write("model.safetensors.index.json", json.dumps(index))(model)
+
+
+def pickled_by_config(model):
+    shutil.copy(model / "model.safetensors", model / "adapter_model.bin")
+    config(transformers_weights="adapter_model.bin")(model)
+
+
 def templates_without_default(model):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages[-1].content }}")
@@ -287,23 +333,29 @@ def encoder(model):
 MODELS = {
     "no-config": delete("config.json"),
     "config-not-json": write("config.json", "{"),
-    "config-list": write("config.json", "[]"),
-    "config-empty": write("config.json", ""),
     "config-without-type": write("config.json", "{}"),
     "config-unknown-type": config(model_type="nonesuch"),
     "config-impossible-sizes": config(num_attention_heads=7),
-    "config-text-for-a-number": config(hidden_size="big"),
     "no-tokenizer": delete("tokenizer.json", "tokenizer_config.json"),
     "tokenizer-broken": write("tokenizer.json", '{"version": "1.0"}'),
-    "tokenizer-not-json": write("tokenizer.json", "x"),
     "tokenizer-of-another-model": of_100_tokens,
     "template-broken": template("{% for %}"),
     "template-refuses": template("{{ raise_exception('no system turn') }}"),
     "templates-without-default": templates_without_default,
+    "template-loses-the-question": template("<|im_start|>{{ messages[-1].content.text }}"),
+    "template-divides-by-zero": template("{{ 1 / 0 }}"),
+    "template-of-a-large-text": template("{{ 'a' * 10 ** 14 }}"),
+    "template-with-half-a-character": template("\ud800{{ messages[-1].content }}"),
+    "template-is-a-number": template(3),
     "no-weights": delete("model.safetensors"),
     "weights-pickled": pickled,
+    "index-names-a-pickle": pickled_by_index,
+    "config-names-a-pickle": pickled_by_config,
+    "index-is-a-list": write("model.safetensors.index.json", "[]"),
+    "adapter": write("adapter_config.json", "{}"),
+    "quantized": config(quantization_config=dict(quant_method="mine")),
+    "vocabulary-is-huge": config(vocab_size=10**12),
     "weights-cut-off": cut_off,
-    "weights-empty": write("model.safetensors", ""),
     "weights-no-safetensors": write("model.safetensors", b"\xff" * 4096),
     "weights-one-missing": weights(lambda t: t.pop("model.norm.weight")),
     "weights-one-of-another-shape": weights(
@@ -312,27 +364,16 @@ MODELS = {
     "weights-of-another-model": weights(lambda t: (t.clear(), t.update(x=torch.ones(2)))),
     "weights-not-finite": weights(lambda t: t["model.norm.weight"].fill_(float("nan"))),
     "end-token-outside-vocabulary": config(eos_token_id=50256),
+    "end-token-is-negative": change("generation_config.json", eos_token_id=-1),
+    "end-token-is-text": change("generation_config.json", eos_token_id="2"),
+    "end-token-is-true": change("generation_config.json", eos_token_id=True),
+    "end-token-of-the-tokenizer": change("tokenizer_config.json", eos_token="<|new|>"),
     "remote-code": with_remote_code,
     "encoder": encoder,
 }
 
 
 # --- One sentence each ----------------------------------------------------------------------------
-
-
-def the_sentence(capfd, main, argv) -> str:
-    """Run a command; its only line on stderr, checked for form."""
-    capfd.readouterr()
-    try:
-        code = main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    text = capfd.readouterr().err
-    assert code == 2, text
-    assert text.count("\n") == 1 and text.endswith("\n") and text.startswith("error: "), text
-    assert "Traceback" not in text and len(text) < 700
-    assert text.count("--model") <= 1  # not one message inside another
-    return text
 
 
 def mistake(tmp_path, capfd, command) -> str:
@@ -347,10 +388,11 @@ def mistake(tmp_path, capfd, command) -> str:
     if argv[0] != "eval.py":
         # Only a damaged weight is met after the run has begun.
         more = ["--data", "tiny:1"] if argv[0] == "--model" else []
-        text = the_sentence(capfd, edge_grpo.main, [*SMALL, "--out", str(out), *more, *argv])
+        text = refusal(capfd, edge_grpo.main, [*SMALL, "--out", str(out), *more, *argv])
     else:
         more = ["--out", str(out)] if "--out" not in argv and "--model" in argv else []
-        text = the_sentence(capfd, evaluation.main, [*argv[1:], *more])
+        text = refusal(capfd, evaluation.main, [*argv[1:], *more])
+    assert text.count("--model") <= 1  # not one message inside another
     assert not out.exists() or "not-finite" in command
     assert not (tmp_path / "figures").exists() and not list(tmp_path.glob("*/ran"))
     if "/file" in command:

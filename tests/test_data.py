@@ -1,4 +1,4 @@
-"""Problems, downloads and the tiny world: files are read as they are, or refused by name."""
+"""Problems, downloads and the tiny world. Files that are refused: test_bad_input.py."""
 
 import gzip
 import hashlib
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ import reward
 from data import Problem, download, gold_text, is_test_set, load
 from data.tiny import split_of
 from edge_grpo import ANSWER, parse_flags
-from engine import load_policy
+from engine.forward import response_logprobs
+from engine.modelfiles import TINY_MODEL
 from engine.problems import check_golds, training_problems
 from errors import UserError
 from results import make_tiny_model
@@ -59,58 +61,41 @@ def write(path: Path, text) -> str:
 @pytest.mark.parametrize("name", SETS)
 def test_real_set_keeps_every_row_byte_for_byte(name, cache):
     problems = load(name, mirror=str(UPSTREAM))
-    text = next(UPSTREAM.rglob(Path(download.FILES[name].paths[0]).name)).read_text(
-        encoding="utf-8"
-    )
-    gsm8k = name.startswith("gsm8k")
-    rows = [json.loads(line) for line in text.split("\n") if line] if gsm8k else json.loads(text)
-    assert len(problems) == len(rows) == SETS[name]
-    assert [p.question for p in problems] == [row.get("problem") or row["question"] for row in rows]
-    assert [p.source for p in problems] == [f"{name}:{i}" for i in range(1, len(rows) + 1)]
-    if gsm8k:
-        for p, row in zip(problems, rows):
-            answer = p.answers[0]
-            solution = (
-                p.solution.removesuffix(f"\nThe answer is \\boxed{{{answer}}}.")
-                + f"\n#### {answer}"
-            )
-            assert "<<" not in p.solution and solution == re.sub("<<.*?>>", "", row["answer"])
+    file = next(UPSTREAM.rglob(Path(download.FILES[name].paths[0]).name))
+    text = file.read_text(encoding="utf-8")
+    if name.startswith("gsm8k"):
+        rows = [json.loads(line) for line in text.split("\n") if line]
     else:
-        answers, solutions = [r["answer"] for r in rows], [r.get("solution") for r in rows]
-        assert [p.answers for p in problems] == [
-            tuple(a) if isinstance(a, list) else (a,) for a in answers
-        ]
-        assert [p.solution for p in problems] == [
-            s[0] if isinstance(s, list) else s for s in solutions
-        ]
-
-
-@upstream
-def test_kinds_of_golds(cache):
-    kinds = {
-        name: {type(gold) for p in load(name, str(UPSTREAM)) for gold in p.answers} for name in SETS
-    }
-    assert kinds.pop("amc") == {float} and set(map(frozenset, kinds.values())) == {frozenset({str})}
-    assert max(len(p.answers) for p in load("minerva", str(UPSTREAM))) == 3
+        rows = json.loads(text)
+    assert len(problems) == len(rows) == SETS[name]
+    for number, (p, row) in enumerate(zip(problems, rows), start=1):
+        assert p.question == row.get("problem") or p.question == row["question"]
+        assert p.source == f"{name}:{number}"
+        answer, solution = row["answer"], row.get("solution")
+        if name.startswith("gsm8k"):
+            [gold] = p.answers
+            assert p.solution.endswith(f"\nThe answer is \\boxed{{{gold}}}.")
+            steps = p.solution.rpartition("\n")[0]
+            assert f"{steps}\n#### {gold}" == re.sub("<<.*?>>", "", answer)
+        else:
+            assert p.answers == (tuple(answer) if isinstance(answer, list) else (answer,))
+            assert p.solution == (solution[0] if isinstance(solution, list) else solution)
 
 
 @upstream
 def test_the_easier_part_of_gsm8k_and_its_held_out_tenth(cache):
     """A problem is in the same part whatever the number of lines, and keeps its row number."""
-    everything, two = load("gsm8k-train", str(UPSTREAM)), load("gsm8k-train:2", str(UPSTREAM))
-    assert (
-        len(two) == 1960
-        and set(two) <= set(everything)
-        and load("gsm8k-train:9", str(UPSTREAM)) == everything
+    everything, two, train, held_out, of_all = (
+        load(f"gsm8k-train{part}", str(UPSTREAM))
+        for part in ("", ":2", ":2:train", ":2:validation", ":9:validation")
     )
-    train, held_out = (
-        load(f"gsm8k-train:2:{split}", str(UPSTREAM)) for split in ("train", "validation")
-    )
-    assert sorted(train + held_out, key=two.index) == two and 150 < len(held_out) < 250
-    assert set(held_out) <= set(load("gsm8k-train:9:validation", str(UPSTREAM)))
-    for name in ("gsm8k-train:", "gsm8k-train:x", "gsm8k-train:2:test", "gsm8k-train:1"):
-        with pytest.raises(UserError, match=name):
-            load(name, str(UPSTREAM))
+    assert len(two) == 1960 and set(two) <= set(everything)
+    assert load("gsm8k-train:9", str(UPSTREAM)) == everything
+    assert sorted(train + held_out, key=two.index) == two
+    assert 150 < len(held_out) < 250
+    assert set(held_out) <= set(of_all)
+    with pytest.raises(UserError, match="gsm8k-train:2:test"):
+        load("gsm8k-train:2:test", str(UPSTREAM))
 
 
 @upstream
@@ -247,35 +232,36 @@ def test_a_gold_that_cannot_be_read_is_told_in_one_line(tmp_path, capsys, gold):
     assert said.count("\n") == 1 and "1 of 2 golds" in said and problem.source in said
 
 
-def test_a_training_run_tells_of_golds_that_cannot_be_read(tmp_path, capsys):
+def test_a_training_run_names_golds_that_cannot_be_read(tmp_path, policy, capsys):
     row = {"problem": "6*7?", "answer": "[ANS]42[/ANS]"}
     flags = parse_flags(["--data", write(tmp_path / "row.jsonl", json.dumps(row))])
-    problems, left_out, wrong = training_problems(flags, load_policy("tiny", "cpu"), False)
+    problems, left_out, wrong = training_problems(flags, policy, False)
     assert len(problems) == 1 and left_out == wrong == []
     assert "1 of 1 golds cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "gold, text",
+    "row",  # the answer in JSON => what GEC puts into the box
     [
-        ("142.0", "142"),
-        ("6.02e23", "602" + "0" * 21),
-        ("0.5", "0.5"),
-        ("7", "7"),
-        ("1" + "0" * 400, "1" + "0" * 400),
-        ('"9.6\\n"', "9.6"),
-        ('"$0.10"', "$0.10"),
-        ('"$ $"', "$ $"),
-        ('"$60^{\\\\circ}$"', "60^{\\circ}"),
-        ('"$\\\\boxed{a=170}$"', "a=170"),
-        ('"\\\\boxed{\\\\frac{1}{2}}"', "\\frac{1}{2}"),
-        ('"\\\\boxed{\\\\}}"', "\\}"),
-        ('"\\\\boxed{5} or \\\\boxed{6"', "5"),
-        ('["1", "2"]', "1"),
+        "142.0 => 142",
+        "6.02e23 => 602000000000000000000000",
+        "0.5 => 0.5",
+        "7 => 7",
+        f"1{'0' * 400} => 1{'0' * 400}",
+        '"9.6\\n" => 9.6',
+        '"$0.10" => $0.10',
+        '"$ $" => $ $',
+        '"$60^{\\\\circ}$" => 60^{\\circ}',
+        '"$\\\\boxed{a=170}$" => a=170',
+        '"\\\\boxed{\\\\}}" => \\}',
+        '"\\\\boxed{5} or \\\\boxed{6" => 5',
+        '["1", "2"] => 1',
     ],
 )
-def test_gold_text(tmp_path, gold, text):
-    assert gold_text(problem_of(tmp_path, f'{{"problem": "q", "answer": {gold}}}')) == text
+def test_gold_text(tmp_path, row):
+    gold, text = row.split(" => ")
+    problem = problem_of(tmp_path, f'{{"problem": "q", "answer": {gold}}}')
+    assert gold_text(problem) == text
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -315,59 +301,6 @@ def test_answer_field_in_the_style_of_gsm8k(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "row, says",
-    [
-        ({"answer": "1"}, "no field problem"),
-        ({"problem": "q", "solution": "s"}, "no field answer"),
-        ({}, "no field problem"),
-        ({"problem": "q", "answer": None}, "answer is of type NoneType"),
-        ({"problem": "q", "answer": " "}, "answer is empty"),
-        ({"problem": "", "answer": "1"}, "problem is empty"),
-        ({"question": ["q"], "answer": "1"}, "question is of type list"),
-        ({"problem": "q", "answer": {"a": 1}}, "answer is of type dict"),
-        ({"problem": "q", "answer": True}, "answer is of type bool"),
-        ({"problem": "q", "answer": []}, "empty list of answers"),
-        ({"problem": "q", "answer": ["1", None]}, "answer is of type NoneType"),
-        ({"problem": "q", "answer": float("nan")}, "finite"),
-        ({"problem": "q", "answer": "\ud800"}, "surrogate"),
-        ({"problem": "q", "answer": "1", "solution": 3}, "solution is of type int"),
-        (["q", "1"], "is a JSON list"),
-        ("q", "is a JSON str"),
-        (None, "NoneType"),
-    ],
-)
-def test_malformed_row_is_named_by_file_and_row(tmp_path, row, says):
-    path = write(tmp_path / "rows.json", json.dumps([{"problem": "q", "answer": "1"}, row]))
-    with pytest.raises(UserError) as error:
-        load(path)
-    assert (
-        f"{path}:2" in str(error.value)
-        and says in str(error.value)
-        and "\n" not in str(error.value)
-    )
-
-
-@pytest.mark.parametrize(
-    "content, says",
-    [
-        ("", "holds no problem"),
-        ("[]", "holds no problem"),
-        ("[{]", "not valid JSON"),
-        ('{"problem": "q"\n', ":1 is not valid JSON"),
-        ('{"problem": "q", "answer": "1"}\nthen', ":2 is not valid JSON"),
-        (b'[{"problem": "\xe9"}]', "not UTF-8"),
-        ("[" * 100000, "not valid JSON"),
-        ('[{"problem": "q", "answer": ' + "1" * 5000 + "}]", "not valid JSON"),
-    ],
-)
-def test_malformed_file_is_one_sentence(tmp_path, content, says):
-    path = write(tmp_path / "rows.json", content)
-    with pytest.raises(UserError, match=re.escape(path)) as error:
-        load(path)
-    assert says in str(error.value)
-
-
 CSV = "problem,answer\nWhat is 3*14?,42\n"
 
 
@@ -391,13 +324,6 @@ def test_a_file_of_another_format_is_named_with_a_command(tmp_path, name, conten
         load(path)
     said = str(error.value)
     assert said.startswith(path) and kind in said and command in said and "\n" not in said
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match="neither a file nor a known set.*deepscaler-hard-1k"):
-        load(str(tmp_path / "no.json"))
-    with pytest.raises(UserError, match="is a folder"):
-        load(str(tmp_path))
 
 
 # --- Downloads -----------------------------------------------------------------------------------
@@ -433,92 +359,59 @@ def server():
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.answers, running.asked = {}, []
     running.url = f"http://127.0.0.1:{running.server_port}/mirror"
-    threading.Thread(
-        target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    ).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
 
 
-def test_download_from_an_address_then_from_the_cache(server, small_set):
-    server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, len(CONTENT))
+A, B = "/mirror/a/repo/commit/x.json", "/mirror/b/repo/commit/x.json"
+WHOLE = (200, CONTENT, len(CONTENT))
+
+
+@pytest.mark.parametrize("asked", [[A], [A, B]])
+def test_a_download_tries_each_owner_and_then_comes_from_the_cache(server, small_set, asked):
+    server.answers[asked[-1]] = WHOLE
     assert len(load("small", mirror=server.url)) == 3000
-    assert small_set.read_bytes() == CONTENT and [p.name for p in small_set.parent.iterdir()] == [
-        "small.json"
-    ]
+    assert [path.name for path in small_set.parent.iterdir()] == ["small.json"]
+    assert small_set.read_bytes() == CONTENT
     load("small", mirror="/nowhere")
-    assert server.asked == ["/mirror/a/repo/commit/x.json"]
+    assert server.asked == asked
 
 
-def test_alternative_owner_is_tried(server, small_set):
-    server.answers["/mirror/b/repo/commit/x.json"] = (200, CONTENT, len(CONTENT))
-    assert download.fetch("small", server.url).read_bytes() == CONTENT
-    assert server.asked == ["/mirror/a/repo/commit/x.json", "/mirror/b/repo/commit/x.json"]
-
-
-def test_interrupted_download_leaves_nothing_and_is_finished_by_a_rerun(server, small_set):
-    server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, 70000)
-    says = r"small .*/a/repo/commit/x.json: .*70000 bytes read.*/b/.*: Not Found.*run again"
-    with pytest.raises(UserError, match=says):
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        ((200, CONTENT, 70000), "/a/repo/commit/x.json: .*70000 bytes read.*/b/.*: Not Found"),
+        ((200, CONTENT + b" ", 10**6), "checksum does not match"),
+    ],
+)
+def test_a_failed_download_leaves_nothing_and_is_finished_by_a_rerun(
+    server, small_set, answer, says
+):
+    server.answers[A] = answer
+    with pytest.raises(UserError, match=f"small .*{says}.*run again"):
         download.fetch("small", server.url)
-    assert not small_set.parent.exists() or not any(small_set.parent.iterdir())
-    server.answers["/mirror/a/repo/commit/x.json"] = (200, CONTENT, len(CONTENT))
+    assert not list(small_set.parent.glob("*"))
+    server.answers[A] = WHOLE
     assert download.fetch("small", server.url).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("body", [CONTENT[:-1] + b" ", CONTENT + b" "])
-def test_checksum_mismatch_is_refused(server, small_set, body):
-    server.answers["/mirror/a/repo/commit/x.json"] = (200, body, len(body))
-    with pytest.raises(UserError, match="checksum does not match"):
-        download.fetch("small", server.url)
-    assert not small_set.exists()
-
-
-def test_damaged_cache_is_fetched_again(tmp_path, small_set):
-    (tmp_path / "a/repo/commit").mkdir(parents=True)
-    (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
+def test_a_damaged_cache_is_fetched_again_and_stays_if_that_fails(server, small_set, monkeypatch):
+    server.answers[A] = WHOLE
     small_set.parent.mkdir()
     small_set.write_bytes(CONTENT[:100])
-    assert download.fetch("small", str(tmp_path)).read_bytes() == CONTENT
 
-
-def test_no_network_and_no_mirror_file_name_the_addresses(tmp_path, small_set, monkeypatch):
-    with pytest.raises(
-        UserError, match=f"{tmp_path}/b/repo/commit/x.json: .*No such file.*--mirror"
-    ):
-        download.fetch("small", str(tmp_path))
-    monkeypatch.setattr(download, "BASE", "http://127.0.0.1:9/")
-    with pytest.raises(
-        UserError, match="http://127.0.0.1:9/a/repo/commit/x.json: .*refused.*run again"
-    ):
-        download.fetch("small")
-
-
-def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, small_set, monkeypatch):
     def full_disk(unfinished, target):
-        assert unfinished.read_bytes() == CONTENT
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "a/repo/commit").mkdir(parents=True)
-    (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
-    small_set.parent.mkdir()
-    small_set.write_bytes(b"old")
-    monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
-        download.fetch("small", str(tmp_path))
-    files = [(p.name, p.read_bytes()) for p in small_set.parent.iterdir()]
-    assert files == [("small.json", b"old")]
-
-
-def test_unwritable_cache(tmp_path, small_set, monkeypatch):
-    (tmp_path / "a/repo/commit").mkdir(parents=True)
-    (tmp_path / "a/repo/commit/x.json").write_bytes(CONTENT)
-    write(small_set.parent, "a file where the folder should be")
-    for folder in (small_set.parent, Path("/proc/self/cache")):  # nobody can make the second one
-        monkeypatch.setattr(download, "CACHE", folder)
-        with pytest.raises(OSError, match=str(folder)):
-            download.fetch("small", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(OSError, match="No space left on device"):
+            download.fetch("small", server.url)
+    [file] = small_set.parent.iterdir()
+    assert file.read_bytes() == CONTENT[:100]
+    assert download.fetch("small", server.url).read_bytes() == CONTENT
 
 
 def test_loading_problems_does_not_import_torch():
@@ -559,15 +452,14 @@ def test_tiny_problems_are_right_and_in_their_range(steps, counts):
 
 def test_terse_and_half_styles_change_the_solutions_alone():
     full, terse, half = (load(f"tiny:5-8:train:{style}") for style in ("full", "terse", "half"))
-    tasks = [[(p.question, p.answers) for p in style] for style in (full, terse, half)]
-    assert tasks[0] == tasks[1] == tasks[2]
-    for p in terse:
-        expression, answer = re.fullmatch(r"([-+*()\d]+)=\\boxed\{(\d+)\}\.", p.solution).groups()
-        assert eval(expression) == int(answer) == int(p.answers[0]) and "(1)" not in expression
-    assert [p.solution for p in half] == [
-        pair[i % 2].solution for i, pair in enumerate(zip(full, terse))
-    ]
     assert [p.solution for p in load("tiny:5-8")] == [p.solution for p in full]
+    for i, (p, q, mixed) in enumerate(zip(full, terse, half)):
+        assert p.question == q.question == mixed.question
+        assert p.answers == q.answers == mixed.answers
+        assert mixed.solution == (q if i % 2 else p).solution
+        expression, answer = re.fullmatch(r"([-+*()\d]+)=\\boxed\{(\d+)\}\.", q.solution).groups()
+        assert eval(expression) == int(answer) == int(p.answers[0])
+        assert "(1)" not in expression
 
 
 def chain_of(question: str) -> str:
@@ -578,21 +470,18 @@ def chain_of(question: str) -> str:
 
 def test_tiny_splits_are_disjoint_in_their_chains():
     """No held-out chain occurs in training with other names and things, whatever STEPS."""
-    splits = ("train", "validation", "test")
-    train, validation, test = (
-        {
-            chain_of(p.question)
-            for steps in ("1-3", "2", "4-6", "5-8", "1-8")
-            for p in load(f"tiny:{steps}:{split}")
-        }
-        for split in splits
-    )
+    chains = {"train": set(), "validation": set(), "test": set()}
+    for split in chains:
+        for steps in ("1-3", "2", "4-6", "5-8", "1-8"):
+            chains[split] |= {chain_of(p.question) for p in load(f"tiny:{steps}:{split}")}
+    train, validation, test = chains.values()
     assert not train & validation and not train & test and not validation & test
     # There are fewer than 2,048 chains of one step for testing.
-    assert [len(load(f"tiny:1:{split}")) for split in splits] == [2048, 256, 966]
+    assert [len(load(f"tiny:1:{split}")) for split in chains] == [2048, 256, 966]
     assert len({chain_of(p.question) for p in load("tiny:1-3")}) == 2048
     rng = random.Random(0)
-    assert all(split_of(make_tiny_model.warm_start_chain(rng)) == "train" for _ in range(200))
+    for _ in range(200):
+        assert split_of(make_tiny_model.warm_start_chain(rng)) == "train"
 
 
 def test_tiny_problems_are_the_same_in_every_process():
@@ -605,39 +494,12 @@ def test_tiny_problems_are_the_same_in_every_process():
         assert run.stdout == repr(load("tiny:5-8:test:half")) + "\n"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tiny",
-        "tiny:",
-        "tiny:0",
-        "tiny:0-3",
-        "tiny:9",
-        "tiny:3-2",
-        "tiny:5-9",
-        "tiny:4:dev",
-        "tiny:x",
-        "tiny:4:test:long",
-        "tiny:4:test:full:x",
-        "tiny:4:",
-        "tiny:4:test:full:",
-        "tiny:4\n",
-    ],
-)
-def test_wrong_tiny_name_is_one_sentence(name):
-    with pytest.raises(UserError, match="is not a tiny set.*such as tiny:"):
-        load(name)
-
-
 # --- Tokenizer and checkpoint --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(
-        ROOT / "data" / "tiny_model", local_files_only=True
-    )
+@pytest.fixture
+def tokenizer(policy):
+    return policy.tokenizer
 
 
 INJECTED = [
@@ -660,35 +522,19 @@ def test_round_trip_and_concatenation_of_ids(tokenizer):
         assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=True) == text
 
 
-def test_texts_of_the_world_are_spelled_in_its_words(tokenizer):
-    """Digits, words, (k) and the box are single tokens; nothing is spelled in letters."""
-    for text in INJECTED + [t for p in load("tiny:1-8:test") for t in (p.question, p.solution)]:
-        assert not [
-            t
-            for t in tokenizer.convert_ids_to_tokens(ids(tokenizer, text))
-            if re.fullmatch("[A-Za-z]", t)
-        ]
-    tokens = tokenizer.convert_ids_to_tokens(ids(tokenizer, "(8)52=\\boxed{7}."))
-    assert tokens == ["(8)", "5", "2", "=", "\\boxed{", "7", "}", "."]
-    assert len(tokenizer) == 256 + len(make_tiny_model.SPECIAL) + len(make_tiny_model.WORDS)
-
-
 def test_chat_template(tokenizer):
     question = load("tiny:4")[0].question
     turns = [
         {"role": "system", "content": "Please reason step by step."},
         {"role": "user", "content": question},
     ]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    prompt = render(turns, add_generation_prompt=True)
     assert prompt == make_tiny_model.prompt_text(question)
-    assert prompt == tokenizer.apply_chat_template(
-        turns[1:], add_generation_prompt=True, tokenize=False
-    )
-    whole = tokenizer.apply_chat_template(
-        turns + [{"role": "assistant", "content": "4"}], tokenize=False
-    )
-    assert whole == prompt + "4<|im_end|>" and ids(tokenizer, whole)[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert prompt == render(turns[1:], add_generation_prompt=True)
+    whole = render([*turns, {"role": "assistant", "content": "4"}])
+    assert whole == prompt + "4<|im_end|>"
+    assert ids(tokenizer, whole)[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_shipped_tokenizer_is_the_recipe_s(tokenizer):
@@ -699,36 +545,13 @@ def test_shipped_tokenizer_is_the_recipe_s(tokenizer):
     assert (made.eos_token, made.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
 
 
-def test_shipped_checkpoint(tokenizer):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = ROOT / "data" / "tiny_model"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.float32
-    assert model.config.vocab_size == len(tokenizer) and model.config.tie_word_embeddings
-    assert set(model.generation_config.eos_token_id) == {
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    }
+def test_shipped_checkpoint(policy):
+    assert sum(path.stat().st_size for path in TINY_MODEL.iterdir()) < 1_000_000
+    assert type(policy.model).__name__ == "Qwen2ForCausalLM"
+    assert policy.model.config.tie_word_embeddings
+    assert policy.model.config.vocab_size == len(policy.tokenizer)
     p = load("tiny:2:test")[0]
-    row = torch.tensor(
-        [ids(tokenizer, make_tiny_model.prompt_text(p.question) + p.solution + "<|im_end|>")]
-    )
-    start = len(ids(tokenizer, make_tiny_model.prompt_text(p.question)))
-    logp = model(row).logits.log_softmax(-1)[0, start - 1 : -1].gather(1, row[0, start:, None])
+    response = policy.encode(p.solution) + [policy.end_id]
+    rows = [policy.prompt_ids(p.question)], [response]
+    [(logp, _)] = response_logprobs(policy.model, *rows, 1.0, policy.vocab_size, 1000)
     assert logp.mean() > -1.0  # it knows its world: far from the -5.7 of chance
-
-
-def test_training_rows_learn_the_replies_only():
-    rng = random.Random(3)
-    rows = [make_tiny_model.training_row(rng, guesses=True) for _ in range(300)]
-    for row in rows:
-        learned = "".join(text for text, is_learned in row if is_learned)
-        assert (
-            learned.endswith("}.<|im_end|>")
-            and "How many?" not in learned
-            and "Wait!" not in learned
-        )
-    assert any(make_tiny_model.REFLECT in [text for text, _ in row] for row in rows)

@@ -10,19 +10,15 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
+from helpers import flags_of, group_of, response, train_step, trainer_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
 import edge_grpo as eg
-import engine
 import reward
 from data import Problem
-from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
-from engine.trainer import Trainer
 from errors import UserError
 
 FEW = settings(
@@ -35,45 +31,9 @@ ANY_TEXT = st.text(
     st.characters(exclude_categories=("Cs",)), max_size=60
 )  # control characters, all planes
 HALVES = st.text(st.characters(), max_size=20)  # halves of surrogate pairs too
-PIECES = st.sampled_from(
-    [
-        r"\boxed{",
-        "}",
-        "{",
-        "\\",
-        "$",
-        r"\frac",
-        "^",
-        "_",
-        "(",
-        ")",
-        "[",
-        "]",
-        "1",
-        "9" * 30,
-        "0",
-        "-",
-        "/",
-        ",",
-        ".",
-        "%",
-        r"\sqrt",
-        r"\text{",
-        "x",
-        "!",
-        "**",
-        "e",
-        "inf",
-        "nan",
-        "<|im_end|>",
-        "<|im_start|>",
-        "\n",
-        "\0",
-        "\u2028",
-        "½",
-        "٣",
-    ]
-)
+PIECES = r"""\boxed{ } { \ $ \frac ^ _ ( ) [ ] 1 0 - / , . % \sqrt \text{ x ! ** e inf nan
+    999999999999999999999999999999 <|im_end|> <|im_start|> ½ ٣"""
+PIECES = st.sampled_from([*PIECES.split(), "\n", "\0", "\u2028"])
 MATHS = st.lists(PIECES, max_size=25).map("".join)
 GOLD = st.one_of(
     ANY_TEXT,
@@ -97,15 +57,9 @@ FULL = dict(
 ROW = st.one_of(ANY_JSON, st.fixed_dictionaries({}, optional=ODD), st.fixed_dictionaries(FULL))
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return engine.load_policy("tiny", "cpu")
-
-
 def ids(low=0, size=24):
-    return st.lists(
-        st.integers(0, 307), min_size=low, max_size=size
-    )  # any id of the tiny model, special ones too
+    """Any ids of the tiny model, special ones too."""
+    return st.lists(st.integers(0, 307), min_size=low, max_size=size)
 
 
 # --- grading ------------------------------------------------------------------------------------
@@ -113,28 +67,9 @@ def ids(low=0, size=24):
 
 @FEW
 @given(st.one_of(ANY_TEXT, MATHS, HALVES), GOLD)
-def test_grading_gives_zeros_and_ones(response, gold):
-    format, accuracy = reward.score(response, gold)
-    assert format in (0.0, 1.0) and accuracy in (0.0, 1.0)
-
-
-@FEW
-@given(MATHS, GOLD)
-def test_grading_what_stands_in_a_box(answer, gold):
-    assert set(reward.score(r"so \boxed{" + answer + "}", gold)) <= {0.0, 1.0}
-
-
-@FEW
-@given(
-    st.lists(
-        st.tuples(st.one_of(ANY_TEXT, MATHS), st.lists(MATHS, min_size=1, max_size=2)), max_size=4
-    )
-)
-def test_many_are_graded_as_each_is(pairs):
-    texts, golds = [t for t, _ in pairs], [g for _, g in pairs]
-    assert [tuple(s) for s in reward.score_all(texts, golds)] == [
-        tuple(reward.score(t, g)) for t, g in pairs
-    ]
+def test_grading_gives_zeros_and_ones(text, gold):
+    for whole in (text, r"so \boxed{" + text + "}"):
+        assert set(reward.score(whole, gold)) <= {0.0, 1.0}
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -161,11 +96,8 @@ def test_any_file_is_read_whole_or_refused_by_name(tmp_path, policy, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     for p in load(path):
-        assert (
-            p.question.strip()
-            and p.answers
-            and all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
-        )
+        assert p.question.strip() and p.answers
+        assert all(not isinstance(a, float) or math.isfinite(a) for a in p.answers)
         assert policy.prompt_ids(p.question)
         assert isinstance(data.gold_text(p), str)
 
@@ -183,29 +115,7 @@ def test_a_file_of_strange_text_keeps_it_byte_for_byte(tmp_path, question, answe
         assert p.answers == (answer,) or has_markup
 
 
-@FEW
-@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30))
-def test_any_name_of_a_tiny_set_is_one_or_is_refused(name):
-    if not name.startswith(tuple("12345678")):  # the real ones are tested elsewhere
-        with pytest.raises(UserError):
-            data.load(f"tiny:{name}")
-
-
 # --- correction and scoring ---------------------------------------------------------------------
-
-
-def graded(policy, problem, rows):
-    responses = []
-    for row in rows:
-        finished = bool(row) and row[-1] in policy.end_ids
-        unknown = [math.nan] * len(row)
-        responses.append(
-            eg.Response(row, [False] * len(row), [0.0] * len(row), unknown, finished=finished)
-        )
-    prompt = policy.prompt_ids(problem.question)
-    group = eg.Group(0, problem, prompt, sampled=responses, responses=responses)
-    eg.grade(policy, [group])
-    return group
 
 
 @FEW
@@ -218,31 +128,29 @@ def graded(policy, problem, rows):
     st.integers(0, 2**40),
 )
 def test_any_ids_and_texts_go_through_a_whole_step(policy, question, answer, solution, rows, seed):
-    """Graded, corrected at random, weighed: every number is finite, every origin is known."""
-    flags = eg.parse_flags(
-        f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}".split()
-    )
-    group = graded(policy, Problem(question, (answer,), solution, "row:1"), rows)
+    """Graded, corrected at random, trained on at a learning rate of 0: every number is finite,
+    every origin is known."""
+    flags = flags_of(f"--group-size 2 --questions-per-step 1 --correction-tokens 3 --seed {seed}")
+    responses = []
+    for row in rows:
+        finished = bool(row) and row[-1] in policy.end_ids
+        responses.append(response(None, row, format=None, finished=finished))
+    group = group_of(responses, problem=Problem(question, (answer,), solution, "row:1"))
+    group.prompt = policy.prompt_ids(question)
+    eg.grade(policy, [group])
     eg.correct_errors(policy, [group], flags, seed % 7)
     eg.grade(policy, [group])
-    trainer = Trainer(policy, flags.micro_batch_tokens, temperature=flags.temperature)
-    eg.fill_in_entropies(trainer, [group])
-    group.A = eg.advantages(group, flags)
-    group.P = eg.group_entropy(group)
-    group.A_hat = eg.eda(group, group.P, flags)
+    train_step(trainer_of(policy, flags), [group], flags, lr=0.0)
     assert group.A_hat.isfinite().all()
-    for r in group.sampled:  # of the sampler
-        [(_, entropies)] = trainer.logprobs([group.prompt], [r.ids])
-        r.entropies = entropies.tolist()
-    for r, c, row in zip(group.sampled, group.responses, rows):
-        [(logp, entropy)] = trainer.logprobs([group.prompt], [c.ids])
-        assert r.ids == row and (c is r or c.correction)
-        assert len(c.ids) == len(c.injected) == len(c.sampler_logp) == len(c.entropies)
-        assert logp.isfinite().all() and (logp <= 1e-4).all()
-        assert c.entropies == pytest.approx(entropy.tolist(), abs=1e-4)
-        assert min(c.entropies, default=0) >= -1e-4
-        c.trainer_logp, c.trainer_entropies = logp, entropy  # as the update would fill them in
-        assert all(math.isnan(x) == y for x, y in zip(c.sampler_logp, c.injected))
+    for r, row in zip(group.sampled, rows):
+        assert r.ids == row
+    for r in group.responses:
+        n = len(r.ids)
+        assert n == len(r.injected) == len(r.sampler_logp) == len(r.entropies)
+        assert list(map(math.isnan, r.sampler_logp)) == r.injected
+        assert r.trainer_logp.isfinite().all()
+        assert (r.trainer_logp <= 1e-4).all()
+        assert min(r.entropies, default=0) >= -1e-4
     rewards = partial(eg.rewards, flags=flags)
     metrics = eg.measure([group], [group], rewards, eg.CORRECTIONS, flags)
     assert all(v is None or math.isfinite(v) for v in metrics.values())
@@ -259,64 +167,11 @@ def test_text_goes_to_ids_and_back(policy, text):
     assert policy.prompt_ids(text)[-1] == policy.prompt_ids("x")[-1]
 
 
-@FEW
-@given(ids(size=40))
-def test_any_ids_have_a_text(policy, row):
-    assert isinstance(policy.decode(row), str) and isinstance(policy.decode_raw(row), str)
-
-
-@FEW
-@given(st.lists(st.tuples(ids(low=1), ids()), max_size=5), st.floats(0.05, 5), st.integers(1, 200))
-def test_scores_do_not_depend_on_how_rows_fall_into_batches(policy, rows, temperature, budget):
-    prompts, responses = [p for p, _ in rows], [r for _, r in rows]
-    scored = response_logprobs(
-        policy.model, prompts, responses, temperature, policy.vocab_size, budget
-    )
-    for (logp, entropy), response, prompt in zip(scored, responses, prompts):
-        assert (
-            logp.shape == entropy.shape == (len(response),)
-            and logp.isfinite().all()
-            and entropy.isfinite().all()
-        )
-        [(alone, _)] = response_logprobs(
-            policy.model, [prompt], [response], temperature, policy.vocab_size, 10**6
-        )
-        assert torch.allclose(logp, alone, atol=1e-3)
-
-
 # --- flags and models ---------------------------------------------------------------------------
 
-WORDS = st.sampled_from(
-    [
-        "--lr",
-        "--steps",
-        "--seed",
-        "--eda-clamp",
-        "--guided-probs",
-        "--betas",
-        "--method",
-        "--no-eda",
-        "--sft",
-        "--kl",
-        "0",
-        "1",
-        "0.5",
-        "-1",
-        "nan",
-        "inf",
-        "1e999",
-        "grpo",
-        "sft",
-        "",
-        "--",
-        "-",
-        "=",
-        "--lr=1e-3",
-        "--eval-tasks",
-        "x" * 50,
-        "½",
-    ]
-)
+WORDS = """--lr --steps --seed --eda-clamp --guided-probs --betas --method --no-eda --sft --kl 0
+    1 0.5 -1 nan inf 1e999 grpo sft -- - = --lr=1e-3 --eval-tasks ½"""
+WORDS = st.sampled_from([*WORDS.split(), "", "x" * 50])
 
 
 @FEW
@@ -340,14 +195,10 @@ def test_any_name_of_a_model_is_found_or_refused(name):
 
 def test_models_are_loaded_without_pickle_and_without_their_own_code():
     """No program has another way to read weights (what is refused: see test_bad_input)."""
-    root = Path(__file__).parents[1]
-    files = [
-        f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("tests", ".venv")
-    ]
-    source = "".join(path.read_text() for path in files)
+    source = ""
+    for path in Path(__file__).parents[1].rglob("*.py"):
+        if not {"tests", ".venv"} & set(path.parts):
+            source += path.read_text(encoding="utf-8")
     assert "torch.load(" not in source and "import pickle" not in source
-    assert (
-        source.count("use_safetensors=True")
-        == source.count("AutoModelForCausalLM.from_pretrained")
-        == 1
-    )
+    assert source.count("AutoModelForCausalLM.from_pretrained") == 1
+    assert source.count("use_safetensors=True") == 1

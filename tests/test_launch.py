@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import backward, one_batch, random_rows, small_policy
+from helpers import backward, equal, json_lines, one_batch, random_rows, refusal, small_policy
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -50,7 +50,7 @@ RUNS = {  # G = 8 unless it says otherwise
 THREE = ("base", "one row", "two rows", "nothing to correct")
 EVAL = (
     "--device cpu --model tiny --tasks tiny:1-3:validation --limit 7 --n 3 --temperature 1 "
-    "--max-new-tokens 48 --entropy"
+    "--max-new-tokens 48 --entropy --reflect"
 ).split()
 slow = pytest.mark.slow
 
@@ -113,41 +113,41 @@ def launch_work(processes: int, folder: Path, jobs: list) -> Launch:
 
 
 def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(run / "metrics.jsonl")
     times = ("seconds_", "tokens_per_second", "peak_memory")
     return [{k: v for k, v in line.items() if not k.startswith(times)} for line in lines]
-
-
-def samples(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> dict:
     return load_file(run / "final" / "model.safetensors")
 
 
-def assert_same(run: Path, expected: Path) -> None:
+def assert_close(a: dict, b: dict) -> None:
     """The same numbers, rounding aside (which EDA makes larger where it divides by entropies near
-    0), the same texts, and the same weights within 1e-5, but for one in a hundred."""
-    for read in (metrics, samples):
-        ours, theirs = read(run), read(expected)
-        assert len(ours) == len(theirs) > 0
-        for a, b in zip(ours, theirs):
-            assert a.keys() == b.keys()
-            for key, value in b.items():
-                if isinstance(value, float):
-                    value = pytest.approx(value, abs=1e-5, rel=5e-5)
-                elif isinstance(value, list) and value and isinstance(value[0], float):
-                    value = pytest.approx(value, abs=1.1e-3)  # written with three places
-                assert a[key] == value, (key, a, b)
+    0), and the same texts."""
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        if isinstance(value, float):
+            value = pytest.approx(value, abs=1e-5, rel=5e-5)
+        elif isinstance(value, list) and value and isinstance(value[0], float):
+            value = pytest.approx(value, abs=1.1e-3)  # written with three places
+        assert a[key] == value, (key, a, b)
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    """The same numbers and texts, and the same weights within 1e-5, but for one in a hundred."""
+    ours = metrics(run) + json_lines(run / "samples.jsonl")
+    theirs = metrics(expected) + json_lines(expected / "samples.jsonl")
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
     ours, theirs = weights(run), weights(expected)
     start = load_file(TINY_MODEL / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in ours:  # AdamW makes a full step of a gradient that is rounding alone: a few entries
         off = (ours[name] - theirs[name]).abs()
         assert (off > 1e-5).double().mean() < 0.01 and off.max() < 1e-4, (name, off.max())
-    moved = [(theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs]
-    assert any(moved)  # else there was nothing to get wrong
+    # Else there was nothing to get wrong.
+    assert any((theirs[name] - start[name]).abs().max() > 2e-5 for name in theirs)
 
 
 def stopped_at_step_2(run: Path, to: Path) -> Path:
@@ -192,20 +192,12 @@ def test_two_processes_train_evaluate_and_end_as_one_does(folder):
 @pytest.mark.parametrize(
     "device, environment, sentence",
     [
-        ("cpu", dict(WORLD_SIZE="2"), "not started by torchrun"),
-        ("cpu", dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost"), "not started by torchrun"),
-        ("cpu", dict(WORLD_SIZE="many"), "not started by torchrun"),
-        ("cuda:1", dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="x", MASTER_PORT="1"), "same GPU"),
-        (
-            "cpu",
-            dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0"),
-            "did not join",
-        ),
-        (
-            "cpu",
-            dict(WORLD_SIZE="2", RANK="first", MASTER_ADDR="localhost", MASTER_PORT="0"),
-            "did not join",
-        ),
+        ("cpu", "WORLD_SIZE=2", "not started by torchrun"),
+        ("cpu", "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost", "not started by torchrun"),
+        ("cpu", "WORLD_SIZE=many", "not started by torchrun"),
+        ("cuda:1", "WORLD_SIZE=2 RANK=0 MASTER_ADDR=x MASTER_PORT=1", "same GPU"),
+        ("cpu", "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=0", "did not join"),
+        ("cpu", "WORLD_SIZE=2 RANK=first MASTER_ADDR=localhost MASTER_PORT=0", "did not join"),
     ],
 )
 def test_an_environment_that_torchrun_did_not_make_is_one_sentence(
@@ -213,11 +205,10 @@ def test_an_environment_that_torchrun_did_not_make_is_one_sentence(
 ):
     monkeypatch.setattr(processes, "JOINING", processes.timedelta(seconds=1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert edge_grpo.main(["--device", device, "--out", str(tmp_path / "run")]) == 2
-    text = capfd.readouterr().err
-    assert sentence in text and text.count("\n") == 1 and "torchrun" in text
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    text = refusal(capfd, edge_grpo.main, ["--device", device, "--out", tmp_path / "run"])
+    assert sentence in text and "torchrun" in text
 
 
 def test_torchrun_with_one_process_is_the_plain_path(folder, monkeypatch):
@@ -228,8 +219,7 @@ def test_torchrun_with_one_process_is_the_plain_path(folder, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     argv = run_of("one row", folder / "alone")
     assert edge_grpo.main(argv) == 0 and not dist.is_initialized()
-    theirs = weights(folder / "plain")
-    assert all(torch.equal(w, theirs[name]) for name, w in weights(folder / "alone").items())
+    assert equal(weights(folder / "plain"), weights(folder / "alone"))
     assert edge_grpo.main(argv) == 2  # a run is there already: said at once
 
 
@@ -299,7 +289,7 @@ def test_the_runs_compared_do_what_their_names_say(one):
     assert any(m["mixed_groups_corrected"] and m["reflected"] > 3 for m in lines["base"])
     assert {m["reflected"] for m in lines["two rows"]} & {0, 1}
     assert not any(m["reflected"] for m in lines["nothing to correct"])
-    assert len(samples(one / "one row")) == 2
+    assert len(json_lines(one / "one row" / "samples.jsonl")) == 2
     names = ("base", "eda-grad", "kl", "two updates")
     assert len({lines[name][1]["grad_norm"] for name in names}) == 4
 
@@ -322,12 +312,10 @@ def test_a_signal_to_one_process_saves_once_and_the_run_goes_on_from_there(one, 
 
 @slow
 def test_eval_uses_the_processes_and_gives_the_same(one, two):
-    files = [(run / "eval" / "responses.jsonl").read_text() for run in (two[0], one)]
-    ours, theirs = ([json.loads(row) for row in text.splitlines()] for text in files)
-    assert len(ours) == len(theirs) == 21
-    for a, b in zip(ours, theirs):
-        for key, value in b.items():
-            assert a[key] == (pytest.approx(value, abs=1e-5) if type(value) is float else value)
+    ours, theirs = (json_lines(run / "eval" / "responses.jsonl") for run in (two[0], one))
+    assert any(row["phrase"] for row in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
     assert (two[0] / "eval" / "summary.json").exists()
 
 
@@ -432,11 +420,8 @@ def forbid_files(folder: Path) -> None:
     events = "open os.listdir os.scandir os.mkdir os.rename os.remove os.rmdir os.truncate".split()
 
     def watch(event: str, args: tuple) -> None:
-        if (
-            event in events
-            and str(args[0]).startswith(str(folder))
-            and "/logs/" not in str(args[0])
-        ):
+        path = str(args[0]) if args else ""
+        if event in events and path.startswith(str(folder)) and "/logs/" not in path:
             raise AssertionError(f"process {rank()}: {event} {args}")
 
     sys.addaudithook(watch)

@@ -2,13 +2,14 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODELS, backward, one_batch, random_rows, small_policy
+from helpers import backward, one_batch, random_model, random_rows, small_policy
 from transformers import Qwen2Config
 
 import edge_grpo
@@ -21,12 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 def status(name: str) -> int:
     """Bytes of a line of this process's status."""
-    [kib] = [
-        line.split()[1]
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(name + ":")
-    ]
-    return int(kib) * 1024
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", text, re.M)[1])
 
 
 def measure(checkpointing: bool, dtype: torch.dtype) -> int:
@@ -58,25 +55,14 @@ def measure(checkpointing: bool, dtype: torch.dtype) -> int:
 )
 def test_memory_plan_is_what_a_small_model_takes_and_not_much_more(checkpointing, dtype):
     """Measured as resident memory, where the C library returns what is freed at once."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**17),
-    }
+    own = dict(PYTHONPATH=str(ROOT), MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_=str(2**17))
+    env = os.environ | own
     command = [sys.executable, __file__, str(checkpointing), dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     measured = float(done.stdout.strip() or pytest.fail(done.stderr))
-    config = Qwen2Config(
-        **{
-            **small_policy().model.config.to_dict(),
-            "hidden_size": 256,
-            "num_hidden_layers": 8,
-            "vocab_size": 4096,
-            "intermediate_size": 1024,
-            "layer_types": None,
-        }
-    )
+    small = dict(hidden_size=256, num_hidden_layers=8, vocab_size=4096, intermediate_size=1024)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    config = Qwen2Config(**small, **heads, tie_word_embeddings=True)
     plan = memory_plan(config, 0, 0, 512, 2 if dtype == "bfloat16" else 4, False, checkpointing)
     # All responses are in one block of logits.
     planned = sum(plan.values()) - plan["output layer"] + 3 * 4 * 112 * 4096
@@ -87,10 +73,10 @@ def test_memory_plan_is_what_a_small_model_takes_and_not_much_more(checkpointing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])  # Qwen3: wider heads, each normalised
 def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
-    kind, config, _ = MODELS[name]
-    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "layer_types": None})
-    forward_pass = ForwardPass(kind(config).to(dtype))
-    weights, kept = {p.untyped_storage().data_ptr() for p in forward_pass.parameters()}, {}
+    model = random_model(name, num_hidden_layers=8).to(dtype)
+    forward_pass = ForwardPass(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
     prompts, responses = [[i] * 50 for i in range(8)], [[1] * 50] * 8
     batch = one_batch(prompts, responses)
 
@@ -100,10 +86,11 @@ def test_the_plans_activations_are_what_autograd_keeps(name, dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward_pass(batch, 1.0, 60)
-    size = sum(
-        t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights
-    )
-    plan = memory_plan(config, 0, 0, 800, dtype.itemsize, False, False)
+    size = 0
+    for address, tensor in kept.items():
+        if address not in weights:
+            size += tensor.untyped_storage().nbytes()
+    plan = memory_plan(model.config, 0, 0, 800, dtype.itemsize, False, False)
     assert 0.9 < plan["activations"] / size < 1.3
 
 
@@ -148,13 +135,8 @@ def test_preflight_says_which_flag_to_change(monkeypatch):
 def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch, capsys):
     """A GPU's free memory is not all the cache's: gradients and moments do not exist yet when it
     is made."""
-    plan = {
-        "weights": 10.0,
-        "gradients": 10.0,
-        "optimizer": 40.0,
-        "cache": 64.0,
-        "host optimizer": 1e6,
-    }
+    plan = dict(weights=10.0, gradients=10.0, optimizer=40.0, cache=64.0)
+    plan["host optimizer"] = 1e6
     assert [rows_that_fit(plan, 32, free) for free in (1000.0, 100.0, 70.0, 5.0)] == [32, 15, 1, 1]
     assert rows_that_fit({**plan, "cache": 0.0}, 32, 5.0) == 32  # a model without attention
     flags = edge_grpo.parse_flags(["--model", "tiny", "--group-size", "512"])

@@ -2,7 +2,6 @@
 regression cases and the golds of the benchmarks where ../shared has them, and what hostile text
 must not do."""
 
-import ast
 import json
 import os
 import random
@@ -10,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,10 +48,6 @@ def pairs(sign: str = "==!=") -> dict[str, list[tuple[str, str, bool]]]:
     return kinds
 
 
-def any_of(gold) -> list:
-    return gold if isinstance(gold, list) else [gold]
-
-
 def shared(name: str) -> Path:
     path = SHARED / name
     if not path.exists():
@@ -69,10 +65,10 @@ def benchmarks() -> dict[str, list]:
 
 
 def benchmark_golds() -> dict[str, list]:
-    return {
-        name: [list(problem.answers) for problem in problems]
-        for name, problems in benchmarks().items()
-    }
+    golds = {}
+    for name, problems in benchmarks().items():
+        golds[name] = [list(problem.answers) for problem in problems]
+    return golds
 
 
 # -- what is equal
@@ -110,141 +106,110 @@ def test_public_cases(name, count, equal, different):
 
 def test_every_gold_grades_itself_right_and_reads_as_an_answer():
     golds = benchmark_golds()
-    assert {name: len(rows) for name, rows in golds.items()} == {
-        "deepscaler-hard-1k": 1000,
-        "aime": 30,
-        "amc": 83,
-        "math": 500,
-        "minerva": 272,
-        "olympiad_bench": 675,
-        "gsm8k": 1319,
-        "gsm8k-train": 7473,
-    }
-    for name, rows in golds.items():
-        for gold in rows:
-            for one in any_of(gold):
-                boxed = str(one) if "\\boxed" in str(one) else box(one)
-                bare = final_answer(str(one)) or str(one)
-                assert grade(boxed, gold) and grade(boxed, one) and grade(box(bare), one), (
-                    name,
-                    one,
-                )
-                # spelt another way, so that it is the value that is compared and not the text
-                if score(box(bare), "1")[0]:
-                    assert grade(box("\\, " + bare.replace("\\frac", "\\dfrac")), one), (name, one)
-    texts = {str(one) for rows in golds.values() for gold in rows for one in any_of(gold)}
-    assert (
-        sum(score(text if "\\boxed" in text else box(text), "1")[0] for text in texts)
-        >= len(texts) - 2
-    )
+    counts = [len(rows) for rows in golds.values()]
+    assert sorted(counts) == [30, 83, 272, 500, 675, 1000, 1319, 7473]
+    unread = set()
+    for gold in sum(golds.values(), []):
+        for one in gold:
+            text = str(one)
+            boxed = text if "\\boxed" in text else box(text)
+            bare = final_answer(text) or text
+            assert grade(boxed, gold) and grade(boxed, one) and grade(box(bare), one), one
+            if not score(boxed, "1")[0]:
+                unread.add(text)
+            # spelt another way, so that it is the value that is compared and not the text
+            elif score(box(bare), "1")[0]:
+                assert grade(box("\\, " + bare.replace("\\frac", "\\dfrac")), one), one
+    assert len(unread) <= 2
 
 
-@pytest.mark.parametrize(
-    "constant",
-    ["0", "1", "2", "\\frac{1}{2}", "x", "A", "\\infty", "0=0", "1,2", "(0,1)", "\\{\\}", "x=x"],
-)
+@pytest.mark.parametrize("constant", r"0 1 2 \frac{1}{2} x A \infty 0=0 1,2 (0,1) \{\} x=x".split())
 def test_a_constant_answer_is_worth_its_share_only(constant):
     for name, golds in benchmark_golds().items():
         hits = sum(grade(box(constant), gold) for gold in golds)
-        share = sum(
-            not {constant, constant + ".0"}.isdisjoint(map(str, any_of(gold))) for gold in golds
-        )
+        share = 0
+        for gold in golds:
+            share += not {constant, constant + ".0"}.isdisjoint(map(str, gold))
         assert hits <= max(share + 5, 0.06 * len(golds)), (name, hits)
 
 
 def test_shuffled_golds_score_about_nothing():
     for name, golds in benchmark_golds().items():
-        first = [str(any_of(gold)[0]).replace("\\boxed", "") for gold in golds]
+        first = [str(gold[0]).replace("\\boxed", "") for gold in golds]
         shuffled = random.Random(0).sample(first, len(first))
         right = sum(accuracy for _, accuracy in score_all([box(text) for text in shuffled], golds))
         assert right <= max(2, 0.03 * len(golds)), name
 
 
-def test_golds_of_every_type():
-    assert (
-        grade(box("14"), 14)
-        and grade(box("14"), 14.0)
-        and grade(box("14.0"), 14)
-        and grade(box("0.5"), 0.5)
-    )
-    assert not grade(box("15"), 14) and not grade(box("14.5"), 14) and not grade(box("0.33"), 1 / 3)
-    assert (
-        grade(box("2"), ["1", 2])
-        and grade(box("2"), ("1", "2"))
-        and grade(box("2"), ["1", ["3", 2.0]])
-    )
-    assert not grade(box("3"), ["1", 2]) and not grade(box("3"), [])
-    for nothing in (None, "", " ", "$$", [], [None], ["", None]):
-        assert (
-            not grade(box(""), nothing)
-            and not grade(box("None"), None)
-            and not grade(box("nan"), float("nan"))
-        )
-    assert not grade(box("inf"), float("nan"))
+@pytest.mark.parametrize(
+    "answer, right, wrong",
+    [
+        ("14", [14, 14.0, "14"], [15, 14.5]),
+        ("14.0", [14], []),
+        ("0.5", [0.5], []),
+        ("0.33", [], [1 / 3]),
+        ("2", [["1", 2], ("1", "2"), ["1", ["3", 2.0]]], [["1", 3], []]),
+        ("", [], [None, "", " ", "$$", [], [None], ["", None]]),
+        ("None", [], [None]),
+        ("nan", [], [float("nan")]),
+        ("inf", [], [float("nan")]),
+    ],
+)
+def test_golds_of_every_type(answer, right, wrong):
+    assert all(grade(box(answer), gold) for gold in right)
+    assert not any(grade(box(answer), gold) for gold in wrong)
 
 
 # -- the box and the format reward
 
 
-@pytest.mark.parametrize(
-    "response, expected",
-    [
-        ("\\boxed{1}", "1"),
-        ("\\boxed{1} then \\boxed{2}", "2"),
-        ("\\boxed{1} then \\boxed{2", "1"),
-        ("\\boxed {3}", "3"),
-        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{\\boxed{4}}", "4"),
-        ("\\boxed{ \\boxed{4}, 5}", " \\boxed{4}, 5"),
-        ("\\\\boxed{5}", "5"),
-        ("\\boxed{\\{1\\}}", "\\{1\\}"),
-        ("}}\\boxed{1}}", "1"),
-        ("{{\\boxed{1}", "1"),
-        ("\\boxed{}", ""),
-        ("\\boxed{1", None),
-        ("\\boxed", None),
-        ("", None),
-        ("1", None),
-        ("\\boxed 1", "1"),
-        ("$\\boxed5$", "5"),
-        ("\\boxed 12.5", "12.5"),
-        ("\\boxed\\pi", "\\pi"),
-        ("\\boxed A.", "A"),
-        ("\\boxed{1} then \\boxed2", "2"),
-        ("\\boxed\\frac12", None),
-        ("\\boxed notation", None),
-        ("\\boxed{1}, as I boxed it in \\boxed form", "1"),
-        ("\\boxed{" * 2000 + "\\boxed{7}", "7"),
-    ],
-)
-def test_final_answer(response, expected):
-    assert final_answer(response) == expected
+FINAL_ANSWERS = r"""
+\boxed{1} => 1
+\boxed{1} then \boxed{2} => 2
+\boxed{1} then \boxed{2 => 1
+\boxed {3} => 3
+\boxed{\frac{1}{2}} => \frac{1}{2}
+\boxed{\boxed{4}} => 4
+\boxed{ \boxed{4}, 5} =>  \boxed{4}, 5
+\\boxed{5} => 5
+\boxed{\{1\}} => \{1\}
+}}\boxed{1}} => 1
+{{\boxed{1} => 1
+\boxed{} => 
+\boxed{1 => None
+\boxed => None
+1 => None
+\boxed 1 => 1
+$\boxed5$ => 5
+\boxed 12.5 => 12.5
+\boxed\pi => \pi
+\boxed A. => A
+\boxed{1} then \boxed2 => 2
+\boxed\frac12 => None
+\boxed notation => None
+\boxed{1}, as I boxed it in \boxed form => 1"""
 
 
-@pytest.mark.parametrize(
-    "answer, expected",
-    [
-        ("5", 1.0),
-        ("\\frac{1}{2}", 1.0),
-        ("x=5", 1.0),
-        ("\\text{east}", 1.0),
-        ("yes", 1.0),
-        ("(1,2)", 1.0),
-        ("", 0.0),
-        (" ", 0.0),
-        ("2+", 0.0),
-        ("\\frac{1}", 0.0),
-        ("\\foo\\bar{\\baz}", 0.0),
-        ("(1,2", 0.0),
-        ("*", 0.0),
-        ("1 2 3", 0.0),
-        ("\\left\\left", 0.0),
-        ("_", 0.0),
-    ],
-)
-def test_format_reward_is_a_closed_box_that_parses(answer, expected):
-    assert score(box(answer), "12345") == (expected, 0.0)
-    assert score(f"the answer is {answer}", "12345") == (0.0, 0.0)
+@pytest.mark.parametrize("row", FINAL_ANSWERS.splitlines()[1:])
+def test_final_answer(row):
+    response, expected = row.split(" => ")
+    assert str(final_answer(response)) == expected
+
+
+def test_final_answer_behind_many_open_boxes():
+    assert final_answer("\\boxed{" * 2000 + "\\boxed{7}") == "7"
+    assert final_answer("") is None
+
+
+READABLE = r"5 | \frac{1}{2} | x=5 | \text{east} | yes | (1,2)"
+UNREADABLE = r" |  | 2+ | \frac{1} | \foo\bar{\baz} | (1,2 | * | 1 2 3 | \left\left | _"
+
+
+@pytest.mark.parametrize("answers, expected", [(READABLE, 1.0), (UNREADABLE, 0.0)])
+def test_format_reward_is_a_closed_box_that_parses(answers, expected):
+    for answer in answers.split(" | "):
+        assert score(box(answer), "12345") == (expected, 0.0), answer
+        assert score(f"the answer is {answer}", "12345") == (0.0, 0.0)
 
 
 def test_score_of_a_right_answer():
@@ -265,13 +230,27 @@ def test_score_all_equals_score_one_by_one():
 # -- hostile text
 
 
+class Hang(BaseException):
+    """Not an Exception, which the grader would take for a wrong answer."""
+
+
+@contextmanager
+def no_hang():
+    def ring(*_):
+        raise Hang
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
 def test_hostile_cases():
     for case in cases("hostile.jsonl"):
-        started = time.monotonic()
-        verdict = grade(case["response"], case["gold"])
-        assert time.monotonic() - started < 10, case["id"]  # a hang; bench_reward.py measures
+        with no_hang():
+            verdict = grade(case["response"], case["gold"])
         acceptable = "acceptable" in case["note"] or case["expected"] == "either"
-        assert verdict == case["expected"] or acceptable and not verdict, (case["id"], case["note"])
+        assert verdict == case["expected"] or acceptable and not verdict, case
     assert not list(Path("/tmp").glob("pwned_*"))
 
 
@@ -300,163 +279,94 @@ def test_a_fresh_process_grades_a_batch_as_a_warm_one_does():
     assert fresh.stdout.strip() == str([(1.0, 1.0)] * 4), fresh.stderr
 
 
-def calls_and_names(tree: ast.AST) -> tuple[set, set]:
-    nodes = list(ast.walk(tree))
-    called = {
-        node.func.id
-        for node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    return called, names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+FORBIDDEN = """sympify parse_expr parse_latex S literal_eval pickle alarm SIGALRM ITIMER_REAL
+    workdps workprec extradps extraprec"""
+RUNS_CODE = r"(?<![.\w])(?<!def )(eval|exec|compile|__import__)\("
 
 
-def test_source_uses_only_sympy_and_the_standard_library_and_no_parser_of_theirs():
+def test_the_source_uses_no_parser_of_others_and_sympy_in_its_own_process_only():
+    """What changes the precision of mpmath changes it for all threads."""
     files = [ROOT / "reward.py", *sorted((ROOT / "grading").glob("*.py"))]
     assert len(files) > 5
     for path in files:
-        tree = ast.parse(path.read_text())
-        nodes = list(ast.walk(tree))
-        imports = {
-            alias.name.split(".")[0]
-            for node in nodes
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        imports |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert imports <= set(sys.stdlib_module_names) | {"sympy", "mpmath", "grading"}, path
-        assert "sympy" not in imports or path.name == "sympy_process.py"
-        called, names = calls_and_names(tree)
-        assert not called & {"eval", "exec", "compile", "__import__"}, path
-        assert not names & {
-            "sympify",
-            "parse_expr",
-            "parse_latex",
-            "S",
-            "literal_eval",
-            "pickle",
-            "alarm",
-            "SIGALRM",
-            "ITIMER_REAL",
-            "workdps",
-            "workprec",
-            "extradps",
-            "extraprec",
-        }, path
-        forked = [node for node in nodes if getattr(node, "name", "") == "_answer"]
-        in_fork = sum("setitimer" in calls_and_names(part)[1] for part in forked)
-        assert path.read_text().count("setitimer") == in_fork  # nothing rings in our process
+        assert not re.search(RUNS_CODE, path.read_text(encoding="utf-8")), path
+        with open(path, "rb") as file:
+            names = {token.string for token in tokenize.tokenize(file.readline)}
+        assert not names & set(FORBIDDEN.split()), path
+        assert "sympy" not in names or path.name == "sympy_process.py"
 
 
-def test_the_precision_of_the_numbers_is_never_changed():
+def test_the_precision_of_the_numbers_is_never_changed(monkeypatch):
     """mpmath's sec, cot and csc would change it for the time of a call, for all threads."""
     from grading.value import mp
 
-    precisions = set()
-    watch = type(mp).prec.fget
-    digits = watch(mp)
-    rows = [row for kind in pairs().values() for row in kind]
-    previous, type(mp).prec = (
-        type(mp).prec,
-        property(watch, lambda self, value: precisions.add(value)),
-    )
-    try:
-        for gold, answer, _ in rows:
+    digits, changes = mp.prec, []
+    watched = property(type(mp).prec.fget, lambda self, value: changes.append(value))
+    monkeypatch.setattr(type(mp), "prec", watched)
+    for kind in pairs().values():
+        for gold, answer, _ in kind:
             grade(box(answer), gold)
-    finally:
-        type(mp).prec = previous
-    assert not precisions and watch(mp) == digits
+    assert not changes and mp.prec == digits
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\x00",
-        "\ud800",
-        "\u202e42",
-        "\\",
-        "\\\\",
-        "{" * 3_000_000,
-        "}" * 3_000_000,
-        "\\boxed{" * 400_000,
-        "((((" * 50_000,
-        "$" * 10**6,
-        "1," * 9_000,
-        "\\frac" * 4000,
-        "\\left(" * 3000,
-        "^" * 10_000,
-        "!" * 10_000,
-        "-" * 15_000,
-        "1" + "!" * 5000,
-        "x" + "^2" * 5000,
-        "\\text{" * 3000,
-        "|" * 9000,
-        "\\begin{pmatrix}" * 1000,
-        "\\sqrt" * 3000,
-        "1+" * 900 + "1",
-        "1/" * 900 + "1",
-        "\\cup".join(["[0,1]"] * 300),
-        "\\pm" * 500 + "1",
-        "9" * 19_000,
-        "9^9^9^9^9^9",
-        "((9!)!)!",
-        "1e999999999999",
-        "10^{-10^{20}}",
-        "\\sin(10^{40})",
-        "\\binom{10^5}{5\\cdot10^4}",
-        "\\sum_{k=1}^{9000}k^k",
-        "\\sum_{i=1}^{99}\\sum_{j=1}^{99}\\sum_{k=1}^{99}\\sin(ijk)",
-        "e^{e^{e^{20}}}",
-        "(1+i)^{10^{12}}",
-        "\\lfloor 10^{10^6}/7 \\rfloor",
-        "0^0",
-        "\\frac{0}{0}",
-        "\\infty-\\infty",
-        "\\tan\\frac{\\pi}{2}",
-        "x_{" * 2000,
-        "{x | " * 50,
-        "1_2_3_4",
-        "\\gcd(10^{30},10^{29}+1)",
-        "1:2:3:4:5",
-        "=" * 2000,
-        "x" * 19_000,
-    ],
-)
-def test_awkward_text_is_answered_at_once(text):
-    for gold in ("1", "\\sqrt{2}", "x^2+1", "1,2", "(0,1)", text[:2000] + "1"):
-        started = time.monotonic()
-        grade(box(text), gold)
-        score("\\boxed{" + text, gold)
-        assert time.monotonic() - started < 10  # typically milliseconds, see bench_reward.py
+AWKWARD = r"""
+\ \\ 9^9^9^9^9^9 ((9!)!)! 1e999999999999 10^{-10^{20}} \sin(10^{40}) \binom{10^5}{5\cdot10^4}
+\sum_{k=1}^{9000}k^k \sum_{i=1}^{99}\sum_{j=1}^{99}\sum_{k=1}^{99}\sin(ijk) e^{e^{e^{20}}} 0^0
+(1+i)^{10^{12}} \lfloor10^{10^6}/7\rfloor \frac{0}{0} \infty-\infty \tan\frac{\pi}{2} 1_2_3_4
+1:2:3 \gcd(10^{30},10^{29}+1)"""
+REPEATED = [  # a text, how often it stands there, what follows
+    ("{", 3_000_000, ""),
+    ("}", 3_000_000, ""),
+    ("\\boxed{", 400_000, ""),
+    ("((((", 50_000, ""),
+    ("$", 10**6, ""),
+    ("1,", 9_000, ""),
+    ("\\frac", 4000, ""),
+    ("\\left(", 3000, ""),
+    ("^", 10_000, ""),
+    ("!", 10_000, ""),
+    ("-", 15_000, "1"),
+    ("x^2", 5000, ""),
+    ("\\text{", 3000, ""),
+    ("|", 9000, ""),
+    ("\\begin{pmatrix}", 1000, ""),
+    ("\\sqrt", 3000, ""),
+    ("1+", 900, "1"),
+    ("1/", 900, "1"),
+    ("[0,1]\\cup", 300, "[0,1]"),
+    ("\\pm", 500, "1"),
+    ("9", 19_000, ""),
+    ("x_{", 2000, ""),
+    ("{x | ", 50, ""),
+    ("=", 2000, ""),
+    ("x", 19_000, ""),
+    (" ", 19_000, "x"),
+    ("( ", 9_000, ""),
+    ("C(", 9_000, ""),
+    ("9.", 9_000, ""),
+    ("12", 9_000, "..."),
+    ("1 ", 9_000, ""),
+    ("^{", 9_000, ""),
+    ("\\color{", 2_000, ""),
+    ("}\\ ", 9_000, ""),
+    ("A_", 9_000, ""),
+    ("a:", 9_000, ""),
+    ("£", 19_000, ""),
+    ("\0\ud800\u202e", 1, ""),
+    (AWKWARD, 0, ""),
+]
 
 
-def test_random_text_never_raises():
-    rng = random.Random(0)
-    pieces = [*"0123456789+-*/^_=<>()[]{}|,;:!'%&. xyzabnie\n$"]
-    pieces += r"\frac \sqrt \text{ \left \right \pm \cup \in \{ \} \\ \sin \log".split()
-    pieces += r"\begin{pmatrix} \end{pmatrix}".split()
-    pieces += r"\infty \pi \circ \pmod \ldots \binom \sum_{k=1}^ \%".split()
-    golds = [gold for kind in pairs().values() for gold, _, _ in kind]
-    for _ in range(3000):
-        text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
-        gold = rng.choice(golds)
-        cut = rng.randrange(len(gold))
-        assert score(box(text), gold)[1] in (0.0, 1.0)
-        grade(box(gold[:cut] + rng.choice(pieces) + gold[cut:]), gold)
-        grade(box(gold), text)
-
-
-def test_a_caller_at_the_edge_of_the_recursion_limit_gets_an_answer():
-    def deep(levels: int) -> bool:
-        return (
-            deep(levels - 1)
-            if levels
-            else grade(box("\\sqrt{\\frac{1}{1+\\frac{1}{2}}}"), "\\sqrt{\\frac{2}{3}}")
-        )
-
-    used = len(__import__("inspect").stack())
-    for margin in range(40, 200, 10):
-        assert deep(sys.getrecursionlimit() - used - margin) in (True, False)
+@pytest.mark.parametrize("piece, count, rest", REPEATED)
+def test_awkward_text_is_answered(piece, count, rest):
+    texts = [piece * count + rest]
+    if not count:
+        texts = piece.split()
+    for text in texts:
+        for gold in ("1", "\\sqrt{2}", "x^2+1", "1,2", "(0,1)", text[:2000] + "1"):
+            with no_hang():
+                grade(box(text), gold)
+                score("\\boxed{" + text, gold)
 
 
 # -- the process that has sympy
@@ -482,21 +392,21 @@ def test_limits_integrals_and_long_sums(warm):
 
 
 def test_nothing_is_started_or_imported_for_simple_answers():
-    program = (
-        "import sys, reward\nfrom grading import sympy_process\n"
-        "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
-        "for a, g in rows:\n"
-        "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
-        "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)\n"
-        "assert not sympy_process._running\n"
-    )
+    program = r"""
+import sys, reward
+from grading import sympy_process
+rows = [('14', '14'), (r'\frac12', '0.5'), (r'\text{east}', 'east'), ('x+1', '1+x')]
+for answer, gold in rows:
+    assert reward.grade(r'\boxed{' + answer + '}', gold)
+assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)
+assert not sympy_process._running
+"""
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
 def test_a_slow_answer_costs_its_clock_and_not_the_process(warm):
-    started = time.monotonic()
-    assert not grade(box(SLOW), "2")
-    assert time.monotonic() - started < 10
+    with no_hang():
+        assert not grade(box(SLOW), "2")
     assert grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])
     assert sympy_process.running().pid == warm
 
@@ -526,24 +436,6 @@ def test_any_thread_and_several_graders_at_once(warm):
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda row: grade(box(row[1]), row[0]), rows * 2))
     assert verdicts == [row[2] for row in rows * 2]
-    verdicts = []
-    thread = threading.Thread(
-        target=lambda: verdicts.append(grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1]))
-    )
-    thread.start()
-    thread.join(60)
-    assert verdicts == [True]
-
-
-def test_a_forked_child_grades_with_a_process_of_its_own(warm):
-    child = os.fork()
-    if not child:
-        own = sympy_process.ask("1", ["1"])
-        own = own and sympy_process.running().pid != warm
-        sympy_process.end()
-        os._exit(0 if own else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert sympy_process.ask("1", ["1"]) is True
 
 
 def test_no_process_outlives_a_killed_parent():
@@ -557,10 +449,8 @@ def test_no_process_outlives_a_killed_parent():
         process = int(parent.stdout.readline())
         parent.kill()
     for _ in range(100):
-        if (
-            not Path(f"/proc/{process}/cmdline").exists()
-            or not Path(f"/proc/{process}/cmdline").read_bytes()
-        ):
+        command = Path(f"/proc/{process}/cmdline")
+        if not command.exists() or not command.read_bytes():
             return
         time.sleep(0.1)
     pytest.fail("the process is still there")

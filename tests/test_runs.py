@@ -11,9 +11,7 @@ import math
 import multiprocessing
 import os
 import pickle
-import pty
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import equal, json_lines, refusal, write_problems
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -49,6 +48,7 @@ RUN = (
     "--correction-tokens 8 --micro-batch-tokens 512 --eval-max-new-tokens 8"
 ).split()  # and --data and --eval-tasks, by the fixture `server`
 TIMES = ("seconds_", "tokens_per_second", "peak_memory_gib")
+forks = multiprocessing.get_context("forkserver")
 slow = pytest.mark.slow
 
 
@@ -57,15 +57,9 @@ def server(tmp_path_factory):
     """The process that runs are forked from: one thread, and everything imported that a run
     imports."""
     here = tmp_path_factory.mktemp("data")
-    for option, problems in (
-        ("--data", data.load("tiny:1-2")[:9]),
-        ("--eval-tasks", data.load("tiny:1:validation")[:2]),
-    ):
-        path = here / f"{option}.jsonl"
-        rows = [
-            dict(problem=p.question, answer=p.answers[0], solution=p.solution) for p in problems
-        ]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = data.load("tiny:1-2")[:9], data.load("tiny:1:validation")[:2]
+    for option, problems in (("--data", train), ("--eval-tasks", held_out)):
+        path = write_problems(here / f"{option}.jsonl", problems)
         RUN.extend([option, str(path)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -77,26 +71,21 @@ def server(tmp_path_factory):
 
 
 def child(argv, log, prepare, arguments):
-    os.dup2(os.open(f"{log}.out", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(os.open(f"{log}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{log}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
     torch.set_num_threads(1)
     if prepare:
         prepare(*arguments)
     raise SystemExit(edge_grpo.main(argv))
 
 
-def start(out, *argv, prepare=None, arguments=()):
-    """A process that prepares itself, for example to be killed somewhere, and then runs
-    edge_grpo.py."""
-    arguments = ([*RUN, "--out", str(out), *argv], str(out), prepare, arguments)
-    process = multiprocessing.get_context("forkserver").Process(target=child, args=arguments)
+def run(out, *argv, prepare=None, arguments=()):
+    """The exit code of a run; negative: ended by that signal. Its process prepares itself, for
+    example to be killed somewhere, and then runs edge_grpo.py."""
+    argv = [*RUN, "--out", str(out), *argv]
+    process = forks.Process(target=child, args=(argv, str(out), prepare, arguments))
     process.start()
-    return process
-
-
-def run(out, *argv, **options):
-    """The exit code of a run; negative: ended by that signal."""
-    process = start(out, *argv, **options)
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
@@ -110,12 +99,8 @@ def printed(out) -> str:
     return Path(f"{out}.out").read_text()
 
 
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def metrics(out) -> list[dict]:
-    rows = lines(out / "metrics.jsonl")
+    rows = json_lines(out / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
@@ -124,17 +109,20 @@ def names(out) -> list[str]:
 
 
 def hashes(out) -> dict[str, str]:
-    return {str(f.relative_to(out)): sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(out))] = sha256(path)
+    return found
 
 
 def result(out) -> dict:
     """All that a run leaves, but for times and for the files that hold them."""
-    with_times = ("metrics.jsonl", "config.json", "checkpoint.json", "report.md", ".png")
-    files = {
-        name: value
-        for name, value in hashes(out).items()
-        if not name.endswith(with_times) or name.count("/") > 0 and name.endswith("config.json")
-    }
+    files = hashes(out)
+    for name in list(files):
+        own = name in ("metrics.jsonl", "config.json", "report.md")
+        if own or name.endswith(("checkpoint.json", ".png")):
+            del files[name]
     return dict(metrics=metrics(out), files=files)
 
 
@@ -159,14 +147,7 @@ def copy(stopped, tmp_path):
 
 
 def refused(capfd, *argv) -> str:
-    """The one sentence of a command that is refused; checkpoints that are not used come before
-    it."""
-    capfd.readouterr()
-    assert edge_grpo.main([*RUN, *map(str, argv)]) == 2
-    *unused, sentence = capfd.readouterr().err.splitlines()
-    assert all(line.startswith("checkpoint ") for line in unused), unused
-    assert sentence.startswith("error: "), sentence
-    return sentence
+    return refusal(capfd, edge_grpo.main, [*RUN, *argv])
 
 
 # --- Killed ---------------------------------------------------------------------------------------
@@ -210,19 +191,7 @@ def test_killed_at_random_file_operations_and_resumed_it_is_the_same_run(tmp_pat
     assert len({m["loss"] for m in metrics(out)}) > 1
 
 
-@slow
-def test_killed_at_random_times_and_resumed_it_is_the_same_run(tmp_path, reference):
-    out, dice = tmp_path / "run", random.Random(5)
-    for _ in range(4):
-        process = start(out, "--resume")
-        time.sleep(dice.uniform(0.1, 1.2))
-        process.kill()
-        process.join()
-    assert run(out, "--resume") == 0
-    assert result(out) == reference
-
-
-def die_in_save_file(step):
+def die_in_save_file(step, out):
     """SIGKILL when half of a checkpoint's optimizer state is written."""
     save = checkpoints.save_file
 
@@ -258,14 +227,19 @@ def lose_power_after(step, out):
 
 @slow
 @pytest.mark.parametrize(
-    "prepare, step", [(die_in_save_file, 1), (die_in_save_file, 3), (lose_power_after, 2)]
+    "prepare, step, whole",
+    [
+        (die_in_save_file, 1, []),
+        (die_in_save_file, 3, ["step-2", "step-1"]),
+        (lose_power_after, 2, ["step-2", "step-1"]),
+    ],
 )
-def test_killed_while_saving_and_resumed_it_is_the_same_run(tmp_path, reference, prepare, step):
+def test_killed_while_saving_and_resumed_it_is_the_same_run(
+    tmp_path, reference, prepare, step, whole
+):
     out = tmp_path.resolve() / "run"
-    arguments = (step,) if prepare is die_in_save_file else (step, out)
-    assert run(out, prepare=prepare, arguments=arguments) == -signal.SIGKILL
-    whole = step - 1 if prepare is die_in_save_file else step
-    assert names(out) == [f"step-{n}" for n in (2, 1) if n <= whole]
+    assert run(out, prepare=prepare, arguments=(step, out)) == -signal.SIGKILL
+    assert names(out) == whole
     assert run(out, "--resume") == 0, errors(out)
     assert result(out) == reference
 
@@ -273,42 +247,26 @@ def test_killed_while_saving_and_resumed_it_is_the_same_run(tmp_path, reference,
 # --- Stopped --------------------------------------------------------------------------------------
 
 
-def before_log(step, work):
-    """Let a run do some work in one of its steps, after the update and before it is logged."""
+def signal_at_step(step, *numbers):
+    """Signals in one of the steps, after the update and before it is logged."""
     log = engine.run.Run.log
 
     def logged(self, k, *args):
         if k + 1 == step:
-            work()
+            for number in numbers:
+                os.kill(os.getpid(), number)
         log(self, k, *args)
 
     engine.run.Run.log = logged
 
 
-def signal_at_step(step, *numbers):
-    before_log(step, lambda: [os.kill(os.getpid(), number) for number in numbers])
-
-
-def on_terminal(path):
-    """The process leads a session on a terminal of its own; its second step waits until that is
-    closed."""
-    os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if the tests run under nohup
-    terminal = os.open(path, os.O_RDWR)  # the first that it opens is its terminal
-    os.dup2(terminal, 1)
-    os.dup2(terminal, 2)
-    os.close(terminal)
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-
-    def wait():
-        while os.isatty(1):
-            time.sleep(0.05)
-
-    before_log(2, wait)
-
-
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=slow)]
+    "number, code",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=slow),
+        pytest.param(signal.SIGHUP, 129, marks=slow),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, reference, number, code):
     out = tmp_path / "run"
@@ -329,22 +287,6 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, reference):
     code = run(out, "--save-every", "0", prepare=signal_at_step, arguments=arguments)
     assert code == -signal.SIGTERM  # which a shell shows as 143
     assert len(metrics(out)) == 1 and not names(out)
-    assert run(out, "--resume") == 0 and metrics(out) == reference["metrics"]
-
-
-@slow
-def test_a_terminal_that_is_closed_saves_the_step(tmp_path, reference):
-    out = tmp_path / "run"
-    master, slave = pty.openpty()
-    process = start(out, "--save-every", "0", prepare=on_terminal, arguments=(os.ttyname(slave),))
-    os.close(slave)
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes():
-        assert process.is_alive(), os.read(master, 9999).decode()
-        time.sleep(0.05)
-    os.close(master)
-    process.join(60)
-    assert process.exitcode == 128 + signal.SIGHUP
-    assert names(out) == [f"step-{len(metrics(out))}"]
     assert run(out, "--resume") == 0 and metrics(out) == reference["metrics"]
 
 
@@ -401,8 +343,7 @@ def test_resumed_from_before_a_damaged_checkpoint_it_is_the_same_run(copy, refer
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_log_shorter_than_a_checkpoint_says_leads_to_the_one_before(copy, capfd, name):
-    size = (copy / name).stat().st_size
-    os.truncate(copy / name, size - 1)
+    os.truncate(copy / name, (copy / name).stat().st_size - 1)
     found = newest_checkpoint(copy / "checkpoints")
     if name == "evals.jsonl":  # written before the first step only
         assert not found
@@ -411,25 +352,19 @@ def test_a_log_shorter_than_a_checkpoint_says_leads_to_the_one_before(copy, capf
     assert f"{name} is shorter" in capfd.readouterr().err
 
 
-def no_whole_checkpoint(out):
-    for path in checkpoint_folders(out / "checkpoints"):
-        cut_off(path / "model.safetensors")
-
-
 def write_config(text):
     return lambda out: (out / "config.json").write_text(text)
 
 
 def other_fingerprint(out):
     config = read_json(out / "config.json")
-    (out / "config.json").write_text(json.dumps(config | {"model_fingerprint": "another"}))
+    write_config(json.dumps(config | {"model_fingerprint": "another"}))(out)
 
 
 @pytest.mark.parametrize(
     "change, flags, sentence",
     [
         (None, "", "--overwrite"),  # a run is there
-        (no_whole_checkpoint, "--resume", "no whole checkpoint is left"),
         (lambda out: os.remove(out / "config.json"), "--resume", "config.json"),
         (write_config(""), "--resume", "config.json:1: not valid JSON; restore"),
         (write_config("[]"), "--resume", "config.json:1: "),
@@ -453,6 +388,15 @@ def test_a_run_that_cannot_go_on_is_refused_and_nothing_is_touched(
     assert hashes(copy) == before
 
 
+def test_a_run_without_a_whole_checkpoint_is_refused(copy, capfd):
+    for path in checkpoint_folders(copy / "checkpoints"):
+        cut_off(path / "model.safetensors")
+    assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 2
+    *damaged, sentence = capfd.readouterr().err.splitlines()
+    assert len(damaged) == 2
+    assert sentence.startswith("error: ") and "no whole checkpoint is left" in sentence
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -471,14 +415,13 @@ def test_other_problems_under_the_same_name_are_another_run(copy, capfd, monkeyp
 
 def change_a_weight(model):
     weights = load_file(model / "model.safetensors")
-    name = next(iter(weights))
-    weights[name].view(-1)[0] += 0.5
+    weights["model.norm.weight"][0] += 0.5
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
 def change_the_template(model):
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text() + "So: ")
+    text = AutoTokenizer.from_pretrained(model).chat_template
+    (model / "chat_template.jinja").write_text(text + "So: ")
 
 
 @pytest.mark.parametrize(
@@ -487,20 +430,16 @@ def change_the_template(model):
 def test_a_model_folder_that_was_changed_is_another_run(tmp_path, capfd, change):
     """Compared is the model before its first step, with the one that the same --model loads now."""
     model, out = Path(shutil.copytree(TINY_MODEL, tmp_path / "model")), tmp_path / "run"
-    text = AutoTokenizer.from_pretrained(model).chat_template
-    (model / "chat_template.jinja").write_text(text)
-    argv = ("--model", str(model), "--lr", "0.01", "--method", "sft")
-    assert run(out, *argv, "--steps", "2") == 0, errors(out)
-    assert not torch.equal(
-        *[load_file(f / "model.safetensors")["model.norm.weight"] for f in (model, out / "final")]
-    )
+    argv = ["--model", str(model), "--steps", "1", "--lr", "0.01", "--method", "sft"]
+    assert run(out, *argv) == 0, errors(out)
+    weights = [load_file(path / "model.safetensors") for path in (model, out / "final")]
+    assert not equal(*weights)
     if change:
         change(model)
-        assert "other weights or another chat" in refused(
-            capfd, "--out", out, *argv, "--steps", "2", "--resume"
-        )
+        sentence = refused(capfd, "--out", out, *argv, "--resume")
+        assert "other weights or another chat" in sentence
     else:
-        assert run(out, *argv, "--steps", "2", "--resume") == 0, errors(out)
+        assert run(out, *argv, "--resume") == 0, errors(out)
 
 
 @pytest.mark.parametrize(
@@ -530,32 +469,21 @@ def test_damaged_json_is_one_sentence_with_file_and_line(tmp_path, text, line):
 
 
 def test_not_even_a_nan_makes_a_line_that_is_no_json(tmp_path):
-    nan, inf = float("nan"), float("inf")
-    append(tmp_path / "x.jsonl", [dict(a=nan, b=-inf, c=1.5, d="NaN", e=None, f=[0.5, nan])])
-    [row] = lines(tmp_path / "x.jsonl")
-    assert "NaN," not in (tmp_path / "x.jsonl").read_text().replace('"NaN"', "")
-    assert row == dict(a=None, b=None, c=1.5, d="NaN", e=None, f=[0.5, None])
-    with open(tmp_path / "x.jsonl", "a") as file:
-        file.write('{"a": 3')  # cut off by an interruption
-    assert read_lines(tmp_path / "x.jsonl")[0] == [row]
+    file = tmp_path / "x.jsonl"
+    append(file, [dict(a=math.nan, b=-math.inf, c=1.5, d="NaN", e=None, f=[0.5, math.nan])])
+    row = dict(a=None, b=None, c=1.5, d="NaN", e=None, f=[0.5, None])
+    assert json_lines(file) == [row]
+    with open(file, "a") as opened:
+        opened.write('{"a": 3')  # cut off by an interruption
+    assert read_lines(file)[0] == [row]
 
 
-def test_links_that_stand_where_a_run_writes_lose_nothing(tmp_path):
-    """Other people's files behind .lock and .config.json.unfinished, or linked checkpoints and
-    logs."""
-    out, theirs = tmp_path / "run", tmp_path / "theirs"
-    out.mkdir()
-    theirs.write_text("theirs")
-    for name in (".lock", ".config.json.unfinished", ".final.unfinished"):
-        (out / name).symlink_to(theirs)
-    assert run(out, "--steps", "1") == 0, errors(out)
-    assert theirs.read_text() == "theirs" and not (out / "config.json").is_symlink()
-    for name in ("checkpoints", "samples.jsonl"):
-        shutil.move(out / name, tmp_path / name)
-        (out / name).symlink_to(tmp_path / name)
-    before = hashes(tmp_path / "checkpoints")
-    assert run(out, "--steps", "1", "--overwrite") == 0, errors(out)
-    assert hashes(tmp_path / "checkpoints") == before and not (out / "checkpoints").is_symlink()
+def test_overwrite_deletes_links_and_not_what_they_point_to(copy, tmp_path):
+    shutil.move(copy / "checkpoints", tmp_path / "theirs")
+    (copy / "checkpoints").symlink_to(tmp_path / "theirs")
+    before = hashes(tmp_path / "theirs")
+    assert run(copy, "--steps", "1", "--overwrite") == 0, errors(copy)
+    assert hashes(tmp_path / "theirs") == before and not (copy / "checkpoints").is_symlink()
 
 
 def deny(path):
@@ -572,10 +500,9 @@ def deny(path):
     "name",
     [
         "checkpoints",
-        *[
-            pytest.param(name, marks=slow)
-            for name in ("config.json", *LOGS, "checkpoints/step-3/model.safetensors")
-        ],
+        pytest.param("config.json", marks=slow),
+        pytest.param("metrics.jsonl", marks=slow),
+        pytest.param("checkpoints/step-3/model.safetensors", marks=slow),
     ],
 )
 def test_what_cannot_be_read_is_not_absent(copy, reference, name):
@@ -592,37 +519,22 @@ def test_loading_a_checkpoint_unpickles_nothing_and_reads_only_what_was_verified
     trainer = Trainer(policy, 512)
     path, manifest = newest_checkpoint(copy / "checkpoints")
     (path / "zzz.safetensors").write_bytes(b"not what it seems")
-
-    def unpickled(*_, **__):
-        raise AssertionError("unpickled")
-
-    for module in (pickle, torch):
-        monkeypatch.setattr(module, "load", unpickled)
-    monkeypatch.setattr(pickle, "loads", unpickled)
-    monkeypatch.setattr(pickle, "Unpickler", unpickled)
+    for module, name in ((pickle, "load"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, None)
     checkpoints.load_checkpoint(trainer, path, manifest)
     assert trainer.adam_steps == manifest["adam_steps"] == 3
-    saved = load_model(str(path), torch.device("cpu"), torch.float32).state_dict()
-    assert all(torch.equal(v, saved[k]) for k, v in policy.model.state_dict().items())
+    saved = load_model(str(path), torch.device("cpu"), torch.float32)
+    assert equal(policy.model.state_dict(), saved.state_dict())
 
 
-def test_a_checkpoint_is_a_model_folder(copy):
-    policy = engine.load_policy(str(copy / "checkpoints" / "step-3"), "cpu")
-    tiny = engine.load_policy("tiny", "cpu")
-    assert policy.prompt_ids("How many?") == tiny.prompt_ids("How many?")
-    assert policy.end_ids == tiny.end_ids
-    assert policy.tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
-
-
-def test_a_model_is_saved_in_files_of_bounded_size(tmp_path, monkeypatch):
-    policy = engine.load_policy("tiny", "cpu")
+def test_a_model_is_saved_in_files_of_bounded_size(tmp_path, policy, monkeypatch):
     size = (TINY_MODEL / "model.safetensors").stat().st_size
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", size // 3)
     checkpoints.save_model(policy, tmp_path)
-    files = list(tmp_path.glob("*.safetensors"))
-    assert len(files) >= 3 and max(f.stat().st_size for f in files) < size / 2
-    again = engine.load_policy(str(tmp_path), "cpu").model.state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in policy.model.state_dict().items())
+    sizes = [f.stat().st_size for f in tmp_path.glob("*.safetensors")]
+    assert len(sizes) >= 3 and max(sizes) < size / 2
+    again = engine.load_policy(str(tmp_path), "cpu")
+    assert equal(policy.model.state_dict(), again.model.state_dict())
 
 
 # --- The disk -------------------------------------------------------------------------------------
@@ -640,23 +552,17 @@ def test_the_disk_is_checked_before_the_first_step(tmp_path, capfd, monkeypatch,
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
-    ids=["python", "native"],
-)
-def test_a_full_disk_while_saving_leaves_the_newest_checkpoint(copy, capfd, monkeypatch, error):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_while_saving_leaves_the_newest_checkpoint(copy, capfd, monkeypatch, kind):
+    """The error of Python's own writing, and that of the native one."""
+
     def full(*_):
-        raise error
+        raise kind("No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     sentence = refused(capfd, "--out", copy, "--resume")
     assert "No space left" in sentence and "--resume" in sentence
     assert names(copy)[0] == "step-3" and verified(copy / "checkpoints" / "step-3")
-
-
-def limit_file_size(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def full_at_the_last_step():
@@ -671,38 +577,16 @@ def full_at_the_last_step():
 
 
 @slow
-def test_a_file_that_cannot_be_written_whole_is_one_sentence(tmp_path):
-    """A real failure in the middle of a native write: the weights are larger than any file may
-    be."""
-    out = tmp_path / "run"
-    assert run(out, prepare=limit_file_size, arguments=(100_000,)) == 2
-    assert errors(out).count("\n") == 1 and "--resume" in errors(out) and not names(out)
-    assert run(out, "--resume") == 0
-
-
-@slow
-@pytest.mark.parametrize("save_every", ["0", "3"])
-def test_the_final_model_needs_no_room_for_the_last_checkpoint(tmp_path, reference, save_every):
-    out, flags = tmp_path / "run", ("--save-every", save_every)
+def test_the_final_model_needs_no_room_for_the_last_checkpoint(tmp_path, reference):
+    out, flags = tmp_path / "run", ("--save-every", "3")
     assert run(out, *flags, prepare=full_at_the_last_step) == 2 and "No space" in errors(out)
-    final = {k: v for k, v in reference["files"].items() if k.startswith("final/")}
-    assert {f"final/{k}": v for k, v in hashes(out / "final").items() if k != "config.json"} == {
-        k: v for k, v in final.items() if k != "final/config.json"
-    }
-    assert run(out, *flags, "--resume") == 0  # the last steps once more, or all of them
+    weights = "final/model.safetensors"
+    assert sha256(out / weights) == reference["files"][weights]
+    assert run(out, *flags, "--resume") == 0  # the last step once more
     assert metrics(out) == reference["metrics"] and names(out)[0] == "step-4"
 
 
-# --- Diverged, failed, started over ---------------------------------------------------------------
-
-
-@slow
-def test_a_learning_rate_that_breaks_the_model_is_named_and_nothing_broken_is_saved(tmp_path):
-    out = tmp_path / "run"
-    for more in ((), ("--resume",)):
-        assert run(out, "--lr", "1e12", "--method", "sft", *more) == 2
-    assert errors(out).count("\n") == 2 and errors(out).count("--lr") == 2
-    assert names(out) == [] and not (out / "final").exists()
+# --- Failed, shared, started over -----------------------------------------------------------------
 
 
 def fail_at_the_last_evaluation():
@@ -722,7 +606,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_memory_flags_may_change_on_r
 ):
     out = tmp_path / "run"
     assert run(out, prepare=fail_at_the_last_evaluation) == 2 and "out of memory" in errors(out)
-    assert names(out)[0] == "step-4" and len(lines(out / "evals.jsonl")) == 1
+    assert names(out)[0] == "step-4" and len(json_lines(out / "evals.jsonl")) == 1
     again = Path(shutil.copytree(out, tmp_path / "again"))
     assert run(out, "--resume") == 0
     assert result(out) == reference
@@ -741,15 +625,20 @@ def hold(out):
     lock.close()
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, capfd):
+def test_two_processes_do_not_share_a_folder(tmp_path, capfd):
     """A job that was started anew while its last attempt still finishes a step."""
     out = tmp_path / "run"
-    first = multiprocessing.get_context("forkserver").Process(target=hold, args=(out,))
+    first = forks.Process(target=hold, args=(out,))
     first.start()
     while not (out / "held").exists():
         time.sleep(0.02)
-    for flag in ("--resume", "--overwrite"):
-        assert "another process is at work in it" in refused(capfd, "--out", out, flag)
+    evaluate = "--model tiny --tasks tiny:1:validation --out".split()
+    for sentence in (
+        refused(capfd, "--out", out, "--resume"),
+        refused(capfd, "--out", out, "--overwrite"),
+        refusal(capfd, evaluation.main, [*evaluate, out]),
+    ):
+        assert "another process is at work in it" in sentence
     first.kill()
 
 
@@ -786,35 +675,17 @@ def test_a_resumed_run_keeps_the_reference_of_its_kl_penalty(tmp_path):
     assert result(out) == result(tmp_path / "whole")
 
 
-@slow
-def test_a_tokenizer_that_writes_a_folder_is_saved_and_resumed(tmp_path):
-    """With several chat templates the others come in a folder of their own."""
-    model, out = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(TINY_MODEL, model)
-    (model / "additional_chat_templates").mkdir()
-    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
-        (model / name).write_text("{{ messages[-1].content }}")
-    argv = ("--model", str(model))
-    assert run(out, *argv, prepare=signal_at_step, arguments=(2, signal.SIGTERM)) == 143
-    saved = read_json(out / "checkpoints" / "step-2" / "checkpoint.json")["files"]
-    assert "additional_chat_templates/tools.jinja" in saved
-    assert run(out, "--resume", *argv) == 0, errors(out)
-
-
 # --- Whole runs -----------------------------------------------------------------------------------
 
 SMALL = (
     "--steps 3 --questions-per-step 2 --group-size 4 --max-new-tokens 16 --correction-tokens 8 "
     "--micro-batch-tokens 512 --eval-tasks tiny:1:validation --eval-limit 4 --eval-max-new-tokens 8"
 ).split()
-KEYS = set(
-    "step loss grad_norm lr reward accuracy accuracy_corrected format mixed_groups "
-    "mixed_groups_corrected "
-    "advantage_variance advantage_variance_eda entropy entropy_sampled response_tokens "
-    "truncated reflected "
-    "answered referenced reflect_fixed logprob_gap tokens_per_second seconds_sample seconds_grade "
-    "seconds_correct seconds_update peak_memory_gib skipped_updates".split()
-)
+KEYS = """step loss grad_norm lr reward accuracy accuracy_corrected format mixed_groups
+    mixed_groups_corrected advantage_variance advantage_variance_eda entropy entropy_sampled
+    response_tokens truncated reflected answered referenced reflect_fixed logprob_gap
+    tokens_per_second seconds_sample seconds_grade seconds_correct seconds_update peak_memory_gib
+    skipped_updates"""
 UNDEFINED_FOR_SFT = (
     "accuracy format mixed_groups entropy_sampled response_tokens logprob_gap".split()
 )
@@ -834,9 +705,9 @@ def problems():
 
 def check_run(out, steps, rows_per_step):
     """What every run must leave; returns its metrics, samples and final weights."""
-    rows, samples = lines(out / "metrics.jsonl"), lines(out / "samples.jsonl")
+    rows, samples = json_lines(out / "metrics.jsonl"), json_lines(out / "samples.jsonl")
     assert [m["step"] for m in rows] == list(range(1, steps + 1))
-    assert all(KEYS <= set(m) for m in rows)
+    assert all(set(KEYS.split()) <= m.keys() for m in rows)
     assert all(v is None or math.isfinite(v) for m in rows for v in m.values())
     assert all(m["skipped_updates"] == 0 and m["peak_memory_gib"] > 0 for m in rows)
     assert len(samples) == steps * rows_per_step
@@ -844,10 +715,9 @@ def check_run(out, steps, rows_per_step):
     assert {"flags", "versions", "commit", "device", "cpu", "cpu_capability"} <= set(config)
     lr = config["flags"]["lr"]
     assert [m["lr"] for m in rows] == pytest.approx([lr * (1 - k / steps) for k in range(steps)])
-    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    final = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
     assert AutoTokenizer.from_pretrained(out / "final").chat_template
     saved = load_file(out / "checkpoints" / f"step-{steps}" / "model.safetensors")
-    final = model.state_dict()
     assert all(torch.equal(final[name], weight) for name, weight in saved.items())
     return rows, samples, final
 
@@ -871,31 +741,13 @@ def test_every_method_runs_from_its_flag_to_its_model(tmp_path, problems, capsys
         assert all(m["logprob_gap"] < 1e-4 for m in rows)
         if not flags["eda"]:
             assert all(m["advantage_variance"] == m["advantage_variance_eda"] for m in rows)
-    before = engine.load_policy("tiny", "cpu").model.state_dict()
-    moved = any(not torch.equal(v, before[k]) for k, v in after.items())
+    moved = not equal(after, engine.load_policy("tiny", "cpu").model.state_dict())
     assert moved == any(m["grad_norm"] > 0 for m in rows)
     assert moved or method in ("grpo", "force-r", "force-r-eda")
-    evals = lines(out / "evals.jsonl")
+    evals = json_lines(out / "evals.jsonl")
     assert [e["step"] for e in evals] == [0, 3] and all(e["problems"] == 4 for e in evals)
     captured = capsys.readouterr()
     assert "held-out tiny:1:validation: accuracy" in captured.out and not captured.err
-
-
-@slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--no-eda --mask-injected",
-        "--correction none --eda-clamp 0.5 2",
-        "--loss token --kl 0.1 --eda-grad",
-        "--loss constant --updates-per-rollout 2 --format-weight 1 --top-p 0.9 "
-        "--gradient-checkpointing",
-    ],
-)
-def test_ablations_that_no_table_of_the_paper_has(tmp_path, problems, flags):
-    argv = [*SMALL, "--data", problems, "--steps", "2", "--eval-tasks", *flags.split()]
-    assert edge_grpo.main([*argv, "--out", str(tmp_path / "run")]) == 0
-    check_run(tmp_path / "run", 2, 8)
 
 
 def test_without_reflections_all_becomes_right_and_the_run_says_what_that_means(
@@ -924,9 +776,9 @@ def test_evaluations_are_at_their_steps_and_sampled_as_the_eval_flags_say(
     flags = f"--steps {steps} --seed 7 --eval-every 2 --eval-temperature 0.4 --eval-n 2".split()
     argv = [*SMALL, "--data", problems, "--out", str(tmp_path / "run"), *flags]
     assert edge_grpo.main(argv) == 0
-    assert [e["step"] for e in lines(tmp_path / "run" / "evals.jsonl")] == evaluated
+    assert [e["step"] for e in json_lines(tmp_path / "run" / "evals.jsonl")] == evaluated
     assert calls == [(4, dict(n=2, temperature=0.4, max_new_tokens=8, seed=7))] * 3
-    for s in lines(tmp_path / "run" / "samples.jsonl"):
+    for s in json_lines(tmp_path / "run" / "samples.jsonl"):
         assert s["source"].startswith(problems)
         if s.get("correction") in ("reflect", "answer"):
             assert s["corrected"].startswith(s["response"]) and "Wait! Something" in s["corrected"]
@@ -971,7 +823,7 @@ def test_the_sampler_takes_as_many_rows_as_preflight_allows(tmp_path, monkeypatc
         out = tmp_path / str(rows)
         monkeypatch.setattr(edge_grpo, "preflight", lambda *_, rows=rows, **__: rows)
         assert edge_grpo.main([*SMALL, "--device", "cpu", "--out", str(out)]) == 0
-        tokens.append([m["response_tokens"] for m in lines(out / "metrics.jsonl")])
+        tokens.append([m["response_tokens"] for m in json_lines(out / "metrics.jsonl")])
     assert [policy.sampler.max_rows for policy in policies] == [None, 3]
     assert tokens[0] == tokens[1]
 
@@ -1015,26 +867,20 @@ def qwen(tmp_path_factory):
 
 @slow
 @pytest.mark.parametrize("method", ["edge-grpo", "sft"])
-def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, capsys, qwen, method):
+def test_the_papers_data_with_its_tokenizer(tmp_path, monkeypatch, qwen, method):
     monkeypatch.setattr(download, "CACHE", tmp_path / "cache")
     out = tmp_path / "run"
     argv = ["--model", str(qwen), "--mirror", str(UPSTREAM), "--method", method, "--out", str(out)]
-    assert edge_grpo.main([*QWEN_RUN, *argv]) == 0, capsys.readouterr().err
+    assert edge_grpo.main([*QWEN_RUN, *argv]) == 0
     rows, samples, _ = check_run(out, 2, 2 if method == "sft" else 6)
     config = read_json(out / "config.json")
     assert config["problems"] == 1000 and config["problems_left_out"] == []
-    text = capsys.readouterr().out.splitlines()
-    [prompt] = [line for line in text if line.startswith("prompt of the first problem")]
-    assert (
-        r"<|im_start|>system\nPlease reason step by step, and put your final answer within "
-        r"\\boxed{}.<|im_end|>\n<|im_start|>user\n"
-    ) in prompt
-    assert prompt.endswith(r"<|im_end|>\n<|im_start|>assistant\n'")
-    if method == "edge-grpo":
-        assert all(m["logprob_gap"] < 1e-4 and m["response_tokens"] <= 8 for m in rows)
-        assert sum(m["reflected"] + m["answered"] + m["referenced"] for m in rows) == 12
-        assert all(m["entropy_sampled"] <= math.log(151665) for m in rows)  # no padding
     assert all(s["source"].startswith("deepscaler-hard-1k:") for s in samples)
+    if method == "edge-grpo":
+        for m in rows:
+            assert m["logprob_gap"] < 1e-4 and m["response_tokens"] <= 8
+            assert m["reflected"] + m["answered"] + m["referenced"] == 6
+            assert m["entropy_sampled"] <= math.log(151665)  # no padding
 
 
 def test_metrics_are_logged_live_where_the_package_is(tmp_path, monkeypatch, capsys):
@@ -1051,8 +897,8 @@ def test_metrics_are_logged_live_where_the_package_is(tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "wandb", Wandb())
     argv = ["--steps", "2", "--eval-tasks", "--out", str(tmp_path / "run"), "--log", "wandb"]
     assert edge_grpo.main(argv) == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert seen == [(m["step"], m["loss"]) for m in map(json.loads, lines)]
+    lines = json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert seen == [(m["step"], m["loss"]) for m in lines]
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
     assert edge_grpo.main([*argv, "--overwrite"]) == 2
     assert "pip install wandb" in capsys.readouterr().err
