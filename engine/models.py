@@ -322,7 +322,7 @@ def load_policy(
     choose_threads(sum(p.numel() for p in model.parameters()))
     with from_model(name, "it is of a kind that cannot be trained here"):
         check_output_layer(model)
-    with from_model(name, "its end tokens are unusable", "; correct its eos_token_id or eos_token"):
+    with from_model(name, "its end tokens are unusable", "; correct that file"):
         end_ids = find_end_ids(config, model.generation_config, tokenizer, template)
         sampler = Sampler(model, end_ids, max(vocabulary) + 1, max_rows)
     if not end_ids:

@@ -89,12 +89,28 @@ def turn_end(tokenizer, template: str) -> int | None:
 
 
 def find_end_ids(config, generation_config, tokenizer, template: str = "qwen") -> set[int]:
-    """Returns every id that ends a sample: each file's end tokens, and the end of a turn."""
-    end_ids = {tokenizer.eos_token_id, turn_end(tokenizer, template)}
-    for file in (config, generation_config):
-        ids = getattr(file, "eos_token_id", None)
-        end_ids.update(ids if isinstance(ids, list) else [ids])
-    return end_ids - {None}
+    """Returns every id that ends a sample: each file's end tokens, and the end of a turn.
+
+    Raises ValueError, which names the file, for an id that the model cannot draw.
+    """
+    rows = config.get_text_config().vocab_size
+    named = {
+        "eos_token_id in generation_config.json": getattr(generation_config, "eos_token_id", None),
+        "eos_token_id in config.json": getattr(config, "eos_token_id", None),
+        "eos_token in tokenizer_config.json": tokenizer.eos_token_id,
+        "the end of a turn in the chat template": turn_end(tokenizer, template),
+    }
+    end_ids = set()
+    for place, ids in named.items():
+        for end_id in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if end_id is None:
+                continue
+            if type(end_id) is not int:
+                raise ValueError(f"{place} is {end_id!r}, not a token id")
+            if not 0 <= end_id < rows:
+                raise ValueError(f"{place} is id {end_id}, but the embedding has {rows} rows")
+            end_ids.add(end_id)
+    return end_ids
 
 
 def saved_eos_token(tokenizer, template: str, end_id: int) -> str | None:
