@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.console import say
-from engine.modelfiles import files_beside_weights, folder_of, from_model, where
+from engine.modelfiles import files_beside_weights, find_model, folder_of, from_model, where
 from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
 from engine.prompts import (
@@ -174,7 +175,7 @@ def check_ids(name: str, highest: int, rows: int) -> None:
 def load_config(name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """Returns the model's config.
 
-    Raises UserError if there is none, or if the weights are quantized.
+    Raises UserError if there is none, if the weights are quantized or far too small for it.
     """
     advice = "; give a local folder, or a hub id while the hub can be reached"
     with from_model(name, "no usable config.json", advice):
@@ -184,8 +185,20 @@ def load_config(name: str, trust_remote_code: bool = False) -> transformers.Pret
             raise UserError(
                 f"--model {name}: its weights are quantized; use the model they were made from"
             )
+    check_embedding(name, config.get_text_config())
     config._attn_implementation = None  # load_model chooses, whatever the file asks for
     return config
+
+
+def check_embedding(name: str, config: transformers.PretrainedConfig) -> None:
+    """Raises UserError if a local model's weights are too small to hold the embedding alone."""
+    weight_bytes = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    embedding = config.vocab_size * getattr(config, "hidden_size", 1)
+    if 0 < weight_bytes < embedding:
+        raise UserError(
+            f"--model {name}: config.json describes an embedding of {embedding:,} numbers, but the "
+            f"weights have only {weight_bytes:,} bytes; it belongs to another model"
+        )
 
 
 def load_tokenizer(
@@ -221,6 +234,7 @@ def load_model(
     """Returns the model with all of its weights, in eval mode on `device`. Raises UserError."""
     config = load_config(name, trust_remote_code)
     with from_model(name, "its weights cannot be loaded", memory=True):
+        check_weight_files(name)
         load = functools.partial(
             AutoModelForCausalLM.from_pretrained,
             **where(name),
@@ -239,6 +253,25 @@ def load_model(
         keep_own_output_layer(model)
         turn_noise_off(model)
         return model.to(device).eval()
+
+
+def check_weight_files(name: str) -> None:
+    """Raises UserError unless the weights are in safetensors files."""
+    folder = folder_of(name)
+    if Path(find_model(name)).is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--model {name}: the folder has no *.safetensors weights (pickles are not loaded)"
+        )
+    content = json.loads((folder / "config.json").read_bytes())
+    named = [content.get("transformers_weights") or ".safetensors"]
+    for index in folder.glob("*.safetensors.index.json"):
+        named += json.loads(index.read_bytes())["weight_map"].values()
+    for file in named:
+        if not file.endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(
+                f"--model {name}: its weights are in {file}; pickled weights are not loaded, so "
+                "convert them to safetensors"
+            )
 
 
 def check_all_weights_used(name: str, model: nn.Module, info: dict, whole: bool) -> None:
