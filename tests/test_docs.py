@@ -1,6 +1,8 @@
 """What the documents promise: their commands run, and their tables are what the scripts print."""
 
 import importlib.util
+import json
+import lzma
 import os
 import re
 import subprocess
@@ -28,6 +30,23 @@ def test_every_table_of_the_report_is_what_the_script_prints_from_the_packed_run
     names = re.findall(r"<!-- table (\w+) -->", text)
     assert sorted(names) == sorted(made)
     assert tables.put_in(text, made) == text
+
+
+def test_what_eda_sees_follows_from_the_packed_responses():
+    samples = script("samples")
+    runs = script("tables").load(ROOT / "results" / "tiny.jsonl.xz")
+    with lzma.open(samples.FILE, "rt") as lines:
+        packed_samples = [json.loads(line) for line in lines]
+    assert len(packed_samples) == 8
+    for packed in packed_samples:
+        name, seed = packed["name"].rsplit("-seed", 1)
+        metrics = runs[name][int(seed)]["metrics"]
+        for kind, by_step in samples.what_eda_sees(packed).items():
+            for step, (relative, share) in by_step.items():
+                logged = metrics[f"relative_entropy_{kind}"][step - 1]
+                assert relative == pytest.approx(logged, rel=2e-3, abs=1e-4)
+                logged = metrics[f"advantage_share_{kind}"][step - 1] or 0.0  # None: all A^ are 0
+                assert share == pytest.approx(logged, rel=2e-3, abs=1e-4)
 
 
 def test_a_table_counts_right_responses_and_pairs_by_seed():

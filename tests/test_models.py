@@ -21,8 +21,9 @@ import engine
 from engine.checkpoints import save_final, save_model
 from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
-from engine.models import load_config, load_model
+from engine.models import choose_dtype, load_config, load_model
 from engine.prompts import INSTRUCTION, prompt_text
+from engine.trainer import Trainer
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,15 @@ def gap(policy, limit=40):
 )
 def test_bare_names_get_an_owner_and_others_stay(name, found):
     assert find_model(name) == found
+
+
+def test_dtype_is_what_the_model_computes_in_and_masters_stay_float32(policy):
+    assert policy.model.dtype == torch.float32  # on a CPU
+    other = engine.load_policy("tiny", "cpu", dtype="bfloat16")
+    trainer = Trainer(other, micro_batch_tokens=1000)
+    assert other.model.dtype == torch.bfloat16
+    assert {master.dtype for master in trainer.masters.values()} == {torch.float32}
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_fingerprint_is_that_of_the_weights_the_prompt_and_the_end_tokens(policy):
