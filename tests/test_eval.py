@@ -250,7 +250,6 @@ def test_majority_waits_for_sympy(monkeypatch):
     """On a crowded machine sympy answers late: wrong answers are compared all the same."""
     for name in ("START", "RESTART"):
         monkeypatch.setattr(reward.sympy_process, name, 0.0, raising=False)
-    reward.sympy_process.end()
     votes = [("3", True), (r"\int_0^1 x dx", False), (r"\frac{1}{2}", False)]
     assert evaluation.majority(votes) == 0
 

@@ -4,10 +4,8 @@ must not do."""
 
 import ast
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -469,59 +467,48 @@ NEEDS_SYMPY = [
 ]
 
 
-@pytest.fixture
-def warm():
-    """The id of a sympy process that has started."""
-    assert sympy_process.ask("1", ["1"]) is True
-    return sympy_process.running().pid
-
-
-def test_limits_integrals_and_long_sums(warm):
+def test_limits_integrals_and_long_sums():
     for answer, gold in NEEDS_SYMPY:
         assert grade(box(answer), gold) and not grade(box(answer), gold + "1"), answer
 
 
 def test_nothing_is_started_or_imported_for_simple_answers():
     program = (
-        "import sys, reward\nfrom grading import sympy_process\n"
+        "import sys, reward\n"
         "rows = [('14', '14'), ('\\\\frac12', '0.5'), ('\\\\text{east}', 'east'), ('x+1', '1+x')]\n"
         "for a, g in rows:\n"
         "    assert reward.grade('\\\\boxed{' + a + '}', g)\n"
         "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)\n"
-        "assert not sympy_process._running\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
 
 
-def test_a_slow_answer_costs_its_clock_and_not_the_process(warm):
+def test_a_slow_answer_costs_its_clock():
     started = time.monotonic()
     assert not grade(box(SLOW), "2")
     assert time.monotonic() - started < 10
-    assert grade(box(NEEDS_SYMPY[0][0]), NEEDS_SYMPY[0][1])
-    assert sympy_process.running().pid == warm
 
 
-@pytest.mark.parametrize("answer, gold", NEEDS_SYMPY)
-def test_a_right_answer_is_right_after_the_process_was_killed(warm, answer, gold):
-    os.kill(warm, signal.SIGKILL)
-    time.sleep(0.1)
-    assert score_all([box(answer)], [gold]) == [(1.0, 1.0)]
-    assert sympy_process.running().pid != warm
-
-
-def test_what_is_too_slow_for_the_machine_is_wrong_and_does_not_hang(warm, monkeypatch):
+def test_what_is_too_slow_for_the_machine_is_wrong_and_does_not_hang(monkeypatch):
     monkeypatch.setattr(sympy_process, "PATIENCE", 0.01)
     assert sympy_process.ask(SLOW, ["2"]) is False
     monkeypatch.undo()
     assert sympy_process.ask("1", ["1"]) is True
 
 
-def test_the_process_has_limits_on_memory(warm):
-    limits = Path(f"/proc/{warm}/limits").read_text()
-    assert re.search(rf"Max address space\s+{sympy_process.MEMORY} ", limits)
+def test_the_process_has_limits_on_memory_and_time():
+    program = sympy_process._PROGRAM + (
+        "import resource, signal\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS)[0])\n"
+        "print(signal.getitimer(signal.ITIMER_PROF)[0] > 0)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], input='["1", ["1"]]', capture_output=True, text=True
+    )
+    assert process.stdout.split() == [f"True{sympy_process.MEMORY}", "True"]
 
 
-def test_any_thread_and_several_graders_at_once(warm):
+def test_any_thread_and_several_graders_at_once():
     rows = [row for kind in pairs().values() for row in kind[:6]]
     with ThreadPoolExecutor(8) as threads:
         verdicts = list(threads.map(lambda row: grade(box(row[1]), row[0]), rows * 2))
@@ -533,34 +520,3 @@ def test_any_thread_and_several_graders_at_once(warm):
     thread.start()
     thread.join(60)
     assert verdicts == [True]
-
-
-def test_a_forked_child_grades_with_a_process_of_its_own(warm):
-    child = os.fork()
-    if not child:
-        own = sympy_process.ask("1", ["1"])
-        own = own and sympy_process.running().pid != warm
-        sympy_process.end()
-        os._exit(0 if own else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert sympy_process.ask("1", ["1"]) is True
-
-
-def test_no_process_outlives_a_killed_parent():
-    program = (
-        "import time\nfrom grading import sympy_process\nsympy_process.ask('1', ['1'])\n"
-        "print(sympy_process.running().pid, flush=True)\ntime.sleep(60)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        process = int(parent.stdout.readline())
-        parent.kill()
-    for _ in range(100):
-        if (
-            not Path(f"/proc/{process}/cmdline").exists()
-            or not Path(f"/proc/{process}/cmdline").read_bytes()
-        ):
-            return
-        time.sleep(0.1)
-    pytest.fail("the process is still there")
