@@ -11,8 +11,7 @@ from grading.value import Evaluator, is_close, lift, mp, real, size
 
 _INTEGERS = set("jklmnN")
 # The first of these kinds that either tree has says how they are compared.
-_KINDS = """approx chain assign residues record eq region unit set list mat tuple dots
-    percent""".split()
+_KINDS = "approx chain assign residues record eq region unit set list mat tuple".split()
 
 
 class Judge:
@@ -163,9 +162,6 @@ class Judge:
         draws = [_draw(letters, attempt) for attempt in range(6 if letters else 1)]
         return same_region(a, b, self.evaluator, draws)
 
-    def same_dots(self, a, b):
-        return False
-
     # -- values
     def same_unit(self, a, b):
         if b[0] == "unit":
@@ -183,21 +179,15 @@ class Judge:
             return False
         return self.same_expression(spelt, b)
 
-    def same_percent(self, a, b):
-        if b[0] == "percent":
-            return self.same(a[1], b[1])
-        hundredth = ("div", a[1], num(100))
-        return self.same_expression(a[1], b) or self.same_expression(hundredth, b)
-
     def same_expression(self, a, b):
-        evaluator = self.evaluator
+        evaluator, both = self.evaluator, ("list", a, b)
         readings = [(False, False)]
-        if has(a, "deg") != has(b, "deg"):
+        if has(both, "deg", "percent"):
             readings.append((True, False))
-        if has(a, "log") or has(b, "log"):
+        if has(both, "log"):
             readings.append((False, True))
-        same = self.same_function if names(a, b) else self.same_number
-        for evaluator.degree, evaluator.decimal_log in readings:
+        same = self.same_function if names(both) else self.same_number
+        for evaluator.scaled, evaluator.decimal_log in readings:
             if same(a, b):
                 return True
         return False

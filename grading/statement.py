@@ -35,7 +35,7 @@ def settle(node: Node) -> Node:
         return _relation(node[1])
     if kind == "unit" and node[1][0] in ("rel", "list"):
         return settle(node[1])
-    if kind in ("add", "neg") and has(node, "unit", "percent"):
+    if kind in ("add", "neg") and has(node, "unit"):
         return hoisted(node)
     return node
 

@@ -145,15 +145,15 @@ def ratio(text: str, text2: str) -> Fraction | None:
 
 
 def hoisted(node: Node) -> Node:
-    """A value with its unit outside: -(5 cm), -(5%), 2 pi + 4 cm, 1 hour + 30 minutes. Raises
+    """A value with its unit outside: -(5 cm), 2 pi + 4 cm, 1 hour + 30 minutes. Raises
     Unreadable."""
     if node[0] not in ("neg", "add"):
         return node
     *rest, last = map(hoisted, node[1:])
-    if last[0] != "unit" and (last[0] != "percent" or rest):
+    if last[0] != "unit":
         return node
     if not rest or rest[0][0] != "unit":
-        return (last[0], (node[0], *rest, last[1]), *last[2:])
+        return ("unit", (node[0], *rest, last[1]), last[2])
     left = rest[0]
     factor = ratio(last[2], left[2])
     if factor is None:

@@ -7,7 +7,7 @@ bound, so each size is bounded here.
 
 import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, lcm, log2, prod
+from math import comb, factorial, gcd, lcm, prod
 
 from mpmath import MPContext
 
@@ -30,11 +30,22 @@ _FUNCTIONS = {
     "arctanh": mp.atanh,
     "arccot": lambda x: mp.pi / 2 - mp.atan(x),
     "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x)),
+    "one": lambda x: mp.one,
 }
 for _name in "exp sin cos sinh cosh tanh".split():
     _FUNCTIONS[_name] = getattr(mp, _name)
 _ARITHMETIC = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
-_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin")}
+_ARITHMETIC["mod"] = operator.mod
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin")}
+_QUOTIENTS |= {"sec": ("one", "cos"), "csc": ("one", "sin")}
+_OF_INTEGERS = {  # and the largest integer that each takes
+    "gcd": (gcd, 10**30),
+    "lcm": (lcm, 10**30),
+    "fact": (factorial, 15_000),
+    "fact2": (lambda n: prod(range(n, 0, -2)), 15_000),
+    "binom": (comb, 20_000),
+}
+_SCALES = {"deg": mp.pi / 180, "percent": Fraction(1, 100)}
 
 
 def lift(value: Number):
@@ -78,7 +89,7 @@ class Evaluator:
     that a root or logarithm left the reals."""
 
     def __init__(self):
-        self.degree, self.decimal_log, self.steps = False, False, MAX_STEPS
+        self.scaled, self.decimal_log, self.steps = False, False, MAX_STEPS
 
     def value(self, node: Node, env: dict) -> Number:
         """env maps names to values. Raises Undefined (no value, or out of reach) and NeedsSympy."""
@@ -114,9 +125,15 @@ class Evaluator:
             return -self.eval(args[0])
         if kind in _ARITHMETIC:
             return self.apply(_ARITHMETIC[kind], *map(self.eval, args))
-        if kind in ("gcd", "lcm"):
-            function = gcd if kind == "gcd" else lcm
-            return Fraction(function(*[self.integer(arg, 10**30) for arg in args]))
+        if kind in _SCALES:
+            scale = _SCALES[kind] if self.scaled else Fraction(1)
+            return self.apply(operator.mul, self.eval(args[0]), scale)
+        if kind in _OF_INTEGERS:
+            function, largest = _OF_INTEGERS[kind]
+            return Fraction(function(*[self.integer(arg, largest) for arg in args]))
+        if kind in _QUOTIENTS:
+            over, under = _QUOTIENTS[kind]
+            return self.eval(("div", (over, *args), (under, *args)))
         if kind in ("min", "max"):
             values = sorted((real(self.eval(arg)) for arg in args), key=lift)
             return values[0 if kind == "min" else -1]
@@ -126,7 +143,7 @@ class Evaluator:
             return getattr(self, kind)(*args)
         return self.function(kind, *args)
 
-    def integer(self, node: Node, most: int = 10**6) -> int:
+    def integer(self, node: Node, most: int) -> int:
         value = real(self.eval(node))
         if abs(value) <= most:
             nearest = Fraction(int(mp.nint(lift(value))))
@@ -150,16 +167,6 @@ class Evaluator:
         if not self.env:
             raise Undefined("too large a number")
         return lift(value)
-
-    def percent(self, a: Node) -> Number:
-        return self.apply(operator.truediv, self.eval(a), Fraction(100))
-
-    def mod(self, a: Node, b: Node) -> Number:
-        return Fraction(self.eval(a) % self.eval(b))
-
-    def deg(self, a: Node) -> Number:
-        degree = mp.pi / 180 if self.degree else 1
-        return lift(self.eval(a)) * degree
 
     def pow(self, a: Node, b: Node) -> Number:
         if a == ("const", "e"):
@@ -196,18 +203,14 @@ class Evaluator:
 
     # -- functions
     def function(self, name: str, node: Node) -> Number:
-        degrees, self.degree = self.degree, True  # sin 30^\circ is a half in any reading
+        scaled, self.scaled = self.scaled, True  # sin 30^\circ is a half in any reading
         x = lift(self.eval(node))
-        self.degree = degrees
+        self.scaled = scaled
         self.steps -= 20
         largest = 1 if name in ("arcsin", "arccos") else MAX_ANGLE
         if size(x) > largest:
             raise Undefined("out of reach")
-        if name in _FUNCTIONS:
-            return _FUNCTIONS[name](x)
-        over, under = _QUOTIENTS[name]
-        above = _FUNCTIONS[over](x) if over else mp.one
-        return self.apply(operator.truediv, above, _FUNCTIONS[under](x))
+        return _FUNCTIONS[name](x)
 
     def ln(self, a: Node) -> Number:
         value = lift(self.eval(a))
@@ -242,24 +245,6 @@ class Evaluator:
     def ceil(self, a: Node) -> Number:
         return -self.floor(("neg", a))
 
-    def fact(self, a: Node) -> Number:
-        n = self.integer(a)
-        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS:
-            raise Undefined("factorial")
-        return Fraction(factorial(n))
-
-    def fact2(self, a: Node) -> Number:
-        n = self.integer(a, 10**4)
-        if n < 0:
-            raise Undefined("factorial")
-        return Fraction(prod(range(n, 0, -2)))
-
-    def binom(self, n: Node, k: Node) -> Number:
-        n, k = self.integer(n), self.integer(k)
-        if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
-            raise Undefined("binomial")
-        return Fraction(comb(n, k))
-
     def big(self, kind: str, name: str, low: Node, high: Node, body: Node) -> Number:
         """A sum or a product, term by term if that is not too long."""
         start, end = self.integer(low, 10**12), None
@@ -284,4 +269,4 @@ class Evaluator:
         raise NeedsSympy
 
 
-_METHODS = set("percent mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split())
+_METHODS = set("pow root ln lg log abs floor ceil big".split())
