@@ -2,16 +2,18 @@
 
 import random
 from fractions import Fraction
+from math import ceil
 
 from grading.region import is_region, same_region
 from grading.statement import settle
-from grading.tree import MAX_LIST, Node, Undefined, constant, has, names, num
+from grading.tree import Node, Undefined, constant, has, names, num
 from grading.units import ratio
 from grading.value import Evaluator, is_close, lift, mp, real, size
 
 _INTEGERS = set("jklmnN")
+_SAMPLES = 12  # points at which expressions are compared
 # The first of these kinds that either tree has says how they are compared.
-_KINDS = "approx chain assign residues record eq region unit set list mat tuple".split()
+_KINDS = "chain assign residues record eq region unit set list mat tuple".split()
 
 
 class Judge:
@@ -39,26 +41,21 @@ class Judge:
         return len(left) == len(right) and all(map(self.both, left, right))
 
     # -- names and statements
-    def same_approx(self, a, b):
-        _, value, decimal = a
-        if decimal[0] == "num" and _is_constant(value) and not self.rounds(value, decimal):
-            return False
-        return self.same(value, b)
-
     def same_chain(self, a, b):
         """sqrt(4) = 2: the last value counts, if those before agree with it."""
-        *steps, result = a[1]
-        for step in steps:
-            if _is_constant(step) and _is_constant(result) and not self.both(step, result):
-                is_decimal = result[0] == "num" and result[2]
-                if not is_decimal or not self.rounds(settle(step), result):
-                    return False
-        return self.same(settle(result), b)
+        *steps, result = map(settle, a[1])
+        return all(self.agree(step, result) for step in steps) and self.same(result, b)
 
-    def rounds(self, value, decimal) -> bool:
-        """Whether a decimal is a value, to within one unit of its last place."""
-        difference = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
-        return abs(difference) <= mp.mpf(10) ** -(decimal[2] or 0)
+    def agree(self, a, b) -> bool:
+        """Whether two values are equal, or one is a decimal that comes within one unit of its last
+        place; yes, if they are not computed at once."""
+        if not (_is_constant(a) and _is_constant(b)) or self.same(a, b):
+            return True
+        for value, decimal in ((a, b), (b, a)):
+            if decimal[0] == "num" and decimal[2]:
+                value = lift(real(self.evaluator.value(value, {})))
+                return abs(value - lift(decimal[1])) <= mp.mpf(10) ** -decimal[2]
+        return False
 
     def same_residues(self, a, b):
         _, modulus, residues, left = a
@@ -98,24 +95,22 @@ class Judge:
 
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
-        quotient = None
+        quotients = []
         first = ("add", left, ("neg", right))
         second = ("add", left2, ("neg", right2))
         for f, g in self.samples(first, second):
             f, g = lift(f), lift(g)
             if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
-            if quotient is None:
-                quotient = f / g
-            if not is_close(quotient, f / g):
+            quotients.append(f / g)
+            if not is_close(quotients[0], quotients[-1]):
                 return False
-        return self.sampled > 2
+        return len(quotients) > 2
 
     # -- collections
     def same_set(self, a, b):
         if b[0] not in ("list", "set"):
             return len(a[1]) == 1 and self.same(a[1][0], b)
-        _check_length(a[1], b[-1])
         return self.covers(a[1], b[-1]) and self.covers(b[-1], a[1])
 
     def covers(self, left, right) -> bool:
@@ -127,7 +122,6 @@ class Judge:
     def same_list(self, a, b):
         if b[0] != "list" or len(a[2]) != len(b[2]):
             return False
-        _check_length(a[2])
         remaining = list(b[2])
         for item in a[2]:
             for other in remaining:
@@ -207,46 +201,34 @@ class Judge:
 
     def samples(self, a, b):
         """(value of a, of b) at random points where both have one; where nothing leaves the reals,
-        if possible. self.sampled counts them."""
-        letters, both, evaluator = names(a, b), ("list", a, b), self.evaluator
-        are_integers = _INTEGERS.issuperset(name[0] for name in letters)
-        wanted = 12
-        if are_integers or has(both, "floor", "ceil", "mod"):
-            wanted = 20
-        self.sampled = 0
-        for unreal_allowed in (False, True):
-            if has(both, "i") and not unreal_allowed:
+        if there are such points. self.sampled counts them."""
+        letters, evaluator = names(a, b), self.evaluator
+        self.sampled, unreal = 0, []
+        for attempt in range(4 * _SAMPLES):
+            env = _draw(letters, attempt)
+            evaluator.unreal = False
+            try:
+                pair = evaluator.value(a, env), evaluator.value(b, env)
+            except Undefined:
+                if attempt > _SAMPLES and not self.sampled and not unreal:
+                    break
                 continue
-            for attempt in range(4 * wanted):
-                env = _draw(letters, attempt)
-                try:
-                    x = evaluator.value(a, env)
-                    unreal = evaluator.unreal
-                    y = evaluator.value(b, env)
-                except Undefined:
-                    if attempt > 11 and not self.sampled:
-                        break
-                    continue
-                if (unreal or evaluator.unreal) and not unreal_allowed:
-                    continue
-                self.sampled += 1
-                yield x, y
-                if self.sampled == wanted:
-                    return
-            if self.sampled:
+            if evaluator.unreal:
+                unreal.append(pair)
+                continue
+            self.sampled += 1
+            yield pair
+            if self.sampled == _SAMPLES:
                 return
+        if not self.sampled:
+            self.sampled = len(unreal)
+            yield from unreal[:_SAMPLES]
 
 
 def _kind(node: Node) -> str:
     if is_region(node):
         return "region"
     return "mat" if _as_matrix(node) else node[0]
-
-
-def _check_length(*lists: tuple) -> None:
-    """Raises Undefined for lists that are too long to compare in any order."""
-    if max(map(len, lists)) > MAX_LIST:
-        raise Undefined("too long a list")
 
 
 def _is_constant(node: Node) -> bool:
@@ -256,46 +238,35 @@ def _is_constant(node: Node) -> bool:
 
 def _draw(letters: list[str], attempt: int) -> dict[str, Fraction]:
     """A value for each letter: near, farther and far out by turns, of both signs for x, y and z."""
-    env, distance = {}, attempt % 3
+    env = {}
     for k, name in enumerate(letters):
         rng = random.Random(97 * attempt + k)
-        if name.startswith("text "):
-            continue
+        value = Fraction(rng.randint(300, 3000), 1009) * 12 ** (0, 1, 3)[attempt % 3]
         if name[0] in _INTEGERS:
-            low, high = ((1, 20), (20, 200), (200, 5000))[distance]
-            env[name] = Fraction(attempt + 1 if attempt < 3 else rng.randint(low, high))
-            continue
-        env[name] = Fraction(rng.randint(300, 3000), 1009) * 12 ** (0, 1, 3)[distance]
-        if attempt >> min(k, 2) & 1 and name[0] in "xyz":
-            env[name] = -env[name]
+            value = Fraction(ceil(value))
+        elif attempt >> min(k, 2) & 1 and name[0] in "xyz":
+            value = -value
+        if not name.startswith("text "):
+            env[name] = value
     return env
 
 
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter
     decimal expansion."""
-    exponent = num(0)
+    power = Fraction(0)
     if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)):
-        exponent, decimal = decimal[2][2], decimal[1]
-    power = constant(exponent)
+        power, decimal = constant(decimal[2][2]), decimal[1]
     number = decimal[1] if decimal[0] == "neg" else decimal
-    if number[0] != "num" or not number[2] or power is None or abs(power) > 400:
+    is_decimal = number[0] == "num" and number[2]
+    if not is_decimal or other[0] == "num" and other[2] or power is None or abs(power) > 400:
         return False
-    if other[0] == "num":
-        _, exact, decimals = other
-        if decimals or exact.denominator == 1:
-            return False
     scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
-    written = constant(decimal) * 10 ** number[2]
-    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag:
+    written = lift(constant(decimal)) * 10 ** number[2]
+    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag or scaled * written < 0:
         return False
-    nearest = mp.nint(scaled)
-    if abs(scaled - nearest) <= 1e-30:
-        return False
-    if abs(written) > 10**15:  # a double's digits
-        return abs(scaled - lift(written)) <= 1
-    cut = mp.floor(scaled) if scaled > 0 else mp.ceil(scaled)
-    return lift(written) in (nearest, cut)
+    is_double = abs(written) > 10**15
+    return (-1 if is_double else -0.5) < abs(scaled) - abs(written) < 1
 
 
 def _as_matrix(node: Node) -> tuple | None:

@@ -2,7 +2,7 @@
 
 `settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts),
 ("record", ((name, value)...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b),
-("approx", a, b), ("residues", modulus, items, left), or leaves what it was before.
+("residues", modulus, items, left), or leaves what it was before.
 """
 
 import itertools
@@ -117,7 +117,7 @@ def _relation(parts: tuple) -> Node:
             return _relation(parts[:first])
         if is_name(parts[0]):
             return _relation((parts[0], "=", *parts[2:]))
-        return ("approx", settle(parts[0]), parts[2])
+        return ("chain", (parts[2], parts[0]))
     if operators == {"="}:
         return _equation(operands)
     if operators <= _MIRRORED.keys():

@@ -85,15 +85,17 @@ def _bits(value: Fraction) -> int:
 
 
 class Evaluator:
-    """Evaluates trees. All its evaluations share one budget of steps. After `value`, unreal tells
-    that a root or logarithm left the reals."""
+    """Evaluates trees. All its evaluations share one budget of steps. scaled: a percent sign is a
+    hundredth and a degree sign pi/180, else both are 1. unreal is set when a root or a logarithm
+    leaves the reals."""
 
     def __init__(self):
-        self.scaled, self.decimal_log, self.steps = False, False, MAX_STEPS
+        self.steps = MAX_STEPS
+        self.scaled = self.decimal_log = self.unreal = False
 
     def value(self, node: Node, env: dict) -> Number:
         """env maps names to values. Raises Undefined (no value, or out of reach) and NeedsSympy."""
-        self.env, self.unreal = env, False
+        self.env = env
         try:
             return self.eval(node)
         except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError) as error:
