@@ -1,10 +1,10 @@
-"""Text -> tokens (kind, value): kinds are num, id, text, fn, op, money and env."""
+"""Text -> tokens (their kinds: words.py)."""
 
 import re
 
 from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
 from grading.units import CURRENCIES, GLUED, UNITS, known, number_word
-from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
+from grading.words import COMMANDS, PLAIN, TEXT, WORDS, plain
 
 _LEX = re.compile(
     rf"""
@@ -42,7 +42,6 @@ _NUMBERS = {  # group -> what is replaced in it by what
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
-_SYSTEMS = "cases aligned align gathered gather split equation multline displaymath".split()
 _ENDS = ("}", ")", "pi", "deg", "%")  # of a value
 _BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
@@ -128,14 +127,14 @@ class Lexer:
         self.add("text" if self.after_value() else "money", name)
 
     def environment(self, text, match):
-        edge, name = match["edge"], match["name"]
-        if name in _SYSTEMS:
+        name = match["name"]
+        if not name.endswith(("matrix", "array")):
             name = "system"
-        if edge == "begin":
+        if match["edge"] == "begin":
             self.environments.append(name)
         else:
             del self.environments[-1:]
-        self.add("op", edge)
+        self.add("op", match["edge"])
         self.add("env", name)
 
     def date(self, text, match):
@@ -151,7 +150,7 @@ class Lexer:
     def letters(self, text, match):
         low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
         if low in WORDS:
-            self.add("op", WORDS[low])
+            self.add(*WORDS[low])
         elif number_word(text) is not None:
             self.add("text", text)
         elif self.in_text and text == "to" and self.previous()[-1][0] == "num":  # 3 to 4
@@ -161,13 +160,11 @@ class Lexer:
             self.add("text" if is_word else "id", text)
         elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
-        elif low in PLAIN and text in (low, low.capitalize()):
-            self.add(*PLAIN[low])
         elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
             self.add("fn", found[1])
             self.add("id", found[2])
-        elif text in FUNCTIONS:
-            self.add("fn", FUNCTIONS[text])
+        elif low in PLAIN and text in (low, low.capitalize()):
+            self.add(*PLAIN[low])
         elif len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
             self.add("text", text)
         else:  # short, capitals, or letters in their order: a product
@@ -180,23 +177,23 @@ class Lexer:
             return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
         if text in GLUED or text.removesuffix("s") in GLUED or text.lower() in ("am", "pm"):
             return True
-        is_function = text in FUNCTIONS or next_char == "("
+        is_function = text in PLAIN or next_char == "("
         return not self.glued and not is_function and known(text)
 
     def command(self, text, match):
-        name = text[1:]
-        if name not in COMMANDS:
+        if text[1:] not in COMMANDS:
             raise Unreadable("unknown command")
-        if name in ("Omega", "AA") and self.after_value():
-            self.add("text", name)
-        elif COMMANDS[name]:
-            self.add(*COMMANDS[name])
+        kind, value = COMMANDS[text[1:]]
+        if value in ("Omega", "AA") and self.after_value():
+            kind = "text"
+        if kind != "skip":
+            self.add(kind, value)
 
     def group(self, text, match):
         r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they
         spell."""
         content = match["inner"].strip().strip("~")
-        if content not in FUNCTIONS or content in UNITS and self.after_value():
+        if content not in PLAIN or content in UNITS and self.after_value():
             self.run(match.start("inner"), match.end("inner"), True)
         else:
-            self.add("fn", FUNCTIONS[content])
+            self.add(*PLAIN[content])

@@ -8,13 +8,16 @@ from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names,
 from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
 from grading.words import PHRASES
 
+_PRODUCTS = {"*": "mul", "/": "div", "mod": "mod"}
+_MARKS = {"!": "fact", "!!": "fact2", "%": "percent", "deg": "deg"}
 _RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
 _SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = "pmatrix bmatrix matrix vmatrix Bmatrix smallmatrix array".split()
 _INFINITY = ("const", "oo")
+_COMMANDS = ("fn", "form", "big", "accent")
+_ATOM_KINDS = ("num", "id", *_COMMANDS)
 _ATOMS = {
     "pi": ("const", "pi"),
     "oo": _INFINITY,
@@ -72,8 +75,7 @@ def _continues(item: Node, previous: Node) -> bool:
 def _is_part(node: Node) -> bool:
     """1 or a fraction below it, which a noun in the singular may follow."""
     over, under = node[1:] if node[0] == "div" else (node, num(1))
-    over, under = constant(over), constant(under)
-    return over is not None and under is not None and 0 < over <= under
+    return 0 < (constant(over) or 0) <= (constant(under) or 0)
 
 
 def _spoken(words: list[str]) -> Fraction:
@@ -91,15 +93,13 @@ def _spoken(words: list[str]) -> Fraction:
 
 
 def _determinant(rows: tuple) -> Node:
-    if len(rows) != len(rows[0]) or len(rows) > 4:
+    if len(rows) > 5:
         raise Unreadable("determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    total = None
-    for k, cell in enumerate(rows[0]):
+    total = num(0) if rows else num(1)
+    for k, cell in enumerate(rows[0] if rows else ()):
         minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
-        term = ("mul", ("neg", cell) if k % 2 else cell, _determinant(minor))
-        total = ("add", total, term) if total else term
+        term = ("mul", cell, _determinant(minor))
+        total = ("add", total, ("neg", term) if k % 2 else term)
     return total
 
 
@@ -232,12 +232,8 @@ class Parser:
         while True:
             if self.peek()[0] == "text" or self.is_op("/") and self.peek(1)[0] == "text":
                 node = self.unit(node)
-            elif self.accept("*"):
-                node = ("mul", node, self.signed(self.power))
-            elif self.accept("/"):
-                node = ("div", node, self.signed(self.power))
-            elif self.accept("mod"):
-                node = ("mod", node, self.power())
+            elif operator := self.accept(*_PRODUCTS):
+                node = (_PRODUCTS[operator], node, self.signed(self.power))
             elif self.is_op("(", "[") and self.peek(1)[0] == "text" and not names(node):
                 self.take()  # 24 [cm], 2 (double root)
                 node = self.unit(node, remark=True)
@@ -258,22 +254,18 @@ class Parser:
     def starts_atom(self) -> bool:
         kind, value = self.peek()
         if kind != "op":
-            return kind in ("num", "id", "fn")
+            return kind in _ATOM_KINDS
         if value == "|":  # a bar that opens, not one that closes, nor the one of divides
             is_paired = self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
             return not self.bars and is_paired
         return value in _ATOMS or value in _READERS
 
     def juxtaposed(self, left: Node) -> Node:
-        (kind, opening), (previous_kind, previous) = self.peek(), self.peek(-1)
+        (kind, opening), (previous_kind, closing) = self.peek(), self.peek(-1)
         if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
-        is_power = self.is_op("^", ahead=-2)  # 2^6 3^5
         right = self.power()
-        side_by_side = kind == previous_kind == "num" and not is_power
-        if left[0] == right[0] == "num" and opening != "(" and previous != ")":  # {5}{6}
-            side_by_side = True
-        if side_by_side:
+        if left[0] == right[0] == "num" and opening != "(" and closing != ")":
             raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*elements(left), right))
@@ -306,26 +298,18 @@ class Parser:
 
     # -- powers
     def power(self) -> Node:
-        node, levels = self.atom(), self.depth
-        while op := self.accept("^", "!", "%", "deg", "'"):
-            levels += 1
-            if levels > MAX_DEPTH:
-                raise Unreadable("nested too deeply")
-            if op == "^":
+        node = self.atom()
+        for _ in range(MAX_DEPTH):
+            mark = self.accept("^", *_MARKS)
+            if not mark:
+                return node
+            if mark == "^":
                 node = ("pow", node, self.signed(self.atom))
-            elif op == "!" and self.accept("!"):
-                node = ("fact2", node)
             else:
-                node = self.marked(node, op)
-        return node
-
-    @staticmethod
-    def marked(node: Node, mark: str) -> Node:
-        if mark == "'" and node[0] == "sym":
-            return ("sym", node[1] + "'")
-        if mark == "'" or mark == "%" and node[0] == "percent":
-            raise Unreadable("a mark too many")
-        return ({"!": "fact", "%": "percent", "deg": "deg"}[mark], node)
+                if mark == "!" and self.accept("!"):
+                    mark = "!!"
+                node = (_MARKS[mark], node)
+        raise Unreadable("nested too deeply")
 
     # -- atoms
     def argument(self) -> Node:
@@ -344,6 +328,12 @@ class Parser:
             return self.words(value)
         if kind == "fn":
             return self.nested(self.function, value)
+        if kind == "big":
+            return self.nested(self.binding, value)
+        if kind == "form":
+            return self.nested(getattr(self, value))
+        if kind == "accent":  # \\dot{x}, \\overline{AB}: a name
+            return self.name(f"{value} {self.spelt()}")
         if kind == "op" and value in _ATOMS:
             return _ATOMS[value]
         if kind == "op" and value in _READERS:
@@ -419,49 +409,48 @@ class Parser:
         rows = tuple(tuple(row) for row in rows if row)
         if kind == "system":  # of equations
             return ("list", ",", sum(rows, ()))
-        if kind not in _MATRICES or len(set(map(len, rows))) != 1:
+        if len(set(map(len, rows))) != 1:
             raise Unreadable("matrix")
         return _determinant(rows) if kind == "vmatrix" else ("mat", rows)
 
-    # -- functions
+    # -- forms and functions
+    def fraction(self) -> Node:
+        return ("div", self.argument(), self.argument())
+
+    def binomial(self) -> Node:
+        return ("binom", self.argument(), self.argument())
+
+    def integral(self) -> Node:  # \\int{0}{1}{x^2}{x}, see words.py
+        low, high, body = self.argument(), self.argument(), self.argument()
+        return ("int", self.spelt(), low, high, body)
+
+    def root(self) -> Node:
+        index = num(2)
+        if self.accept("["):
+            index = self.sum()
+            self.expect("]")
+        return ("root", self.signed(self.atom), index)
+
+    def script(self, mark: str) -> Node | None:
+        return self.signed(self.atom) if self.accept(mark) else None
+
     def function(self, name: str) -> Node:
-        if name in ("frac", "binom"):
-            return ("div" if name == "frac" else "binom", self.argument(), self.argument())
-        if name == "int":  # \\int{0}{1}{x^2}{x}, see words.py
-            (low, high), body = (self.argument(), self.argument()), self.argument()
-            return ("int", self.spelt(), low, high, body)
-        if name == "sqrt":
-            index = num(2)
-            if self.accept("["):
-                index = self.sum()
-                self.expect("]")
-            return ("root", self.signed(self.atom), index)
         if self.is_op("="):  # \\max = 5
             return ("sym", name)
-        if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
-            value = name[7:] + " " + self.spelt()
-            if self.accept("_"):
-                value += "_" + self.spelt()
-            return ("sym", value)
-        low = self.atom() if self.accept("_") else None
+        base = self.script("_")
         if name == "log" and self.peek(-1)[0] == "num" and not self.starts_atom():  # \\log_28
             self.at -= 1
-            low = self.argument()
-        high = self.signed(self.atom) if self.accept("^") else None
-        if name in ("sum", "prod", "lim"):
-            return self.binding(name, low, high)
-        return self.applied(name, low, high)
-
-    def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
+            base = self.argument()
+        power = self.script("^")
         if power == ("neg", num(1)) and name in _INVERTED:
             name, power = "arc" + name, None
         args = self.function_arguments()
-        if base is not None and name != "log":
+        if base and name != "log":
             raise Unreadable("subscript of a function")
         if name == "det" and args[0][0] == "mat":
             return _determinant(args[0][1])
-        node = (name, *args) if base is None else ("div", ("ln", *args), ("ln", base))
-        return node if power is None else ("pow", node, power)
+        node = ("div", ("ln", *args), ("ln", base)) if base else (name, *args)
+        return ("pow", node, power) if power else node
 
     def function_arguments(self) -> tuple:
         if self.is_op("{{", "(", "{", "["):  # max{a, b}
@@ -473,17 +462,18 @@ class Parser:
         node = self.power()
         while self.starts_atom() and not self.is_op("("):
             kind, value = self.peek()
-            if kind == "fn" and (value != "frac" or node[0] != "num"):
+            if kind in _COMMANDS and (value != "fraction" or node[0] != "num"):
                 break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def binding(self, name: str, low: Node | None, high: Node | None) -> Node:
+    def binding(self, name: str) -> Node:
         """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
-        if low is None:
+        low, high = self.script("_"), self.script("^")
+        if not low:
             return ("mul", ("sym", name), self.product())
         sign = "to" if name == "lim" else "="
-        if low[0] != "rel" or low[1][1::2] != (sign,) or (high is None) != (name == "lim"):
+        if low[0] != "rel" or low[1][1::2] != (sign,) or bool(high) == (name == "lim"):
             raise Unreadable("bounds")
         (kind, variable, *_), _, start = low[1]
         if kind not in ("sym", "const"):

@@ -1,7 +1,7 @@
 r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
-A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word), ("num", digits) or
-("money", currency). COMMANDS, PLAIN and WORDS map a command or a word to its token.
+A token is ("fn", function), ("form" | "big" | "accent", command), ("op", symbol), ("id", letter),
+("text", word), ("num", digits) or ("money", currency).
 """
 
 import re
@@ -10,124 +10,91 @@ import unicodedata
 from grading.units import NEGATIONS, NUMBERS
 
 
-def _table(rows: str) -> dict[str, str]:
-    """Maps every word of a row to the row's first word."""
+def _table(rows: str) -> dict[str, tuple]:
+    """Maps words to tokens. A row is a kind, a value (=: the word itself) and words."""
     table = {}
     for row in rows.strip().splitlines():
-        first, *words = row.split()
-        table |= dict.fromkeys(words, first)
+        kind, value, *words = row.split()
+        for word in words:
+            table[word] = (kind, word if value == "=" else value)
     return table
 
 
-FUNCTIONS = _table("""
-    arcsin arcsin asin
-    arccos arccos acos
-    arctan arctan atan arctg
-    arcsinh arcsinh arsinh
-    arccosh arccosh arcosh
-    arctanh arctanh artanh
-    cot cot ctg
-    tan tan tg
-    csc csc cosec
+PLAIN = _table("""
+    fn arcsin arcsin asin
+    fn arccos arccos acos
+    fn arctan arctan atan arctg
+    fn arcsinh arcsinh arsinh
+    fn arccosh arccosh arcosh
+    fn arctanh arctanh artanh
+    fn cot cot ctg
+    fn tan tan tg
+    fn csc csc cosec
+    fn = sin cos sec arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil cis det
+    form root sqrt
+    op oo infinity inf oo infty
+    op cup union
+    op = pi
 """)
-FUNCTIONS |= {
-    name: name
-    for name in """
-    sin cos sec arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil sqrt cis
-    det""".split()
-}
-_STRUCTURE = _table("""
-    frac frac dfrac tfrac cfrac
-    binom binom dbinom tbinom
-    sqrt sqrt
-    sum sum
-    prod prod
-    int int
-    lim lim
-""")
-_SYMBOLS = _table(r"""
-    * cdot times ast
-    / div
-    <= le leq leqslant
-    >= ge geq geqslant
-    < lt
-    > gt
-    != ne neq
-    ~ approx simeq sim
-    +- pm
-    -+ mp
-    cup cup bigcup
-    cap cap
-    minus setminus backslash
-    in in
-    mid mid
-    | vert lvert rvert
-    lfloor lfloor
-    rfloor rfloor
-    lceil lceil
-    rceil rceil
-    ( langle lparen
-    ) rangle rparen
-    {{ lbrace
-    }} rbrace
-    [ lbrack
-    ] rbrack
-    equiv equiv
-    to to rightarrow
-    dots ldots dots cdots
-    mod bmod mod
-    pmod pmod
-    or lor vee
-    and land wedge
-    deg degree textdegree
-    choose choose
-    over over
-    : colon
-    empty emptyset varnothing
-    oo infty
-    pi pi
-    row cr
-    % percent
-""")
-_ACCENTS = "dot ddot hat bar vec tilde overline overrightarrow widehat widetilde".split()
-_LETTERS = """
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
-    sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi
-    Omega hbar ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel
-    AA""".split()
-_DROPPED = """
-    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big
-    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
-    mathnormal boxed
-    fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
-    mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
-    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag
-    centering""".split()
 TEXT = """
     text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup
     unit""".split()
-
-COMMANDS = {name: ("op", symbol) for name, symbol in _SYMBOLS.items()}  # None: dropped
-COMMANDS |= {name: ("id", name.removeprefix("var")) for name in _LETTERS}
-COMMANDS |= {name: ("fn", value) for name, value in (FUNCTIONS | _STRUCTURE).items()}
-COMMANDS |= {name: ("fn", "accent " + name) for name in _ACCENTS}
-COMMANDS |= dict.fromkeys(_DROPPED + TEXT)
-WORDS = _table("""
-    or or
-    and and
-    % percent pct percentage
-    deg degree degrees deg
-    mod mod
-    / per
+COMMANDS = PLAIN | dict.fromkeys(TEXT, ("skip", ""))
+COMMANDS |= _table(r"""
+    form fraction frac dfrac tfrac cfrac
+    form binomial binom dbinom tbinom
+    form integral int
+    big = sum prod lim
+    accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde
+    op * cdot times ast
+    op / div
+    op <= le leq leqslant
+    op >= ge geq geqslant
+    op < lt
+    op > gt
+    op != ne neq
+    op ~ approx simeq sim
+    op +- pm
+    op -+ mp
+    op cup cup bigcup
+    op minus setminus backslash
+    op | vert lvert rvert
+    op ( langle lparen
+    op ) rangle rparen
+    op {{ lbrace
+    op }} rbrace
+    op [ lbrack
+    op ] rbrack
+    op to to rightarrow
+    op dots ldots dots cdots
+    op mod bmod mod
+    op or lor vee
+    op and land wedge
+    op deg degree textdegree
+    op : colon
+    op empty emptyset varnothing
+    op row cr
+    op % percent
+    op = cap in mid lfloor rfloor lceil rceil equiv pmod choose over
+    id epsilon varepsilon
+    id theta vartheta
+    id phi varphi
+    id = alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    id = upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar
+    id = ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel AA
+    skip = left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big
+    skip = Big bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
+    skip = mathnormal boxed fbox bf it rm tt hline thinspace enspace space medspace mathopen
+    skip = mathclose mathbin mathrel mathord mathstrut cal mathcal mathfrak mathscr quad qquad
+    skip = angle measuredangle triangle tiny small normalsize large Large LARGE huge Huge
+    skip = underline ensuremath nonumber notag centering
 """)
-PLAIN = {
-    name: ("op", symbol)
-    for name, symbol in _table("""
-    pi pi
-    oo infinity inf oo infty
-    cup union
-    """).items()
-} | {"sqrt": ("fn", "sqrt")}
+WORDS = _table("""
+    op % percent pct percentage
+    op deg degree degrees deg
+    op / per
+    op = or and mod
+""")
 PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
 PHRASES |= dict.fromkeys(
     ["none", "no solution", "no real solution", "no solutions", "no real solutions", "empty set"],

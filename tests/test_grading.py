@@ -16,7 +16,7 @@ from grading.statement import settle
 from grading.tree import NeedsSympy, Undefined, Unreadable, num, walk
 from grading.units import hoisted, known, multiplier, ratio
 from grading.value import Evaluator, is_close, lift, mp
-from grading.words import COMMANDS, FUNCTIONS, PLAIN, WORDS, plain
+from grading.words import COMMANDS, PLAIN, WORDS, plain
 from reward import final_answer, grade, score, score_all
 
 # -- nothing raises
@@ -56,7 +56,6 @@ def pieces() -> list[str]:
         "dx",
         *WORDS,
         *PLAIN,
-        *FUNCTIONS,
         *["\\" + word for word in words],
     ]
 
