@@ -255,6 +255,26 @@ m
 (?i)\b([ap])\.\s?m\b\.?
 => \1m
 
+ph
+(?<![a-zA-Z])(?:km|k)ph\b
+=> km/h
+
+mph
+(?<![a-zA-Z])mph\b
+=> mi/h
+
+fps
+(?<![a-zA-Z])fps\b
+=> ft/s
+
+sq
+(?<![a-zA-Z\\])sq(?:uare|\.)?\s([a-zA-Z]+)
+=> \1^2
+
+cu
+(?<![a-zA-Z\\])cu(?:bic|\.)?\s([a-zA-Z]+)
+=> \1^3
+
 mu
 \\mu\s?\\(?:text|mathrm)\s?\{\s?
 => \\text{mu
