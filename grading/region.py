@@ -1,6 +1,7 @@
 """Sets of reals: equal if they agree at every end point of either, between them and beyond them."""
 
 from fractions import Fraction
+from math import inf
 
 from grading.tree import Node, Undefined, names, walk
 from grading.value import Evaluator, lift, mp, real
@@ -31,58 +32,43 @@ def _bound(node: Node) -> set[str]:
     return letters or set(names(*sides))
 
 
-def _parts(node: Node) -> tuple:
-    return node[2] if node[0] == "list" else node[1:]
-
-
 class Region:
     def __init__(self, name: str | None, evaluator: Evaluator, env: dict):
         """name: the variable; env: values for all letters."""
-        self.name, self.evaluator, self.env, self.known = name, evaluator, env, {}
+        self.name, self.evaluator, self.env = name, evaluator, env
 
     def number(self, node: Node, x: Fraction | None = None) -> Fraction | float:
         """A real value, where the variable is x; an infinity is a float. Raises Undefined."""
-        if x is None and node in self.known:
-            return self.known[node]
-        if x is not None and node == ("sym", self.name):
-            return x
         env = self.env if x is None else self.env | {self.name: x}
-        value = real(self.evaluator.value(node, env))
+        value = lift(real(self.evaluator.value(node, env)))
         if not mp.isfinite(value):
-            number = float(value)
-        elif abs(value) > 10**300:
+            return float(value)
+        if abs(value) > 10**300:
             raise Undefined("out of reach")
-        else:
-            number = Fraction(int(mp.nint(lift(value) * _GRID)), _GRID)
-        if x is None:
-            self.known[node] = number
-        return number
+        return Fraction(int(mp.nint(value * _GRID)), _GRID)
 
     def ends(self, node: Node) -> list:
         """The end points, infinities too. Raises Undefined if this is no set of reals."""
+        kind, *parts = node
         ends = []
-        if node[0] == "less":
-            for left, _, right in node[1]:
+        if kind == "less":
+            for left, _, right in parts[0]:
                 ends += self.crossings(left, right)
-        elif node[0] == "set":
-            ends += map(self.number, node[1])
+        elif kind == "set":
+            ends += map(self.number, parts[0])
+        elif kind == "tuple" and len(parts[1]) == 2 and parts[0] in "([":
+            ends += map(self.number, parts[1])
+            if ends[0] > ends[1] or ends[0] == ends[1] and parts[0] + parts[2] != "[]":
+                raise Undefined("an empty interval")
         elif is_region(node) or node[:2] == ("list", "or"):
             for part in _parts(node):
                 ends += self.ends(part)
-        elif node[0] == "tuple" and len(node[2]) == 2 and node[1] in "([":
-            ends += map(self.number, node[2])
-            if ends[0] > ends[1] or ends[0] == ends[1] and node[1] + node[3] != "[]":
-                raise Undefined("an empty interval")
         else:
             raise Undefined("no set of reals")
         return ends
 
     def crossings(self, left: Node, right: Node) -> list:
-        """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities
-        too."""
-        for variable, other in ((left, right), (right, left)):
-            if variable == ("sym", self.name) and self.name not in names(other):
-                return [self.number(other)]
+        """Where two sides meet, if they are linear near 0 or far out, as distances are."""
 
         def difference(x: int):
             return self.number(left, Fraction(x)) - self.number(right, Fraction(x))
@@ -91,21 +77,21 @@ class Region:
         for x in (-999, 0, 998):
             value = difference(x)
             slope = difference(x + 1) - value
-            if slope:
+            if 0 < abs(slope) < inf:
                 ends.append(x - value / slope)
         return ends
 
     def contains(self, node: Node, x: Fraction) -> bool:
-        kind = node[0]
+        kind, *parts = node
         if kind == "tuple":
-            low, high = map(self.number, node[2])
-            above = _holds(low, _ENDS[node[1]], x)
-            return above and _holds(x, _ENDS[node[3]], high)
+            opening, (low, high), closing = parts
+            above = _holds(self.number(low), _ENDS[opening], x)
+            return above and _holds(x, _ENDS[closing], self.number(high))
         if kind == "set":
-            return any(not _holds(self.number(item), "!=", x) for item in node[1])
+            return any(not _holds(self.number(item), "!=", x) for item in parts[0])
         if kind == "less":
             try:
-                for left, sign, right in node[1]:
+                for left, sign, right in parts[0]:
                     if not _holds(self.number(left, x), sign, self.number(right, x)):
                         return False
             except Undefined:
@@ -115,9 +101,12 @@ class Region:
         inside = [self.contains(part, x) for part in parts]
         if kind == "minus":
             return inside[0] and not inside[1]
-        if kind == "list" and node[1] == ",":  # conditions, of which all hold
-            kind = "cap" if all(part[0] == "less" for part in parts) else "cup"
-        return all(inside) if kind == "cap" else any(inside)
+        are_conditions = node[:2] == ("list", ",") and {part[0] for part in parts} == {"less"}
+        return all(inside) if kind == "cap" or are_conditions else any(inside)
+
+
+def _parts(node: Node) -> tuple:
+    return node[2] if node[0] == "list" else node[1:]
 
 
 def _holds(left, sign: str, right) -> bool:
@@ -144,7 +133,7 @@ def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bo
         except Undefined:
             continue
         compared = True
-        ends = sorted(ends - {mp.inf, -mp.inf})
+        ends = sorted(ends - {inf, -inf})
         between = [(x + y) / 2 for x, y in zip(ends, ends[1:])]
         for x in ends + between + _PROBES:
             if left.contains(a, x) != right.contains(b, x):
