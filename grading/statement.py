@@ -41,15 +41,16 @@ def settle(node: Node) -> Node:
 
 
 def _residues(listed: Node, modulus) -> Node:
-    left, residues = None, []
+    left, residues = None, set()
     for item in elements(listed):
         if item[0] == "equiv":
             left = left or item[1]
             item = item[2]
-        residues.append(item)
-    if not modulus or None in map(constant, residues):
-        raise Unreadable("residues")
-    return ("residues", modulus, tuple(residues), left)
+        residue = constant(item)
+        if residue is None or not modulus:
+            raise Unreadable("residues")
+        residues.add(residue % modulus)
+    return ("residues", modulus, tuple(sorted(residues)), left)
 
 
 def _variants(node: Node) -> list[Node]:
