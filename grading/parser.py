@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
@@ -30,6 +31,7 @@ _READERS["begin"] = "matrix"
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
+@lru_cache(maxsize=256)  # a group of responses has one gold
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
     Unreadable."""

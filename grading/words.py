@@ -147,6 +147,14 @@ ANY
 (?<=\d)\s?(?:TEXT)?[xX]\s?\}?\s?(?=10\s?\^)
 => *
 
+ANY
+\b(\d{1,2})\s(MONTH)
+=> \2 \1
+
+ANY
+\b(MONTH\s\d{1,2}),?\s(?=\d{4}\b)
+=> \1/
+
 hundred and
 hundred and(?=\s[a-z])
 => hundred
@@ -319,6 +327,7 @@ _PARTS = {
     "TEXT": r"\\(?:text(?:bf|rm)?|mathrm)\s?\{\s?",
     "GROUP": r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)",
     "INDEX": r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})",
+    "MONTH": r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*",
     "ORDINAL": "st|nd|rd|th",
     "NEGATION": "|".join(NEGATIONS),
     "NUMBER": "(?:" + "|".join(NUMBERS) + ")",
