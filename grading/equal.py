@@ -224,7 +224,7 @@ def _kind(node: Node) -> str:
 
 def _is_constant(node: Node) -> bool:
     """A value without letters that is computed at once."""
-    return not names(node) and not has(node, "unit", "dots", "big", "int", "lim", "list", "rel")
+    return not names(node) and not has(node, "unit", "dots", "big", "list", "rel")
 
 
 def _draw(letters: list[str], attempt: int) -> dict[str, Fraction]:

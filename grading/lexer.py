@@ -42,7 +42,7 @@ _NUMBERS = {  # group -> what is replaced in it by what
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
-_ENDS = ("}", ")", "pi", "deg", "%")  # of a value
+_ENDS = ("num", "text", "}", ")", "pi", "deg", "%")  # of a value
 _BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
 
@@ -72,25 +72,23 @@ class Lexer:
             if group in _NUMBERS:
                 self.add("num", re.sub(*_NUMBERS[group], text))
             elif group in ("deg", "row", "dots"):
-                self.add("op", group)
+                self.add(group)
             elif group != "space":
                 at = getattr(self, group)(text, match) or at
             self.glued = group != "space"
         return self.tokens
 
-    def add(self, kind: str, value) -> None:
-        self.tokens.append((kind, value))
+    def add(self, kind: str, value: str = "") -> None:
+        self.tokens.append((kind, value or kind))
         self.glued = True
 
-    def previous(self) -> list[tuple]:
-        """The last two tokens."""
-        return [("", ""), ("", ""), *self.tokens[-2:]][-2:]
+    def previous(self) -> list[str]:
+        """The kinds of the last two tokens."""
+        return ["", "", *[kind for kind, _ in self.tokens[-2:]]][-2:]
 
     def after_value(self) -> bool:
-        (before, _), (kind, value) = self.previous()
-        if value == "/":  # km/hr
-            return before == "text"
-        return kind in ("num", "text") or kind == "op" and value in _ENDS
+        before, last = self.previous()
+        return before == "text" if last == "/" else last in _ENDS  # km/hr
 
     def number(self, text, match):
         if len(text) > MAX_DIGITS:
@@ -104,7 +102,7 @@ class Lexer:
         self.number(re.sub(r"[^\d.]", "", text), match)
 
     def comma(self, text, match):
-        (before, _), (_, last) = self.previous()
+        before, last = self.previous()
         is_listed = self.as_list or self.parens or last == "," and before == "num"
         if is_listed and ",0" not in text:
             return self.number(text[: text.index(",")], match)
@@ -114,10 +112,10 @@ class Lexer:
         if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
             return  # what aligns, what abbreviates
         if text == "!=" and self.glued and self.after_value():  # 5!=120, but x!=5
-            self.add("op", "!")
+            self.add("!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
-        self.add("op", _OPERATORS.get(text, text))
+        self.add(_OPERATORS.get(text, text))
 
     def escape(self, text, match):
         self.operator(text, match)
@@ -134,8 +132,7 @@ class Lexer:
             self.environments.append(name)
         else:
             del self.environments[-1:]
-        self.add("op", match["edge"])
-        self.add("env", name)
+        self.add(match["edge"], name)
 
     def date(self, text, match):
         self.add("text", text)
@@ -143,7 +140,7 @@ class Lexer:
     def blackboard(self, text, match):
         letter = text.rstrip("} \t\n")[-1]
         if letter == "R":
-            self.add("op", "reals")
+            self.add("reals")
         else:
             self.add("id", "set " + letter)
 
@@ -153,15 +150,15 @@ class Lexer:
             self.add(*WORDS[low])
         elif number_word(text) is not None:
             self.add("text", text)
-        elif self.in_text and text == "to" and self.previous()[-1][0] == "num":  # 3 to 4
-            self.add("op", ":")
+        elif self.in_text and text == "to" and self.previous()[-1] == "num":  # 3 to 4
+            self.add(":")
         elif self.in_text:  # a single letter that is no unit is a variable
             is_word = len(text) > 1 or text in UNITS and self.after_value()
             self.add("text" if is_word else "id", text)
         elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
         elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
-            self.add("fn", found[1])
+            self.add("function", found[1])
             self.add("id", found[2])
         elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])

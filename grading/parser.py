@@ -9,16 +9,16 @@ from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names,
 from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
 from grading.words import PHRASES
 
+_RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
+_SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
+_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _PRODUCTS = {"*": "mul", "/": "div", "mod": "mod"}
 _MARKS = {"!": "fact", "!!": "fact2", "%": "percent", "deg": "deg"}
-_RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
-_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
-_SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
+_BRACKETS = {"(": ")]", "[": ")]", "{": "}", "{{": ("}}",)}  # what may close them
+_COMMANDS = "function fraction binomial integral root big accent".split()
 _INFINITY = ("const", "oo")
-_COMMANDS = ("fn", "form", "big", "accent")
-_ATOM_KINDS = ("num", "id", *_COMMANDS)
 _ATOMS = {
     "pi": ("const", "pi"),
     "oo": _INFINITY,
@@ -26,8 +26,11 @@ _ATOMS = {
     "dots": ("dots",),
     "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")"),
 }
-_READERS = dict.fromkeys(("(", "[", "{", "{{"), "bracket") | dict.fromkeys(_BARS, "bars_group")
-_READERS["begin"] = "matrix"
+# Which method reads what begins with a token of a kind.
+_READERS = {"num": "number", "id": "name", "text": "words", "begin": "matrix"}
+_READERS |= {name: name for name in _COMMANDS}
+_READERS |= dict.fromkeys(_BRACKETS, "bracket") | dict.fromkeys(_BARS, "bars_group")
+_STARTS = {*_READERS, *_ATOMS} - {"text"}  # of a factor
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
@@ -36,30 +39,6 @@ def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
     Unreadable."""
     return Parser(Lexer(text, as_list).run()).answer()
-
-
-def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises
-    Unreadable."""
-    if ":" in text:
-        return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
-    if "_" in text:
-        digits, _, base = text.partition("_")
-        try:
-            return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
-        except ValueError:
-            raise Unreadable("base") from None
-    if "(" in text:
-        head, _, tail = text.rstrip(")").partition("(")
-        period = 10 ** len(tail) - 1
-        places = len(head.partition(".")[2])
-        return num(Fraction("0" + head) + Fraction(int(tail), period * 10**places))
-    mantissa, _, exponent = text.lower().partition("e")
-    decimals = len(mantissa.partition(".")[2]) or None
-    node = num(Decimal(mantissa), decimals)  # int() refuses long numerals
-    if exponent:
-        node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
-    return node
 
 
 def _listed(joiner: str, items: list[Node]) -> Node:
@@ -94,23 +73,12 @@ def _spoken(words: list[str]) -> Fraction:
     return total + current
 
 
-def _determinant(rows: tuple) -> Node:
-    if len(rows) > 5:
-        raise Unreadable("determinant")
-    total = num(0) if rows else num(1)
-    for k, cell in enumerate(rows[0] if rows else ()):
-        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
-        term = ("mul", cell, _determinant(minor))
-        total = ("add", total, ("neg", term) if k % 2 else term)
-    return total
-
-
 class Parser:
     """Raises Unreadable."""
 
     def __init__(self, tokens: list[tuple]):
-        self.tokens = [*tokens, *[("end", "")] * 9]
-        self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
+        self.tokens = [*tokens, *[("", "")] * 9]
+        self.at, self.depth, self.bars, self.bound = 0, 0, False, []
 
     # -- the stream
     def peek(self, ahead: int = 0):
@@ -120,24 +88,23 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value = self.tokens[self.at + ahead]
-        return kind == "op" and value in values
+    def next_is(self, *kinds, ahead: int = 0) -> bool:
+        return self.peek(ahead)[0] in kinds
 
-    def accept(self, *values) -> str | None:
-        return self.take()[1] if self.is_op(*values) else None
+    def accept(self, *kinds) -> str | None:
+        return self.take()[1] if self.next_is(*kinds) else None
 
-    def expect(self, *values) -> str:
-        if not self.is_op(*values):
-            raise Unreadable(f"expected {values}")
+    def expect(self, *kinds) -> str:
+        if not self.next_is(*kinds):
+            raise Unreadable(f"expected {kinds}")
         return self.take()[1]
 
     def nested(self, read, *args):
         """read, one level deeper; a bar inside brackets does not close one outside."""
         self.depth += 1
-        if self.depth > MAX_DEPTH or self.peek()[0] == "end":
-            raise Unreadable("nested too deeply, or not finished")
-        bars, self.bars = self.bars, 0
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        bars, self.bars = self.bars, False
         node = read(*args)
         self.bars = bars
         self.depth -= 1
@@ -146,14 +113,13 @@ class Parser:
     def spelt(self) -> str:
         """One token or one group, as text."""
         words, depth = [], 0
-        while True:
+        while not words or depth > 0:
             kind, value = self.take()
-            if kind == "end":
+            if not kind:
                 raise Unreadable("unbalanced")
             words.append(value)
-            depth += (kind == "op" and value in ("(", "{")) - (kind == "op" and value in (")", "}"))
-            if depth <= 0:
-                return "".join(words[1:-1] if words[0] == "{" else words)
+            depth += (kind in ("(", "{")) - (kind in (")", "}"))
+        return "".join(words[1:-1] if words[0] == "{" else words)
 
     # -- lists and relations
     def answer(self) -> Node:
@@ -162,7 +128,7 @@ class Parser:
             node = ("cong", node, self.signed(self.atom))
         while self.accept("."):
             pass
-        if self.peek()[0] != "end":
+        if not self.next_is(""):
             raise Unreadable("something is left over")
         return node
 
@@ -187,7 +153,7 @@ class Parser:
     def relation(self) -> Node:
         self.accept("~")
         parts = [self.side()]
-        while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
+        while self.next_is(*_RELATIONS) or self.next_is("|") and not self.bars and self.depth == 0:
             operator = self.take()[1]
             parts += ["mid" if operator == "|" else operator, self.side()]
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
@@ -228,15 +194,15 @@ class Parser:
         return read()
 
     def product(self) -> Node:
-        if self.peek()[0] == "money":
-            return self.price(self.take()[1])
+        if currency := self.accept("money"):
+            return self.price(currency)
         node = self.power()
         while True:
-            if self.peek()[0] == "text" or self.is_op("/") and self.peek(1)[0] == "text":
+            if self.next_is("text") or self.next_is("/") and self.next_is("text", ahead=1):
                 node = self.unit(node)
             elif operator := self.accept(*_PRODUCTS):
                 node = (_PRODUCTS[operator], node, self.signed(self.power))
-            elif self.is_op("(", "[") and self.peek(1)[0] == "text" and not names(node):
+            elif self.next_is("(", "[") and self.next_is("text", ahead=1) and not names(node):
                 self.take()  # 24 [cm], 2 (double root)
                 node = self.unit(node, remark=True)
                 self.expect(")", "]")
@@ -254,20 +220,17 @@ class Parser:
         return ("unit", node[1], f"{currency}^1 {node[2]}")
 
     def starts_atom(self) -> bool:
-        kind, value = self.peek()
-        if kind != "op":
-            return kind in _ATOM_KINDS
-        if value == "|":  # a bar that opens, not one that closes, nor the one of divides
-            is_paired = self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
+        if self.next_is("|"):  # a bar that opens, not one that closes, nor the one of divides
+            is_paired = self.depth > 0 or ("|", "|") in self.tokens[self.at + 1 :]
             return not self.bars and is_paired
-        return value in _ATOMS or value in _READERS
+        return self.next_is(*_STARTS)
 
     def juxtaposed(self, left: Node) -> Node:
-        (kind, opening), (previous_kind, closing) = self.peek(), self.peek(-1)
-        if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
+        (kind, _), (previous, _) = self.peek(), self.peek(-1)
+        if kind == "num" and previous == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
         right = self.power()
-        if left[0] == right[0] == "num" and opening != "(" and closing != ")":
+        if left[0] == right[0] == "num" and kind != "(" and previous != ")":
             raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*elements(left), right))
@@ -277,7 +240,7 @@ class Parser:
         """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 5 cups of flour, 5 per apple, 1 way.
         What stands in a remark, or after "of" or "per", may be any words."""
         units, aside = [], False
-        while self.peek()[0] == "text" or self.is_op("*", "/") and self.goes_on(units):
+        while self.next_is("text") or self.next_is("*", "/") and self.goes_on(units):
             over = self.accept("/")
             self.accept("*")
             name = self.take()[1]
@@ -322,40 +285,50 @@ class Parser:
 
     def atom(self) -> Node:
         kind, value = self.take()
-        if kind == "num":
-            return number(value)
-        if kind == "id":
-            return self.name(value)
-        if kind == "text":
-            return self.words(value)
-        if kind == "fn":
-            return self.nested(self.function, value)
-        if kind == "big":
-            return self.nested(self.binding, value)
-        if kind == "form":
-            return self.nested(getattr(self, value))
-        if kind == "accent":  # \\dot{x}, \\overline{AB}: a name
-            return self.name(f"{value} {self.spelt()}")
-        if kind == "op" and value in _ATOMS:
-            return _ATOMS[value]
-        if kind == "op" and value in _READERS:
-            return self.nested(getattr(self, _READERS[value]), value)
-        raise Unreadable(f"unexpected {value!r}")
+        if kind in _ATOMS:
+            return _ATOMS[kind]
+        if kind not in _READERS:
+            raise Unreadable(f"unexpected {value!r}")
+        return self.nested(getattr(self, _READERS[kind]), value)
+
+    def number(self, text: str) -> Node:
+        """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs."""
+        if ":" in text:
+            return ("tuple", "clock", tuple(map(self.number, text.split(":"))), ":")
+        if "_" in text:
+            digits, _, base = text.partition("_")
+            try:
+                return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
+            except ValueError:
+                raise Unreadable("base") from None
+        if "(" in text:
+            head, _, tail = text.rstrip(")").partition("(")
+            places = len(head.partition(".")[2])
+            return num(Fraction("0" + head) + Fraction(f"{tail}e-{places}") / (10 ** len(tail) - 1))
+        mantissa, _, exponent = text.lower().partition("e")
+        node = num(Decimal(mantissa), len(mantissa.partition(".")[2]) or None)
+        if exponent:
+            node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
+        return node
+
+    def accent(self, mark: str) -> Node:
+        """\\dot{x}, \\overline{AB}: a name."""
+        return self.name(f"{mark} {self.spelt()}")
 
     def name(self, value: str) -> Node:
-        if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
+        if value in ("i", "e") and not self.next_is("_", "'") and value not in self.bound:
             return ("const", value)
         if self.accept("_"):
             value += "_" + self.spelt()
         while self.accept("'"):
             value += "'"
-        if self.is_op("(") and value.rstrip("'") in _APPLIED:
+        if self.next_is("(") and value.rstrip("'") in _APPLIED:
             value += self.spelt()
         return ("sym", value)
 
     def words(self, first: str) -> Node:
         words, is_number = [first], number_word(first) is not None
-        while self.peek()[0] == "text":
+        while self.next_is("text"):
             if is_number and number_word(self.peek()[1]) is None:
                 break
             words.append(self.take()[1])
@@ -373,60 +346,54 @@ class Parser:
         if opening == "{{" and self.accept("}}"):
             return ("set", ())
         node = self.sequence()
-        closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
+        closing = self.expect(*_BRACKETS[opening])
         items = elements(node)
         if opening == "{{":
             return ("set", items)
-        brackets = opening + closing
-        if opening == "{" or len(items) == 1 and brackets in ("()", "[]"):
+        if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
             return node
-        half_open = brackets in ("(]", "[)")
-        if node[0] != "list" or node[1] == "or" or half_open and len(items) != 2:
+        if node[0] != "list" or node[1] == "or":
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
 
     def bars_group(self, opening: str) -> Node:
         closing, name = _BARS[opening]
-        self.bars += opening == "|"
+        self.bars = opening == "|"
         node = self.sum()
         self.expect(closing)
-        self.bars -= opening == "|"
-        if node[0] == "mat" and name == "abs":
-            return _determinant(node[1])
         return (name, node)
 
-    def matrix(self, _) -> Node:
-        kind, rows = self.take()[1], [[]]
+    def matrix(self, kind: str) -> Node:
+        rows = [[]]
         if kind == "array":
-            self.nested(self.atom)
+            self.atom()
         while not self.accept("end"):
             rows[-1].append(self.relation())
             if self.accept("row", ",", "and"):
                 while self.accept("row"):
                     pass
                 rows.append([])
-            elif not self.accept("&") and not self.is_op("end"):
+            elif not self.accept("&") and not self.next_is("end"):
                 raise Unreadable("matrix")
-        self.take()
         rows = tuple(tuple(row) for row in rows if row)
         if kind == "system":  # of equations
             return ("list", ",", sum(rows, ()))
         if len(set(map(len, rows))) != 1:
             raise Unreadable("matrix")
-        return _determinant(rows) if kind == "vmatrix" else ("mat", rows)
+        return ("det", ("mat", rows)) if kind == "vmatrix" else ("mat", rows)
 
     # -- forms and functions
-    def fraction(self) -> Node:
+    def fraction(self, _) -> Node:
         return ("div", self.argument(), self.argument())
 
-    def binomial(self) -> Node:
+    def binomial(self, _) -> Node:
         return ("binom", self.argument(), self.argument())
 
-    def integral(self) -> Node:  # \\int{0}{1}{x^2}{x}, see words.py
+    def integral(self, _) -> Node:  # \int{0}{1}{x^2}{x}, see words.py
         low, high, body = self.argument(), self.argument(), self.argument()
-        return ("int", self.spelt(), low, high, body)
+        return ("big", "int", self.spelt(), low, high, body)
 
-    def root(self) -> Node:
+    def root(self, _) -> Node:
         index = num(2)
         if self.accept("["):
             index = self.sum()
@@ -437,10 +404,10 @@ class Parser:
         return self.signed(self.atom) if self.accept(mark) else None
 
     def function(self, name: str) -> Node:
-        if self.is_op("="):  # \\max = 5
+        if self.next_is("="):  # \\max = 5
             return ("sym", name)
         base = self.script("_")
-        if name == "log" and self.peek(-1)[0] == "num" and not self.starts_atom():  # \\log_28
+        if name == "log" and self.next_is("num", ahead=-1) and not self.starts_atom():  # \\log_28
             self.at -= 1
             base = self.argument()
         power = self.script("^")
@@ -449,27 +416,24 @@ class Parser:
         args = self.function_arguments()
         if base and name != "log":
             raise Unreadable("subscript of a function")
-        if name == "det" and args[0][0] == "mat":
-            return _determinant(args[0][1])
         node = ("div", ("ln", *args), ("ln", base)) if base else (name, *args)
         return ("pow", node, power) if power else node
 
     def function_arguments(self) -> tuple:
-        if self.is_op("{{", "(", "{", "["):  # max{a, b}
-            node = self.nested(self.atom)
+        if self.next_is("{{", "(", "{", "["):  # max{a, b}
+            node = self.atom()
             if node[0] == "set":
                 return node[1]
             return node[2] if node[0] == "tuple" else elements(node)
         negative = self.accept("-")
         node = self.power()
-        while self.starts_atom() and not self.is_op("("):
-            kind, value = self.peek()
-            if kind in _COMMANDS and (value != "fraction" or node[0] != "num"):
+        while self.starts_atom() and not self.next_is("("):
+            if self.next_is(*_COMMANDS) and not (self.next_is("fraction") and node[0] == "num"):
                 break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def binding(self, name: str) -> Node:
+    def big(self, name: str) -> Node:
         """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
         low, high = self.script("_"), self.script("^")
         if not low:
@@ -483,6 +447,4 @@ class Parser:
         self.bound.append(variable)
         body = self.product()
         self.bound.pop()
-        if name == "lim":
-            return ("lim", variable, start, body)
-        return ("big", name, variable, start, high, body)
+        return ("big", name, variable, start, high or start, body)

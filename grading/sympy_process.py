@@ -63,7 +63,7 @@ def _symbolic(evaluator: Evaluator, node: Node) -> Number:
 # What sympy calls a function of ours; one that is not here has no value.
 _CALLED = """arcsin asin arccos acos arctan atan abs Abs ceil ceiling ln log binom binomial
     fact factorial fact2 factorial2 pow Pow add Add mul Mul sum Sum prod Product int Integral
-    lim Limit floor floor log log sin sin cos cos tan tan cot cot sec sec csc csc sinh sinh
+    floor floor log log sin sin cos cos tan tan cot cot sec sec csc csc sinh sinh
     cosh cosh exp exp pi pi e E i I oo oo""".split()
 _CALLED = dict(zip(_CALLED[::2], _CALLED[1::2]))
 
@@ -79,16 +79,14 @@ def _to_sympy(node: Node, env: dict):
         return sympy.Rational(*value.as_integer_ratio()) if isinstance(value, Fraction) else value
     if kind == "const":
         return getattr(sympy, _CALLED[parts[0]])
-    if kind in ("big", "int", "lim"):
-        if kind == "big":
-            kind, *parts = parts
-        name, *bounds, body = parts
+    if kind == "big":
+        kind, name, low, high, body = parts
         symbol = sympy.Dummy(name, integer=kind in ("sum", "prod") or None)
         body = _to_sympy(body, env | {name: symbol})
-        limits = [symbol, *(_to_sympy(bound, env) for bound in bounds)]
+        low, high = _to_sympy(low, env), _to_sympy(high, env)
         if kind == "lim":
-            return sympy.Limit(body, *limits)
-        return getattr(sympy, _CALLED[kind])(body, limits)
+            return sympy.Limit(body, symbol, low)
+        return getattr(sympy, _CALLED[kind])(body, (symbol, low, high))
     args = [_to_sympy(part, env) for part in parts]
     if kind == "neg":
         return -args[0]

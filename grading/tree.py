@@ -3,8 +3,8 @@ who read it.
 
 ("num", value, decimals as written or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"),
 ("dots",), (operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor
-ceil binom mod, and functions, ("big", "sum" | "prod", name, low, high, body),
-("int", name, low, high, body), ("lim", name, point, body), ("unit", a, "m^1 s^-2"),
+ceil binom mod, and functions, ("big", "sum" | "prod" | "int" | "lim", name, low, high, body),
+("unit", a, "m^1 s^-2"),
 ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
 ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus);
 statement.py adds to them.
@@ -71,6 +71,6 @@ def names(*nodes: Node) -> list[str]:
     for part in walk(("list", *nodes)):
         if part[0] == "sym":
             letters.add(part[1])
-        elif part[0] in ("big", "int", "lim"):
-            bound.add(part[2] if part[0] == "big" else part[1])
+        elif part[0] == "big":
+            bound.add(part[2])
     return sorted(letters - bound)

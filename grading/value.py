@@ -84,6 +84,17 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
+def _determinant(rows: tuple) -> Node:
+    if len(rows) > 5:
+        raise Undefined("too large a determinant")
+    total = num(0) if rows else num(1)
+    for k, cell in enumerate(rows[0] if rows else ()):
+        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
+        term = ("mul", cell, _determinant(minor))
+        total = ("add", total, ("neg", term) if k % 2 else term)
+    return total
+
+
 class Evaluator:
     """Evaluates trees. All its evaluations share one budget of steps. scaled: a percent sign is a
     hundredth and a degree sign pi/180, else both are 1. unreal is set when a root or a logarithm
@@ -125,8 +136,8 @@ class Evaluator:
             return _CONSTANTS[args[0]]
         if kind == "big":
             return self.big(*args)
-        if kind in ("int", "lim"):
-            return self.symbolic((kind, *args))
+        if kind in ("det", "abs") and args[0][0] == "mat":
+            return self.eval(_determinant(args[0][1]))
         if kind in _QUOTIENTS:
             over, under = _QUOTIENTS[kind]
             return self.eval(("div", (over, *args), (under, *args)))
@@ -237,7 +248,9 @@ class Evaluator:
         return -self.floor(-a)
 
     def big(self, kind: str, name: str, low: Node, high: Node, body: Node) -> Number:
-        """A sum or a product, term by term if that is not too long."""
+        """A sum or a product, term by term if that is not too long; integrals and limits."""
+        if kind in ("int", "lim"):
+            return self.symbolic(("big", kind, name, low, high, body))
         start, end = self.integer(self.eval(low), 10**12), inf
         if high != ("const", "oo"):
             end = self.integer(self.eval(high), 10**12)

@@ -1,7 +1,8 @@
 r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
-A token is ("fn", function), ("form" | "big" | "accent", command), ("op", symbol), ("id", letter),
-("text", word), ("num", digits) or ("money", currency).
+A token is (kind, value): ("num", digits), ("id", letter), ("text", word), ("money", currency),
+("begin" | "end", environment), ("function", name), a command with arguments, ("fraction", "frac"),
+or a symbol, whose kind is its value, ("+", "+").
 """
 
 import re
@@ -11,27 +12,29 @@ from grading.units import NEGATIONS, NUMBERS
 
 
 def _table(rows: str) -> dict[str, tuple]:
-    """Maps words to tokens. A row is a kind, a value (=: the word itself) and words."""
+    """Maps words to tokens. A row is a kind (op: a symbol), a value (=: the word) and words."""
     table = {}
     for row in rows.strip().splitlines():
         kind, value, *words = row.split()
         for word in words:
-            table[word] = (kind, word if value == "=" else value)
+            name = word if value == "=" else value
+            table[word] = (name if kind == "op" else kind, name)
     return table
 
 
 PLAIN = _table("""
-    fn arcsin arcsin asin
-    fn arccos arccos acos
-    fn arctan arctan atan arctg
-    fn arcsinh arcsinh arsinh
-    fn arccosh arccosh arcosh
-    fn arctanh arctanh artanh
-    fn cot cot ctg
-    fn tan tan tg
-    fn csc csc cosec
-    fn = sin cos sec arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil cis det
-    form root sqrt
+    function arcsin arcsin asin
+    function arccos arccos acos
+    function arctan arctan atan arctg
+    function arcsinh arcsinh arsinh
+    function arccosh arccosh arcosh
+    function arctanh arctanh artanh
+    function cot cot ctg
+    function tan tan tg
+    function csc csc cosec
+    function = sin cos sec arccot sinh cosh tanh exp ln log lg gcd lcm max min abs floor ceil
+    function = cis det
+    root = sqrt
     op oo infinity inf oo infty
     op cup union
     op = pi
@@ -41,9 +44,9 @@ TEXT = """
     unit""".split()
 COMMANDS = PLAIN | dict.fromkeys(TEXT, ("skip", ""))
 COMMANDS |= _table(r"""
-    form fraction frac dfrac tfrac cfrac
-    form binomial binom dbinom tbinom
-    form integral int
+    fraction = frac dfrac tfrac cfrac
+    binomial = binom dbinom tbinom
+    integral = int
     big = sum prod lim
     accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde
     op * cdot times ast
