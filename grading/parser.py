@@ -17,7 +17,7 @@ _MARKS = {"!": "fact", "!!": "fact2", "%": "percent", "deg": "deg"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
 _BRACKETS = {"(": ")]", "[": ")]", "{": "}", "{{": ("}}",)}  # what may close them
-_COMMANDS = "function fraction binomial integral root big accent".split()
+_COMMANDS = "function pair integral root big accent".split()
 _INFINITY = ("const", "oo")
 _ATOMS = {
     "pi": ("const", "pi"),
@@ -43,14 +43,6 @@ def parse(text: str, as_list: bool = False) -> Node:
 
 def _listed(joiner: str, items: list[Node]) -> Node:
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
-
-
-def _continues(item: Node, previous: Node) -> bool:
-    """Whether a value with a unit goes on with a smaller one: 2 hours and 30 minutes."""
-    if item[0] != "unit" or previous[0] != "unit":
-        return False
-    factor = ratio(item[2], previous[2])
-    return factor is not None and factor < 1
 
 
 def _is_part(node: Node) -> bool:
@@ -126,27 +118,21 @@ class Parser:
         node = self.sequence()
         if self.accept("pmod"):
             node = ("cong", node, self.signed(self.atom))
-        while self.accept("."):
-            pass
         if not self.next_is(""):
             raise Unreadable("something is left over")
         return node
 
     def sequence(self) -> Node:
         """A list; x=1,y=2; x=3,y=4 and x=1,y=2 or x=3,y=4 are lists of lists."""
-        groups, joiners = [[self.relation()]], set()
+        kind, groups = ",", [[self.relation()]]
         while joiner := self.accept(",", ";", "or", "and"):
             while second := self.accept("or", "and"):
                 joiner = second
-            joiners.add(joiner)
-            item, items = self.relation(), groups[-1]
-            if joiner == "and" and _continues(item, items[-1]):
-                items[-1] = ("add", items[-1], item)
-            elif joiner in (";", "or"):
-                groups.append([item])
-            else:
-                items.append(item)
-        kind = "or" if "or" in joiners else ","
+            if joiner == "or":
+                kind = "or"
+            if joiner in (";", "or"):
+                groups.append([])
+            groups[-1].append(self.relation())
         lists = [_listed(",", items) for items in groups]
         return _listed(kind, lists)
 
@@ -213,11 +199,11 @@ class Parser:
 
     def price(self, currency: str) -> Node:
         node = self.signed(self.product)
-        if node[0] != "unit":
-            return ("unit", node, currency + "^1")
-        if ratio(currency + "^1", node[2]) is not None:  # $5 dollars
-            return node
-        return ("unit", node[1], f"{currency}^1 {node[2]}")
+        units = f"{currency}^1"
+        if node[0] == "unit":  # $5 per hour
+            _, node, other_units = node
+            units = f"{units} {other_units}"
+        return ("unit", node, units)
 
     def starts_atom(self) -> bool:
         if self.next_is("|"):  # a bar that opens, not one that closes, nor the one of divides
@@ -240,7 +226,11 @@ class Parser:
         """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 5 cups of flour, 5 per apple, 1 way.
         What stands in a remark, or after "of" or "per", may be any words."""
         units, aside = [], False
-        while self.next_is("text") or self.next_is("*", "/") and self.goes_on(units):
+        while (
+            self.next_is("text")
+            or self.next_is("*", "/")
+            and (self.next_is("text", ahead=1) or units and self.peek(1)[1] in UNITS)
+        ):
             over = self.accept("/")
             self.accept("*")
             name = self.take()[1]
@@ -257,23 +247,16 @@ class Parser:
             aside = aside or name.lower() == "of" or bool(over) and not known(name)
         return ("unit", node, " ".join(units)) if units else node
 
-    def goes_on(self, units: list[str]) -> bool:
-        kind, value = self.peek(1)
-        return kind == "text" or bool(units) and value in UNITS
-
     # -- powers
     def power(self) -> Node:
         node = self.atom()
         for _ in range(MAX_DEPTH):
-            mark = self.accept("^", *_MARKS)
-            if not mark:
-                return node
-            if mark == "^":
+            if mark := self.accept(*_MARKS):
+                node = (_MARKS[mark], node)
+            elif self.accept("^"):
                 node = ("pow", node, self.signed(self.atom))
             else:
-                if mark == "!" and self.accept("!"):
-                    mark = "!!"
-                node = (_MARKS[mark], node)
+                return node
         raise Unreadable("nested too deeply")
 
     # -- atoms
@@ -328,9 +311,7 @@ class Parser:
 
     def words(self, first: str) -> Node:
         words, is_number = [first], number_word(first) is not None
-        while self.next_is("text"):
-            if is_number and number_word(self.peek()[1]) is None:
-                break
+        while self.next_is("text") and (not is_number or number_word(self.peek()[1]) is not None):
             words.append(self.take()[1])
         if is_number:
             return num(_spoken(words))
@@ -368,13 +349,10 @@ class Parser:
         if kind == "array":
             self.atom()
         while not self.accept("end"):
-            rows[-1].append(self.relation())
             if self.accept("row", ",", "and"):
-                while self.accept("row"):
-                    pass
                 rows.append([])
-            elif not self.accept("&") and not self.next_is("end"):
-                raise Unreadable("matrix")
+            elif not self.accept("&"):
+                rows[-1].append(self.relation())
         rows = tuple(tuple(row) for row in rows if row)
         if kind == "system":  # of equations
             return ("list", ",", sum(rows, ()))
@@ -383,11 +361,8 @@ class Parser:
         return ("det", ("mat", rows)) if kind == "vmatrix" else ("mat", rows)
 
     # -- forms and functions
-    def fraction(self, _) -> Node:
-        return ("div", self.argument(), self.argument())
-
-    def binomial(self, _) -> Node:
-        return ("binom", self.argument(), self.argument())
+    def pair(self, kind: str) -> Node:
+        return (kind, self.argument(), self.argument())
 
     def integral(self, _) -> Node:  # \int{0}{1}{x^2}{x}, see words.py
         low, high, body = self.argument(), self.argument(), self.argument()
@@ -428,7 +403,7 @@ class Parser:
         negative = self.accept("-")
         node = self.power()
         while self.starts_atom() and not self.next_is("("):
-            if self.next_is(*_COMMANDS) and not (self.next_is("fraction") and node[0] == "num"):
+            if self.next_is(*_COMMANDS) and (self.peek() != ("pair", "div") or node[0] != "num"):
                 break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)

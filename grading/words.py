@@ -1,8 +1,8 @@
 r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
 A token is (kind, value): ("num", digits), ("id", letter), ("text", word), ("money", currency),
-("begin" | "end", environment), ("function", name), a command with arguments, ("fraction", "frac"),
-or a symbol, whose kind is its value, ("+", "+").
+("begin" | "end", environment), ("function", name), a command with arguments, ("pair", "div"), or
+a symbol, whose kind is its value, ("+", "+").
 """
 
 import re
@@ -44,8 +44,8 @@ TEXT = """
     unit""".split()
 COMMANDS = PLAIN | dict.fromkeys(TEXT, ("skip", ""))
 COMMANDS |= _table(r"""
-    fraction = frac dfrac tfrac cfrac
-    binomial = binom dbinom tbinom
+    pair div frac dfrac tfrac cfrac
+    pair binom binom dbinom tbinom
     integral = int
     big = sum prod lim
     accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde
@@ -165,6 +165,14 @@ hundred and(?=\s[a-z])
 and
 (\d)\s?(TEXT)?and\s(?:a|one)\s(half|third|quarter)(?(2)([a-z\s]*)\})
 => \1+\\text{\3 \4}
+
+and
+\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?(?:minutes?|mins?|seconds?|secs?|inch(?:es)?|cents?|oz|ounces?)\b)
+=> +
+
+\$
+\\\$(?=\s?[\d.,]+\s?(?:TEXT)?(?:dollars|USD)\b)
+=>
 
 -
 \b(NUMBER)-(?=NUMBER)
@@ -321,6 +329,10 @@ mathbb
 \{
 ^\\\{\s?[a-zA-Z]\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$
 => \1
+
+.
+(?<!\.)\.[\s$~]*$
+=>
 
 odot
 (?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$
