@@ -2,7 +2,7 @@
 
 import re
 
-from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
+from grading.tree import MAX_TEXT, MAX_TOKENS, Unreadable
 from grading.units import CURRENCIES, GLUED, UNITS, known, number_word
 from grading.words import COMMANDS, PLAIN, TEXT, WORDS, plain
 
@@ -13,7 +13,7 @@ _LEX = re.compile(
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
   | (?P<date>\d{{1,2}}/\d{{1,2}}/(?:19|20)\d\d(?!\d)|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))
   | (?P<thousands>
-        (?<![_^])\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
+        (?<![_^])[1-9]\d{{0,2}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
         |\d*\.(?:\d{{3}}\\,)+\d{{1,3}})
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
@@ -24,20 +24,20 @@ _LEX = re.compile(
   | (?P<currency>(?:US\s?)?\\\$|[€£¥₹¢]|(?:USD|EUR|GBP|JPY|INR|Rs)(?![A-Za-z])\.?)
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
   | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
-  | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
   | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
-  | (?P<escape>\\[{{}}%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
-  | (?P<operator>\*\*|<=|>=|!!|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
+  | (?P<operator>\\[{{}}%&_\#|]|\*\*|<=|>=|!!|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
 """,
     re.VERBOSE | re.ASCII,
 )
 _NUMBERS = {  # group -> what is replaced in it by what
+    "number": ("", ""),
+    "scientific": ("", ""),
+    "thousands": (r"[^\d.]", ""),
     "clock": (r"\s", ""),
     "based": (r"[{}()]", ""),
-    "scientific": (r"^", ""),
     "repeating": (r"\\[a-z]+\s*\{?(\d+)\}?", r"(\1)"),
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
@@ -55,13 +55,12 @@ class Lexer:
         if len(text) > MAX_TEXT:
             raise Unreadable("too long")
         self.text, self.as_list = plain(text), as_list
-        self.tokens, self.parens, self.environments = [], 0, []
+        self.tokens, self.parens = [], 0
         self.glued = False  # whether no space stands before what comes next
+        self.run(0, len(self.text), False)
 
-    def run(self, at: int = 0, end: int | None = None, in_text: bool = False) -> list[tuple]:
-        """The tokens. Raises Unreadable."""
-        if end is None:
-            end = len(self.text)
+    def run(self, at: int, end: int, in_text: bool) -> None:
+        """Raises Unreadable."""
         self.glued = False
         while at < end:
             match = _LEX.match(self.text, at, end)
@@ -76,7 +75,6 @@ class Lexer:
             elif group != "space":
                 at = getattr(self, group)(text, match) or at
             self.glued = group != "space"
-        return self.tokens
 
     def add(self, kind: str, value: str = "") -> None:
         self.tokens.append((kind, value or kind))
@@ -90,59 +88,32 @@ class Lexer:
         before, last = self.previous()
         return before == "text" if last == "/" else last in _ENDS  # km/hr
 
-    def number(self, text, match):
-        if len(text) > MAX_DIGITS:
-            raise Unreadable("too many digits")
-        self.add("num", text)
-        return match.start() + len(text)
-
-    def thousands(self, text, match):
-        if text[0] == "0" and text[1] != ".":
-            return self.number(re.match(r"\d+", text).group(), match)
-        self.number(re.sub(r"[^\d.]", "", text), match)
-
     def comma(self, text, match):
         before, last = self.previous()
         is_listed = self.as_list or self.parens or last == "," and before == "num"
         if is_listed and ",0" not in text:
-            return self.number(text[: text.index(",")], match)
-        self.thousands(text, match)
+            text = text.partition(",")[0]
+        self.add("num", text.replace(",", ""))
+        return match.start() + len(text)
 
     def operator(self, text, match):
-        if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
-            return  # what aligns, what abbreviates
+        if text == "." and self.in_text:
+            return  # it abbreviates
         if text == "!=" and self.glued and self.after_value():  # 5!=120, but x!=5
             self.add("!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
         self.add(_OPERATORS.get(text, text))
 
-    def escape(self, text, match):
-        self.operator(text, match)
-
     def currency(self, text, match):
         name = next(name for sign, name in CURRENCIES.items() if sign in text)
         self.add("text" if self.after_value() else "money", name)
 
     def environment(self, text, match):
-        name = match["name"]
-        if not name.endswith(("matrix", "array")):
-            name = "system"
-        if match["edge"] == "begin":
-            self.environments.append(name)
-        else:
-            del self.environments[-1:]
-        self.add(match["edge"], name)
+        self.add(match["edge"], match["name"])
 
     def date(self, text, match):
         self.add("text", text)
-
-    def blackboard(self, text, match):
-        letter = text.rstrip("} \t\n")[-1]
-        if letter == "R":
-            self.add("reals")
-        else:
-            self.add("id", "set " + letter)
 
     def letters(self, text, match):
         low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
@@ -150,8 +121,6 @@ class Lexer:
             self.add(*WORDS[low])
         elif number_word(text) is not None:
             self.add("text", text)
-        elif self.in_text and text == "to" and self.previous()[-1] == "num":  # 3 to 4
-            self.add(":")
         elif self.in_text:  # a single letter that is no unit is a variable
             is_word = len(text) > 1 or text in UNITS and self.after_value()
             self.add("text" if is_word else "id", text)
@@ -172,7 +141,7 @@ class Lexer:
         """Whether letters outside \\text{} that follow a value are its unit."""
         if len(text) == 1:
             return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
-        if text in GLUED or text.removesuffix("s") in GLUED or text.lower() in ("am", "pm"):
+        if text in GLUED or text.removesuffix("s") in GLUED:
             return True
         is_function = text in PLAIN or next_char == "("
         return not self.glued and not is_function and known(text)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
-from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
+from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word
 from grading.words import PHRASES
 
 _RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
@@ -38,7 +38,7 @@ _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
     Unreadable."""
-    return Parser(Lexer(text, as_list).run()).answer()
+    return Parser(Lexer(text, as_list).tokens).answer()
 
 
 def _listed(joiner: str, items: list[Node]) -> Node:
@@ -354,7 +354,7 @@ class Parser:
             elif not self.accept("&"):
                 rows[-1].append(self.relation())
         rows = tuple(tuple(row) for row in rows if row)
-        if kind == "system":  # of equations
+        if not kind.endswith(("matrix", "array")):  # cases, aligned
             return ("list", ",", sum(rows, ()))
         if len(set(map(len, rows))) != 1:
             raise Unreadable("matrix")

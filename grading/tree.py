@@ -13,7 +13,7 @@ statement.py adds to them.
 from fractions import Fraction
 
 MAX_TEXT, MAX_TOKENS, MAX_DEPTH = 20_000, 2_000, 40  # of one answer
-MAX_DIGITS, MAX_BITS = 10_000, 200_000  # of a literal, of an exact number
+MAX_BITS = 200_000  # of an exact number
 MAX_STEPS = 20_000  # of one comparison
 
 Node = tuple

@@ -48,7 +48,7 @@ COMMANDS |= _table(r"""
     pair binom binom dbinom tbinom
     integral = int
     big = sum prod lim
-    accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde
+    accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde mathbb
     op * cdot times ast
     op / div
     op <= le leq leqslant
@@ -78,7 +78,7 @@ COMMANDS |= _table(r"""
     op empty emptyset varnothing
     op row cr
     op % percent
-    op = cap in mid lfloor rfloor lceil rceil equiv pmod choose over
+    op = reals cap in mid lfloor rfloor lceil rceil equiv pmod choose over
     id epsilon varepsilon
     id theta vartheta
     id phi varphi
@@ -329,6 +329,18 @@ mathbb
 \{
 ^\\\{\s?[a-zA-Z]\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$
 => \1
+
+mathbb
+\\mathbb\s?(?:\{\s?R\s?\}|R)
+=> \\reals~
+
+&
+(?<!\\)&(?!nbsp|.{0,2000}(?:matrix|array)\})
+=>
+
+to
+(?<=\d)\s?(?:TEXT)?\bto\s?\}?\s?(?=\d)
+=> :
 
 .
 (?<!\.)\.[\s$~]*$
