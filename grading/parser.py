@@ -11,7 +11,7 @@ from grading.words import PHRASES
 
 _RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
-_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
+_SIGNS = {"+": "", "-": "neg", "+-": "pm", "-+": "mp"}
 _PRODUCTS = {"*": "mul", "/": "div", "mod": "mod"}
 _MARKS = {"!": "fact", "!!": "fact2", "%": "percent", "deg": "deg"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
@@ -159,17 +159,15 @@ class Parser:
 
     # -- sums and products
     def sum(self) -> Node:
-        node, op = None, self.accept(*_SIGNS) or "+"
-        while op:
+        node, sign = None, self.accept(*_SIGNS) or "+"
+        while sign:
             term = self.signed(self.product)
-            if op == "-" and term[0] == "set" and node:  # R - {0}
-                op = "minus"
-            elif op == "-":
-                term = ("neg", term)
-            if node or op in ("+-", "-+"):
-                term = (_SIGNS.get(op, op), node, term)
-            node = term
-            op = self.accept(*_SIGNS)
+            if sign == "-" and term[0] == "set" and node:  # R - {0}
+                node = ("minus", node, term)
+            else:
+                term = (_SIGNS[sign], term) if _SIGNS[sign] else term
+                node = ("add", node, term) if node else term
+            sign = self.accept(*_SIGNS)
         return node
 
     def signed(self, read) -> Node:

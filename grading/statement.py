@@ -10,7 +10,7 @@ import itertools
 from grading.tree import Node, Unreadable, constant, elements, has, names, num, walk
 from grading.units import hoisted
 
-_MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
+_ORDERS = set("< <= != > >=".split())
 
 
 def settle(node: Node) -> Node:
@@ -33,8 +33,6 @@ def settle(node: Node) -> Node:
     node = variants[0]
     if kind == "rel":
         return _relation(node[1])
-    if kind == "unit" and node[1][0] in ("rel", "list"):
-        return settle(node[1])
     if kind in ("add", "neg") and has(node, "unit"):
         return hoisted(node)
     return node
@@ -57,13 +55,11 @@ def _variants(node: Node) -> list[Node]:
     """The values of an expression with plus-minus signs: independent signs, unless a minus-plus
     ties them together."""
     signs = [part[0] for part in walk(node) if part[0] in ("pm", "mp")]
-    if not signs:
-        return [node]
     if len(signs) > 4:
         raise Unreadable("too many plus-minus signs")
     independent = 1 if "mp" in signs else len(signs)
     variants = []
-    for choice in itertools.product((1, -1), repeat=independent):
+    for choice in itertools.product((True, False), repeat=independent):
         variants.append(_signed(node, itertools.cycle(choice)))
     return list(dict.fromkeys(variants))
 
@@ -73,13 +69,9 @@ def _signed(node: Node, choice) -> Node:
         return node
     if not node or node[0] not in ("pm", "mp"):
         return tuple(_signed(part, choice) for part in node)
-    kind, left, right = node
-    is_plus = next(choice) > 0
-    left = _signed(left, choice)
-    right = _signed(right, choice)
-    if is_plus != (kind == "pm") and right != num(0):
-        right = ("neg", right)
-    return ("add", left, right) if left else right
+    is_plus = next(choice) == (node[0] == "pm")
+    part = _signed(node[1], choice)
+    return part if is_plus or part == num(0) else ("neg", part)
 
 
 def _list(joiner: str, nodes) -> Node:
@@ -111,7 +103,7 @@ def is_name(node: Node) -> bool:
 
 
 def _relation(parts: tuple) -> Node:
-    operands, operators = parts[::2], set(parts[1::2])
+    operands, operators = parts[::2], parts[1::2]
     if "~" in operators:
         first = parts.index("~")
         if first > 1:
@@ -119,14 +111,14 @@ def _relation(parts: tuple) -> Node:
         if is_name(parts[0]):
             return _relation((parts[0], "=", *parts[2:]))
         return ("chain", (parts[2], parts[0]))
-    if operators == {"="}:
+    if set(operators) == {"="}:
         return _equation(operands)
-    if operators <= _MIRRORED.keys():
+    if _ORDERS.issuperset(operators):
         pairs = []
-        for a, sign, b in zip(operands, parts[1::2], operands[1:]):
+        for a, sign, b in zip(operands, operators, operands[1:]):
             if ">" in sign:
-                a, b = b, a
-            pairs.append((a, _MIRRORED[sign], b))
+                a, sign, b = b, sign.replace(">", "<"), a
+            pairs.append((a, sign, b))
         return ("less", tuple(pairs))
     if len(parts) == 3:
         left, operator, right = parts
@@ -158,13 +150,10 @@ def _equation(operands: tuple) -> Node:
 
 
 def named_value(node: Node) -> Node:
-    """What an answer says that an expression is worth: m + n = 24, |z| = 5, Answer: 5; any other
-    node as it is."""
-    if node[:2] == ("tuple", ":") and len(node[2]) == 2:
-        name, value = node[2]
-        return settle(value) if name[0] == "sym" else node
+    """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it
+    is."""
     if node[0] == "eq":
-        _, left, right = node
-        if not names(left) or not names(right):
-            return settle(right if names(left) else left)
+        for name, value in (node[1:], node[:0:-1]):
+            if not names(value):
+                return settle(value)
     return node

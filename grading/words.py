@@ -142,6 +142,10 @@ ANY
 => \1
 
 ANY
+^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]{4,}(\}?)\s?:(?!\s?\\?[A-Z])
+=> \1\2
+
+ANY
 (?<=\d)\s?\^?\s?
 (?:TEXT(?:ORDINAL)\s?\}|\{\s?(?:TEXT)?(?:ORDINAL)\s?\}{1,2}|(?:ORDINAL)(?![A-Za-z]))$
 =>
