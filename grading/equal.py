@@ -53,8 +53,9 @@ class Judge:
             return True
         for value, decimal in ((a, b), (b, a)):
             if decimal[0] == "num" and decimal[2]:
-                value = lift(real(self.evaluator.value(value, {})))
-                return abs(value - lift(decimal[1])) <= mp.mpf(10) ** -decimal[2]
+                error = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
+                if abs(error) <= mp.mpf(10) ** -decimal[2]:
+                    return True
         return False
 
     def same_residues(self, a, b):
@@ -132,7 +133,8 @@ class Judge:
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
         left, right = a[2], b[2]
-        if a[3] == b[3] == ":" and ":" in (a[1], b[1]):  # 2:3 = 4:6, but not 2:30 = 4:60
+        are_times = a[1] == b[1] == "clock"
+        if a[3] == b[3] == ":" and not are_times and num(0) not in left:  # 2:3 = 4:6
             scaled = [("mul", item, right[0]) for item in left]
             scaled2 = [("mul", item, left[0]) for item in right]
             return self.each(scaled, scaled2)

@@ -142,7 +142,7 @@ ANY
 => \1
 
 ANY
-^(TEXT)?(?!.*\b(?:NEGATION)\b)[A-Za-z\s]{4,}(\}?)\s?:(?!\s?\\?[A-Z])
+^[\s$]*(TEXT)?(?![^:]*\b(?:NEGATION)\b)[A-Za-z\s]{4,}(\}?)\s?:(?!\s?\\?[A-Z])
 => \1\2
 
 ANY
@@ -171,11 +171,12 @@ and
 => \1+\\text{\3 \4}
 
 and
-\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?(?:minutes?|mins?|seconds?|secs?|inch(?:es)?|cents?|oz|ounces?)\b)
+(?<!minutes\s)(?<!seconds\s)(?<!inches\s)(?<!cents\s)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?
+(?:minutes?|mins?|seconds?|secs?|inch(?:es)?|cents?|oz|ounces?)\b)
 => +
 
 \$
-\\\$(?=\s?[\d.,]+\s?(?:TEXT)?(?:dollars|USD)\b)
+\\\$(?=\s?[\d.,]+\s?(?:TEXT)?(?:US\s)?(?:dollars|USD)\b)
 =>
 
 -
@@ -278,6 +279,14 @@ m
 (?i)\b([ap])\.\s?m\b\.?
 => \1m
 
+AM
+(?<=:\d\d)\s?AM\b
+=> am
+
+PM
+(?<=:\d\d)\s?PM\b
+=> pm
+
 ph
 (?<![a-zA-Z])(?:km|k)ph\b
 => km/h
@@ -291,11 +300,11 @@ fps
 => ft/s
 
 sq
-(?<![a-zA-Z\\])sq(?:uare|\.)?\s([a-zA-Z]+)
+(?<![a-zA-Z\\])sq(?:uare\s|\.\s?|\s)([a-zA-Z]+)
 => \1^2
 
 cu
-(?<![a-zA-Z\\])cu(?:bic|\.)?\s([a-zA-Z]+)
+(?<![a-zA-Z\\])cu(?:bic\s|\.\s?|\s)([a-zA-Z]+)
 => \1^3
 
 mu
