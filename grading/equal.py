@@ -72,7 +72,7 @@ class Judge:
                 return self.both(a[2], b[2])
         if b[0] in ("assign", "eq"):
             return self.proportional(*a[1:], *b[1:])
-        return b[0] not in ("record", "less") and self.same(settle(a[2]), b)
+        return self.same(settle(a[2]), b)
 
     def same_record(self, a, b):
         if b[0] == "record":
@@ -155,10 +155,8 @@ class Judge:
     def same_unit(self, a, b):
         if b[0] == "unit":
             factor = ratio(a[2], b[2])
-            if factor is None:
-                return False
-            value = a[1] if factor == 1 else ("mul", num(factor), a[1])
-            return self.same(value, b[1])
+            value = a[1] if factor == 1 else ("mul", num(factor or 0), a[1])
+            return factor is not None and self.same(value, b[1])
         if self.same(settle(a[1]), b):
             return True
         spelt = a[1]
@@ -173,31 +171,24 @@ class Judge:
             readings.append((True, False))
         if has(both, "log"):
             readings.append((False, True))
-        same = self.same_function if names(both) else self.same_number
         for evaluator.scaled, evaluator.decimal_log in readings:
-            if same(a, b):
+            if self.same_values(a, b):
                 return True
         return False
 
-    def same_function(self, a, b):
+    def same_values(self, a, b):
+        letters = names(a, b)
         for x, y in self.samples(a, b):
             if not is_close(x, y):
-                return False
-        return self.sampled > 2
-
-    def same_number(self, a, b):
-        try:
-            x, y = self.evaluator.value(a, {}), self.evaluator.value(b, {})
-        except Undefined:
-            return False
-        return is_close(x, y) or _rounds_to(a, b, y) or _rounds_to(b, a, x)
+                return not letters and (_rounds_to(a, b, y) or _rounds_to(b, a, x))
+        return self.sampled > (2 if letters else 0)
 
     def samples(self, a, b):
         """(value of a, of b) at random points where both have one; where nothing leaves the reals,
         if there are such points. self.sampled counts them."""
         letters, evaluator = names(a, b), self.evaluator
         self.sampled, unreal = 0, []
-        for attempt in range(4 * _SAMPLES):
+        for attempt in range(4 * _SAMPLES if letters else 1):
             env = _draw(letters, attempt)
             evaluator.unreal = False
             try:
@@ -248,14 +239,15 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter
     decimal expansion."""
     power = Fraction(0)
-    if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)):
-        power, decimal = constant(decimal[2][2]), decimal[1]
-    number = decimal[1] if decimal[0] == "neg" else decimal
-    is_decimal = number[0] == "num" and number[2]
-    if not is_decimal or other[0] == "num" and other[2] or power is None or abs(power) > 400:
+    match decimal:
+        case ("mul", mantissa, ("pow", ("num", 10, _), exponent)):
+            decimal, power = mantissa, constant(exponent)
+    written, number = constant(decimal), decimal[1] if decimal[0] == "neg" else decimal
+    is_exact = written is None or not number[2] or other[0] == "num" and other[2]
+    if is_exact or power is None or abs(power) > 400:
         return False
+    written = lift(written) * 10 ** number[2]
     scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
-    written = lift(constant(decimal)) * 10 ** number[2]
     if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag or scaled * written < 0:
         return False
     is_double = abs(written) > 10**15

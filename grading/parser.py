@@ -385,7 +385,7 @@ class Parser:
             base = self.argument()
         power = self.script("^")
         if power == ("neg", num(1)) and name in _INVERTED:
-            name, power = "arc" + name, None
+            name, power = "a" + name, None
         args = self.function_arguments()
         if base and name != "log":
             raise Unreadable("subscript of a function")
@@ -411,13 +411,10 @@ class Parser:
         low, high = self.script("_"), self.script("^")
         if not low:
             return ("mul", ("sym", name), self.product())
-        sign = "to" if name == "lim" else "="
-        if low[0] != "rel" or low[1][1::2] != (sign,) or bool(high) == (name == "lim"):
-            raise Unreadable("bounds")
-        (kind, variable, *_), _, start = low[1]
-        if kind not in ("sym", "const"):
-            raise Unreadable("bounds")
-        self.bound.append(variable)
-        body = self.product()
-        self.bound.pop()
-        return ("big", name, variable, start, high or start, body)
+        match low:
+            case ("rel", (("sym" | "const", variable), "=" | "to", start)) if high or name == "lim":
+                self.bound.append(variable)
+                body = self.product()
+                self.bound.pop()
+                return ("big", name, variable, start, high or start, body)
+        raise Unreadable("bounds")

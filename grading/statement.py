@@ -7,7 +7,7 @@
 
 import itertools
 
-from grading.tree import Node, Unreadable, constant, elements, has, names, num, walk
+from grading.tree import Node, Unreadable, constant, elements, names, num, walk
 from grading.units import hoisted
 
 _ORDERS = set("< <= != > >=".split())
@@ -15,27 +15,23 @@ _ORDERS = set("< <= != > >=".split())
 
 def settle(node: Node) -> Node:
     """Raises Unreadable."""
-    kind = node[0]
-    if kind == "list":
-        return _list(node[1], node[2])
-    if kind == "set":
-        return ("set", elements(_list(",", node[1])))
-    if kind == "cong":
-        return _residues(settle(node[1]), constant(node[2]))
-    if kind in ("cup", "cap", "minus"):
-        left, right = settle(node[1]), settle(node[2])
-        if kind == "cup" and left[0] == right[0] == "set":
-            return ("set", left[1] + right[1])
-        return (kind, left, right)
+    match node:
+        case ("list", joiner, items):
+            return _list(joiner, items)
+        case ("set", items):
+            return ("set", elements(_list(",", items)))
+        case ("cong", residues, modulus):
+            return _residues(settle(residues), constant(modulus))
+        case ("cup" | "cap" | "minus" as kind, left, right):
+            left, right = settle(left), settle(right)
+            if kind == "cup" and left[0] == right[0] == "set":
+                return ("set", left[1] + right[1])
+            return (kind, left, right)
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
-    node = variants[0]
-    if kind == "rel":
-        return _relation(node[1])
-    if kind in ("add", "neg") and has(node, "unit"):
-        return hoisted(node)
-    return node
+    [node] = variants
+    return _relation(node[1]) if node[0] == "rel" else hoisted(node)
 
 
 def _residues(listed: Node, modulus) -> Node:
@@ -55,6 +51,8 @@ def _variants(node: Node) -> list[Node]:
     """The values of an expression with plus-minus signs: independent signs, unless a minus-plus
     ties them together."""
     signs = [part[0] for part in walk(node) if part[0] in ("pm", "mp")]
+    if not signs:
+        return [node]
     if len(signs) > 4:
         raise Unreadable("too many plus-minus signs")
     independent = 1 if "mp" in signs else len(signs)
@@ -120,32 +118,31 @@ def _relation(parts: tuple) -> Node:
                 a, sign, b = b, sign.replace(">", "<"), a
             pairs.append((a, sign, b))
         return ("less", tuple(pairs))
-    if len(parts) == 3:
-        left, operator, right = parts
-        if operator == "mid":
-            return _residues(("equiv", right, num(0)), constant(left))
-        if operator == "equiv":
+    match parts:
+        case (modulus, "mid", value):
+            return _residues(("equiv", value, num(0)), constant(modulus))
+        case (left, "equiv", right):
             return ("equiv", left, right)
-        if operator == "in" and is_name(left):
-            return settle(right)
+        case (name, "in", region) if is_name(name):
+            return settle(region)
     raise Unreadable("mixed relations")
 
 
 def _equation(operands: tuple) -> Node:
-    first, last = operands[0], operands[-1]
-    if len(operands) == 2 and is_name(last) and not is_name(first):
-        first, last = last, first
+    first, *rest = operands
+    if len(rest) == 1 and is_name(rest[0]) and not is_name(first):
+        rest, first = [first], rest[0]
     if is_name(first):
-        value = last if len(operands) == 2 else ("chain", operands[1:])
-        is_point = first[:2] == ("tuple", "(") and value[0] == "tuple"
-        if is_point and len(first[2]) == len(value[2]):
-            return ("record", tuple(zip(first[2], value[2])))
-        kind = "eq" if first in walk(value) else "assign"
-        return (kind, first, value)
+        value = rest[0] if len(rest) == 1 else ("chain", tuple(rest))
+        match first, value:
+            case ("tuple", "(", names_of, _), ("tuple", _, values, _):
+                if len(names_of) == len(values):
+                    return ("record", tuple(zip(names_of, values)))
+        return ("eq" if first in walk(value) else "assign", first, value)
     if {operand[0] for operand in operands} == {"num"}:
         raise Unreadable("a tautology or a contradiction")
-    if len(operands) == 2 and names(*operands):
-        return ("eq", first, last)
+    if len(rest) == 1 and names(*operands):
+        return ("eq", *operands)
     return ("chain", operands)
 
 

@@ -13,7 +13,7 @@ import sys
 from fractions import Fraction
 
 from grading.answer import same
-from grading.tree import Node
+from grading.tree import Node, pairs
 from grading.value import Evaluator, Number, mp
 
 CLOCK, MEMORY = 0.9, 900 << 20  # seconds of processor time for one answer; bytes
@@ -61,11 +61,12 @@ def _symbolic(evaluator: Evaluator, node: Node) -> Number:
 
 
 # What sympy calls a function of ours; one that is not here has no value.
-_CALLED = """arcsin asin arccos acos arctan atan abs Abs ceil ceiling ln log binom binomial
-    fact factorial fact2 factorial2 pow Pow add Add mul Mul sum Sum prod Product int Integral
-    floor floor log log sin sin cos cos tan tan cot cot sec sec csc csc sinh sinh
-    cosh cosh exp exp pi pi e E i I oo oo""".split()
-_CALLED = dict(zip(_CALLED[::2], _CALLED[1::2]))
+_CALLED = pairs("""
+    asin asin acos acos atan atan sin sin cos cos tan tan cot cot sec sec csc csc sinh sinh
+    cosh cosh tanh tanh exp exp ln log log log abs Abs floor floor ceil ceiling binom binomial
+    fact factorial fact2 factorial2 add Add mul Mul pow Pow sum Sum prod Product int Integral
+    pi pi e E i I oo oo
+""")
 
 
 def _to_sympy(node: Node, env: dict):

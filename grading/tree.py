@@ -37,9 +37,12 @@ def num(value, decimals: int | None = None) -> Node:
 
 def constant(node: Node) -> Fraction | None:
     """The value of a number with or without a minus, None for anything else."""
-    if node[0] == "neg" and node[1][0] == "num":
-        return -node[1][1]
-    return node[1] if node[0] == "num" else None
+    match node:
+        case ("num", value, _):
+            return value
+        case ("neg", ("num", value, _)):
+            return -value
+    return None
 
 
 def elements(node: Node) -> tuple:
@@ -74,3 +77,9 @@ def names(*nodes: Node) -> list[str]:
         elif part[0] == "big":
             bound.add(part[2])
     return sorted(letters - bound)
+
+
+def pairs(text: str) -> dict[str, str]:
+    """A table of words that stand in pairs: name value name value."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2]))

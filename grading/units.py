@@ -3,7 +3,7 @@ number or contradict it."""
 
 from fractions import Fraction
 
-from grading.tree import Node, Unreadable, num
+from grading.tree import Node, Unreadable, num, pairs
 
 # dimension: unit factor unit factor ...
 _UNITS = """
@@ -30,19 +30,19 @@ euro: euro 1
 _OTHER_UNITS = """
 rad radian mol C V A K T F coulomb volt ampere kelvin tesla farad month gbp yen rupee degC degF
 celsius fahrenheit am pm dB""".split()
-_PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12".split()
+_PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12"
 _PREFIXED = "m g s A K mol N J W V Pa Hz eV L l F T C ohm Omega Wh cal bar".split()
-_CURRENCIES = """$ dollar USD dollar € euro EUR euro £ gbp GBP gbp ¥ yen JPY yen ₹ rupee INR rupee
-    Rs rupee ¢ cent""".split()
-CURRENCIES = dict(zip(_CURRENCIES[::2], _CURRENCIES[1::2]))
+CURRENCIES = pairs("""
+    $ dollar USD dollar € euro EUR euro £ gbp GBP gbp ¥ yen JPY yen ₹ rupee INR rupee
+    Rs rupee ¢ cent
+""")
 UNITS = {name: (name, Fraction(1)) for name in _OTHER_UNITS}
 for _row in _UNITS.strip().splitlines():
     _dimension, _, _entries = _row.partition(": ")
-    _entries = _entries.split()
-    for _name, _factor in zip(_entries[::2], _entries[1::2]):
+    for _name, _factor in pairs(_entries).items():
         UNITS[_name] = (_dimension, Fraction(_factor))
 GLUED = {*UNITS}  # read without a space before them: 0.64N
-for _prefix, _factor in zip(_PREFIXES[::2], _PREFIXES[1::2]):
+for _prefix, _factor in pairs(_PREFIXES).items():
     for _base in _PREFIXED:
         _dimension, _size = UNITS[_base]
         UNITS.setdefault(_prefix + _base, (_dimension, _size * Fraction(_factor)))
@@ -72,8 +72,8 @@ thirty 30 forty 40 fifty 50 sixty 60 seventy 70 eighty 80 ninety 90 dozen 12 sco
 quintillion 1e18 sextillion 1e21 septillion 1e24 octillion 1e27 nonillion 1e30 decillion 1e33
 half 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 eighth 1/8 ninth 1/9 twelfth 1/12 twentieth
 1/20 thirtieth 1/30 fortieth 1/40 fiftieth 1/50 sixtieth 1/60 seventieth 1/70 eightieth 1/80
-ninetieth 1/90""".split()
-NUMBERS = dict(zip(_NUMBERS[::2], map(Fraction, _NUMBERS[1::2])))
+ninetieth 1/90"""
+NUMBERS = {name: Fraction(value) for name, value in pairs(_NUMBERS).items()}
 for _name, _value in list(NUMBERS.items()):
     if _value > 3:
         NUMBERS.setdefault(_name + "th", 1 / _value)

@@ -22,17 +22,11 @@ Number = Fraction | mp.mpf | mp.mpc
 
 _CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}
 _FUNCTIONS = {
-    "arcsin": mp.asin,
-    "arccos": mp.acos,
-    "arctan": mp.atan,
-    "arcsinh": mp.asinh,
-    "arccosh": mp.acosh,
-    "arctanh": mp.atanh,
-    "arccot": lambda x: mp.pi / 2 - mp.atan(x),
+    "acot": lambda x: mp.pi / 2 - mp.atan(x),
     "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x)),
     "one": lambda x: mp.one,
 }
-for _name in "exp sin cos sinh cosh tanh".split():
+for _name in "exp sin cos sinh cosh tanh asin acos atan asinh acosh atanh".split():
     _FUNCTIONS[_name] = getattr(mp, _name)
 _ARITHMETIC = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
 _ARITHMETIC |= {"sum": operator.add, "prod": operator.mul, "mod": operator.mod, "neg": operator.neg}
@@ -67,10 +61,8 @@ def is_close(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = lift(x), lift(y)
-    if not (mp.isfinite(x) and mp.isfinite(y)):
-        return x == y
     largest = max(size(x), size(y))
-    return size(x - y) <= max(NOISE, TOLERANCE * largest)
+    return x == y or size(x - y) < max(NOISE, TOLERANCE * largest)
 
 
 def real(value: Number) -> Number:
@@ -171,7 +163,7 @@ class Evaluator:
 
     def function(self, name: str, x) -> Number:
         self.steps -= 20
-        if size(x) > (1 if name in ("arcsin", "arccos") else MAX_ANGLE):
+        if size(x) > (1 if name in ("asin", "acos") else MAX_ANGLE):
             raise Undefined("out of reach")
         return _FUNCTIONS[name](x)
 
@@ -196,8 +188,6 @@ class Evaluator:
         if not a and not b.real > 0:
             raise Undefined("0^0")
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
-            if abs(a) in (0, 1):
-                return a if a >= 0 or b % 2 else -a
             if _bits(a) * abs(b) <= MAX_BITS:
                 return self.apply(operator.pow, a, b)
             a = self.rounded(a)

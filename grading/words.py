@@ -23,16 +23,17 @@ def _table(rows: str) -> dict[str, tuple]:
 
 
 PLAIN = _table("""
-    function arcsin arcsin asin
-    function arccos arccos acos
-    function arctan arctan atan arctg
-    function arcsinh arcsinh arsinh
-    function arccosh arccosh arcosh
-    function arctanh arctanh artanh
+    function asin arcsin asin
+    function acos arccos acos
+    function atan arctan atan arctg
+    function asinh arcsinh arsinh
+    function acosh arccosh arcosh
+    function atanh arctanh artanh
     function cot cot ctg
     function tan tan tg
     function csc csc cosec
-    function = sin cos sec arccot sinh cosh tanh exp ln log lg gcd lcm max min abs floor ceil
+    function acot arccot
+    function = sin cos sec sinh cosh tanh exp ln log lg gcd lcm max min abs floor ceil
     function = cis det
     root = sqrt
     op oo infinity inf oo infty
