@@ -49,23 +49,24 @@ class Region:
 
     def ends(self, node: Node) -> list:
         """The end points, infinities too. Raises Undefined if this is no set of reals."""
-        kind, *parts = node
-        ends = []
-        if kind == "less":
-            for left, _, right in parts[0]:
-                ends += self.crossings(left, right)
-        elif kind == "set":
-            ends += map(self.number, parts[0])
-        elif kind == "tuple" and len(parts[1]) == 2 and parts[0] in "([":
-            ends += map(self.number, parts[1])
-            if ends[0] > ends[1] or ends[0] == ends[1] and parts[0] + parts[2] != "[]":
-                raise Undefined("an empty interval")
-        elif is_region(node) or node[:2] == ("list", "or"):
-            for part in _parts(node):
-                ends += self.ends(part)
-        else:
-            raise Undefined("no set of reals")
-        return ends
+        match node:
+            case ("less", relations):
+                ends = []
+                for left, _, right in relations:
+                    ends += self.crossings(left, right)
+                return ends
+            case ("set", items):
+                return list(map(self.number, items))
+            case ("tuple", "(" | "[" as opening, (low, high), closing):
+                low, high = self.number(low), self.number(high)
+                if low > high or low == high and opening + closing != "[]":
+                    raise Undefined("an empty interval")
+                return [low, high]
+            case ("cup" | "cap" | "minus", *parts):
+                return sum(map(self.ends, parts), [])
+            case ("list", joiner, parts) if joiner == "or" or is_region(node):
+                return sum(map(self.ends, parts), [])
+        raise Undefined("no set of reals")
 
     def crossings(self, left: Node, right: Node) -> list:
         """Where two sides meet, if they are linear near 0 or far out, as distances are."""
@@ -82,31 +83,26 @@ class Region:
         return ends
 
     def contains(self, node: Node, x: Fraction) -> bool:
-        kind, *parts = node
-        if kind == "tuple":
-            opening, (low, high), closing = parts
-            above = _holds(self.number(low), _ENDS[opening], x)
-            return above and _holds(x, _ENDS[closing], self.number(high))
-        if kind == "set":
-            return any(not _holds(self.number(item), "!=", x) for item in parts[0])
-        if kind == "less":
-            try:
-                for left, sign, right in parts[0]:
-                    if not _holds(self.number(left, x), sign, self.number(right, x)):
-                        return False
-            except Undefined:
-                return False
-            return True
-        parts = _parts(node)
-        inside = [self.contains(part, x) for part in parts]
-        if kind == "minus":
-            return inside[0] and not inside[1]
-        are_conditions = node[:2] == ("list", ",") and {part[0] for part in parts} == {"less"}
-        return all(inside) if kind == "cap" or are_conditions else any(inside)
+        match node:
+            case ("less", relations):
+                return all(self.holds(*relation, x) for relation in relations)
+            case ("set", items):
+                return any(not _holds(self.number(item), "!=", x) for item in items)
+            case ("tuple", opening, (low, high), closing):
+                low, high = self.number(low), self.number(high)
+                return _holds(low, _ENDS[opening], x) and _holds(x, _ENDS[closing], high)
+            case ("minus", whole, removed):
+                return self.contains(whole, x) and not self.contains(removed, x)
+            case ("list", joiner, parts) | (joiner, *parts):
+                inside = [self.contains(part, x) for part in parts]
+                are_conditions = joiner == "," and {part[0] for part in parts} == {"less"}
+                return all(inside) if joiner == "cap" or are_conditions else any(inside)
 
-
-def _parts(node: Node) -> tuple:
-    return node[2] if node[0] == "list" else node[1:]
+    def holds(self, left: Node, sign: str, right: Node, x: Fraction) -> bool:
+        try:
+            return _holds(self.number(left, x), sign, self.number(right, x))
+        except Undefined:
+            return False
 
 
 def _holds(left, sign: str, right) -> bool:
@@ -127,15 +123,15 @@ def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bo
         return False
     name, compared = min(candidates, default=None), False
     for env in draws:
-        left, right = Region(name, evaluator, env), Region(name, evaluator, env)
+        region = Region(name, evaluator, env)
         try:
-            ends = {*left.ends(a), *right.ends(b)}
+            ends = {*region.ends(a), *region.ends(b)}
         except Undefined:
             continue
         compared = True
         ends = sorted(ends - {inf, -inf})
         between = [(x + y) / 2 for x, y in zip(ends, ends[1:])]
         for x in ends + between + _PROBES:
-            if left.contains(a, x) != right.contains(b, x):
+            if region.contains(a, x) != region.contains(b, x):
                 return False
     return compared
