@@ -75,13 +75,11 @@ class Judge:
         return self.same(settle(a[2]), b)
 
     def same_record(self, a, b):
+        keys, values = zip(*sorted(a[1], key=str))
         if b[0] == "record":
-            left, right = dict(a[1]), dict(b[1])
-            if left.keys() != right.keys():
-                return False
-            return all(self.both(left[name], right[name]) for name in left)
-        values = tuple(settle(value) for _, value in sorted(a[1], key=str))
-        letters = {str(name[1]).partition("_")[0] for name, _ in a[1]}
+            keys2, values2 = zip(*sorted(b[1], key=str))
+            return keys == keys2 and self.each(values, values2)
+        letters = {str(name[1]).partition("_")[0] for name in keys}
         if b[0] == "list" and len(letters) == 1:
             return self.same_list(("list", ",", values), b)  # x_1 = 2, x_2 = 3: in any order
         is_point = b[0] == "list" or b[:2] == ("tuple", "(")
@@ -132,13 +130,14 @@ class Judge:
     def same_tuple(self, a, b):
         if b[0] != "tuple":
             return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
-        left, right = a[2], b[2]
-        are_times = a[1] == b[1] == "clock"
-        if a[3] == b[3] == ":" and not are_times and num(0) not in left:  # 2:3 = 4:6
-            scaled = [("mul", item, right[0]) for item in left]
+        (_, opening, left, closing), (_, opening2, right, closing2) = a, b
+        are_times = opening == opening2 == "clock"
+        if closing == closing2 == ":" and not are_times and num(0) not in left:
+            scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
             scaled2 = [("mul", item, left[0]) for item in right]
             return self.each(scaled, scaled2)
-        return a[1] == b[1] and a[3] == b[3] and self.each(left, right)
+        same_brackets = opening == opening2 and closing == closing2
+        return same_brackets and self.each(left, right)
 
     def same_mat(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
@@ -199,11 +198,11 @@ class Judge:
                 continue
             if evaluator.unreal:
                 unreal.append(pair)
-                continue
-            self.sampled += 1
-            yield pair
-            if self.sampled == _SAMPLES:
-                return
+            else:
+                self.sampled += 1
+                yield pair
+                if self.sampled == _SAMPLES:
+                    return
         if not self.sampled:
             self.sampled = len(unreal)
             yield from unreal[:_SAMPLES]
@@ -243,15 +242,18 @@ def _rounds_to(decimal: Node, other: Node, value) -> bool:
         case ("mul", mantissa, ("pow", ("num", 10, _), exponent)):
             decimal, power = mantissa, constant(exponent)
     written, number = constant(decimal), decimal[1] if decimal[0] == "neg" else decimal
-    is_exact = written is None or not number[2] or other[0] == "num" and other[2]
-    if is_exact or power is None or abs(power) > 400:
+    if written is None or not number[2] or power is None or abs(power) > 400:
+        return False
+    if other[0] == "num" and other[2]:  # two decimals
         return False
     written = lift(written) * 10 ** number[2]
     scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
-    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag or scaled * written < 0:
+    if abs(written) < 10**9 or not mp.isfinite(scaled):
         return False
-    is_double = abs(written) > 10**15
-    return (-1 if is_double else -0.5) < abs(scaled) - abs(written) < 1
+    if scaled.imag or scaled * written < 0:
+        return False
+    low = -1 if abs(written) > 10**15 else -0.5  # a double's last digit may be off by one
+    return low < abs(scaled) - abs(written) < 1
 
 
 def _as_matrix(node: Node) -> tuple | None:
@@ -261,12 +263,11 @@ def _as_matrix(node: Node) -> tuple | None:
         return parts[0]
     if kind not in ("neg", "mul", "div"):
         return None
-    for k, part in enumerate(parts[:1] if kind == "div" else parts):
-        rows, others = _as_matrix(part), parts[:k] + parts[k + 1 :]
-        if not rows or has(("list", *others), "mat"):
-            continue
+    for k, part in enumerate(parts):
+        others = parts[:k] + parts[k + 1 :]
         multiples = []
-        for row in rows:
+        for row in _as_matrix(part) or ():
             multiples.append(tuple((kind, cell, *others) for cell in row))
-        return tuple(multiples)
+        if multiples:
+            return tuple(multiples)
     return None
