@@ -7,7 +7,6 @@ from functools import lru_cache
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
 from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word
-from grading.words import PHRASES
 
 _RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
@@ -314,10 +313,7 @@ class Parser:
         if is_number:
             return num(_spoken(words))
         phrase = " ".join(words).lower()
-        if phrase in PHRASES:
-            return _ATOMS[PHRASES[phrase]]
-        ends = self.peek()[1] in ("", ",", ";", "or", "and")
-        if not ends and not set(NEGATIONS).isdisjoint(phrase.split()):
+        if not set(NEGATIONS).isdisjoint(phrase.split()):
             raise Unreadable("a negation")
         return ("sym", first if len(phrase) == 1 else "text " + phrase)
 

@@ -99,12 +99,6 @@ WORDS = _table("""
     op / per
     op = or and mod
 """)
-PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
-PHRASES |= dict.fromkeys(
-    ["none", "no solution", "no real solution", "no solutions", "no real solutions", "empty set"],
-    "empty",
-)
-
 # Spellings that are others in disguise, in the order in which they are rewritten. Each rule is a
 # needle, without which a text does not match (ANY: there is none), a pattern, which may go over
 # several lines, and what replaces it. Names in capitals stand for the patterns of _PARTS.
@@ -359,6 +353,14 @@ to
 .
 (?<!\.)\.[\s$~]*$
 =>
+
+real
+(?i)(TEXT)?\b(?:all\sreal\snumbers|all\sreals|real\snumbers)\s?(?(1)\})
+=> \\reals~
+
+ANY
+(?i)(TEXT)?\b(?:none|no\s(?:real\s)?solutions?|empty\sset)\s?(?(1)\})[\s$]*$
+=> \\emptyset~
 
 odot
 (?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$
