@@ -61,8 +61,12 @@ class Judge:
     def same_residues(self, a, b):
         _, _, residues, left = a
         if b[0] != "residues":  # 5 mod 7
-            return left is None and len(residues) == 1 and self.same(num(residues[0]), b)
-        return a[1:3] == b[1:3] and (not left or not b[3] or self.same(left, b[3]))
+            if left or len(residues) > 1:
+                return False
+            return self.same(num(residues[0]), b)
+        if left and b[3] and not self.same(left, b[3]):
+            return False
+        return a[1:3] == b[1:3]
 
     def same_assign(self, a, b):
         if b[0] == "assign":
@@ -86,7 +90,9 @@ class Judge:
         return is_point and self.each(values, b[2])
 
     def same_eq(self, a, b):
-        return b[0] == "eq" and self.proportional(*a[1:], *b[1:])
+        if b[0] != "eq":
+            return False
+        return self.proportional(*a[1:], *b[1:])
 
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
@@ -129,7 +135,8 @@ class Judge:
 
     def same_tuple(self, a, b):
         if b[0] != "tuple":
-            return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
+            is_ratio = a[1] == ":" and len(a[2]) == 2
+            return is_ratio and self.same(("div", *a[2]), b)
         (_, opening, left, closing), (_, opening2, right, closing2) = a, b
         are_times = opening == opening2 == "clock"
         if closing == closing2 == ":" and not are_times and num(0) not in left:
@@ -143,7 +150,9 @@ class Judge:
         left, right = _as_matrix(a), _as_matrix(b)
         if b[:2] == ("tuple", "(") and len(left[0]) == 1:
             right = [(item,) for item in b[2]]
-        return bool(right) and len(left) == len(right) and all(map(self.each, left, right))
+        if not right or len(left) != len(right):
+            return False
+        return all(map(self.each, left, right))
 
     def same_region(self, a, b):
         letters = names(a, b)

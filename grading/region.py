@@ -9,8 +9,6 @@ from grading.value import Evaluator, lift, mp, real
 _GRID = 10**60  # numbers have 60 decimals here
 _NEAR = Fraction(1, 10**50)  # such close ones are equal
 _PROBES = [Fraction(x) for x in "-1e99 -1234.5 -17 -2.7 0 1.9 23 4321.5 1e99".split()]
-
-
 _ENDS = {"(": "<", ")": "<", "[": "<=", "]": "<="}
 
 
@@ -58,7 +56,8 @@ class Region:
             case ("set", items):
                 return list(map(self.number, items))
             case ("tuple", "(" | "[" as opening, (low, high), closing):
-                low, high = self.number(low), self.number(high)
+                low = self.number(low)
+                high = self.number(high)
                 if low > high or low == high and opening + closing != "[]":
                     raise Undefined("an empty interval")
                 return [low, high]
@@ -89,8 +88,9 @@ class Region:
             case ("set", items):
                 return any(not _holds(self.number(item), "!=", x) for item in items)
             case ("tuple", opening, (low, high), closing):
-                low, high = self.number(low), self.number(high)
-                return _holds(low, _ENDS[opening], x) and _holds(x, _ENDS[closing], high)
+                above = _holds(self.number(low), _ENDS[opening], x)
+                below = _holds(x, _ENDS[closing], self.number(high))
+                return above and below
             case ("minus", whole, removed):
                 return self.contains(whole, x) and not self.contains(removed, x)
             case ("list", joiner, parts) | (joiner, *parts):

@@ -113,9 +113,9 @@ class Evaluator:
         if isinstance(value, Fraction):
             return value
         value = mp.convert(value)  # an infinite end of a region is a float
-        most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
+        largest = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
         for part in (value.real, value.imag):
-            if abs(part._mpf_[2]) > most:
+            if abs(part._mpf_[2]) > largest:
                 raise Undefined("exponent out of reach")
         return value
 
@@ -196,9 +196,8 @@ class Evaluator:
         if not a.imag and a.real < 0 and not mp.isint(b):
             self.unreal = True
         largest = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
-        if a and mp.isfinite(a) and mp.isfinite(b):
-            if size(b) * (abs(mp.mag(a)) + 1) > largest:
-                raise Undefined("power out of reach")
+        if a and size(b) * (abs(mp.mag(a)) + 1) > largest:
+            raise Undefined("power out of reach")
         return a**b
 
     def root(self, a: Number, n: Number) -> Number:
@@ -229,10 +228,7 @@ class Evaluator:
         a = lift(real(a))
         if not abs(a) < 10**40:
             raise Undefined("floor")
-        nearest = mp.nint(a)
-        if abs(a - nearest) > 1e-30:  # floor(log2 8) is 3
-            nearest = mp.floor(a)
-        return Fraction(int(nearest))
+        return Fraction(int(mp.floor(a + mp.mpf("1e-30"))))  # floor(log2 8) is 3
 
     def ceil(self, a: Number) -> Number:
         return -self.floor(-a)
