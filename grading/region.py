@@ -4,7 +4,7 @@ from fractions import Fraction
 from math import inf
 
 from grading.tree import Node, Undefined, names, walk
-from grading.value import Evaluator, lift, mp, real
+from grading.value import Evaluator, mp, real
 
 _GRID = 10**60  # numbers have 60 decimals here
 _NEAR = Fraction(1, 10**50)  # such close ones are equal
@@ -38,7 +38,9 @@ class Region:
     def number(self, node: Node, x: Fraction | None = None) -> Fraction | float:
         """A real value, where the variable is x; an infinity is a float. Raises Undefined."""
         env = self.env if x is None else self.env | {self.name: x}
-        value = lift(real(self.evaluator.value(node, env)))
+        value = real(self.evaluator.value(node, env))
+        if isinstance(value, Fraction):
+            return value
         if not mp.isfinite(value):
             return float(value)
         if abs(value) > 10**300:
