@@ -212,8 +212,11 @@ class Parser:
         (kind, _), (previous, _) = self.peek(), self.peek(-1)
         if kind == "num" and previous == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
+        side_by_side = kind == previous == "num" and not self.next_is("^", ahead=-2)  # 2^6 3^5
         right = self.power()
-        if left[0] == right[0] == "num" and kind != "(" and previous != ")":
+        if left[0] == right[0] == "num" and kind != "(" and previous != ")":  # {5}{6}
+            side_by_side = True
+        if side_by_side:
             raise Unreadable("two numbers side by side")
         if right[0] == "tuple" and left[0] in ("tuple", "list"):
             return ("list", ",", (*elements(left), right))
