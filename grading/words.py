@@ -166,9 +166,13 @@ and
 => \1+\\text{\3 \4}
 
 and
-(?<!minutes\s)(?<!seconds\s)(?<!inches\s)(?<!cents\s)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?
+\b(?!minutes|seconds|inches|cents)([a-z]+\s?\}?\s?(?:TEXT)?)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?
 (?:minutes?|mins?|seconds?|secs?|inch(?:es)?|cents?|oz|ounces?)\b)
-=> +
+=> \1+
+
+cent
+(\\\$\s?[\d.]+\s?(?:TEXT)?)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?cents?\b)
+=> \1+
 
 \$
 \\\$(?=\s?[\d.,]+\s?(?:TEXT)?(?:US\s)?(?:dollars|USD)\b)
@@ -359,7 +363,7 @@ real
 => \\reals~
 
 ANY
-(?i)(TEXT)?\b(?:none|no\s(?:real\s)?solutions?|empty\sset)\s?(?(1)\})[\s$]*$
+(?i)(TEXT)?\b(?:none|no\s(?:real\s)?solutions?|empty\sset)[\s.]*(?(1)\})[\s$]*$
 => \\emptyset~
 
 odot
