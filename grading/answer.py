@@ -2,12 +2,11 @@
 then what does."""
 
 import re
-from functools import lru_cache
 
 from grading.equal import Judge
 from grading.parser import parse
 from grading.statement import named_value, settle
-from grading.tree import Node, Undefined, Unreadable
+from grading.tree import Undefined, Unreadable
 from grading.words import TEXT
 
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -18,12 +17,6 @@ _CHOICE = re.compile(  # (B), Option B, (B) 12; not (A) or (B), not A. 5 B. 7
     re.IGNORECASE | re.DOTALL,
 )
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[a-z]{4})(?!\w*(?:sin|cos|tan|cot|log|exp|sqrt))", re.I)
-_MONTH = re.compile(r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*")
-_cached_parse = lru_cache(maxsize=2048)(parse)
-
-
-def _tree(text: str, as_list: bool = False) -> Node:
-    return _cached_parse(text, as_list) if len(text) < 300 else parse(text, as_list)
 
 
 def _squash(text: str) -> str:
@@ -38,33 +31,14 @@ def _prose(text: str) -> str | None:
     return text if text.isalpha() else None
 
 
-def _same_prose(left: str, right: str) -> bool:
-    """East and east, No and no; but not AB and ab."""
-    low = left.lower()
-    if left == right or low != right.lower():
-        return left == right
-    return low in ("yes", "no", "true", "false") or (
-        len(low) > 2 and not left.isupper() and not right.isupper()
-    )
-
-
-def _dated(text: str) -> list[str] | None:
-    """The words of July 4 and 4 July 2020, sorted."""
-    words = sorted(re.findall(r"[a-z]+|\d+", re.sub(_MARKUP, "", text).lower()))
-    return words if len(words) in (2, 3) and _MONTH.fullmatch(words[-1]) else None
-
-
 def _same_words(a: str, b: str) -> bool:
-    """East and east; C and \\textbf{(C)}\\ 12, if one is nothing but the letter; July 4 and 4
-    July."""
+    """East and east, No and no, but not AB and ab; C and \\textbf{(C)}\\ 12, if one is nothing but
+    the letter."""
     left, right = _prose(a), _prose(b)
-    if left and right and _same_prose(left, right):
-        return True
+    if left and right and left.lower() == right.lower():
+        return left == right or len(left) > 2 or left.lower() == "no"
     choice, other = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
-    if choice and other and choice[1] == other[1] and choice[1] in (left, right):
-        return True
-    dated = _dated(a)
-    return dated is not None and dated == _dated(b)
+    return bool(choice and other and choice[1] == other[1] and choice[1] in (left, right))
 
 
 def same(answer: str, gold: str) -> bool:
@@ -73,14 +47,12 @@ def same(answer: str, gold: str) -> bool:
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
         return int(answer) == int(gold)
     left, right = _squash(answer), _squash(gold)
-    if not left or not right:
-        return False
-    if left == right or len(answer) < 500 > len(gold) and _same_words(answer, gold):
+    if left == right != "" or len(answer) < 500 > len(gold) and _same_words(answer, gold):
         return True
     try:
-        left, right = _tree(answer), _tree(gold)
+        left, right = parse(answer), parse(gold)
         if (left[0] == "list") != (right[0] == "list"):
-            left, right = _tree(answer, left[0] != "list"), _tree(gold, right[0] != "list")
+            left, right = parse(answer, left[0] != "list"), parse(gold, right[0] != "list")
         left, right = settle(left), settle(right)
         if right[0] not in ("eq", "assign", "chain", "record", "less"):
             left = named_value(left)
@@ -94,6 +66,6 @@ def readable(answer: str) -> bool:
     if _INTEGER.fullmatch(answer) or _prose(answer[:500]):
         return True
     try:
-        return bool(_tree(answer))
+        return bool(parse(answer))
     except Unreadable:
         return False

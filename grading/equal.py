@@ -2,17 +2,18 @@
 
 import random
 from fractions import Fraction
+from math import ceil
 
 from grading.region import is_region, same_region
 from grading.statement import settle
-from grading.tree import MAX_LIST, Node, Undefined, constant, has, names, num
+from grading.tree import Node, Undefined, constant, has, names, num
 from grading.units import ratio
 from grading.value import Evaluator, is_close, lift, mp, real, size
 
 _INTEGERS = set("jklmnN")
+_SAMPLES = 12  # points at which expressions are compared
 # The first of these kinds that either tree has says how they are compared.
-_KINDS = """approx chain assign residues record eq region unit set list mat tuple dots
-    percent""".split()
+_KINDS = "chain assign residues record eq region unit set list mat tuple".split()
 
 
 class Judge:
@@ -40,36 +41,32 @@ class Judge:
         return len(left) == len(right) and all(map(self.both, left, right))
 
     # -- names and statements
-    def same_approx(self, a, b):
-        _, value, decimal = a
-        if decimal[0] == "num" and _is_constant(value) and not self.rounds(value, decimal):
-            return False
-        return self.same(value, b)
-
     def same_chain(self, a, b):
         """sqrt(4) = 2: the last value counts, if those before agree with it."""
-        *steps, result = a[1]
-        for step in steps:
-            if _is_constant(step) and _is_constant(result) and not self.both(step, result):
-                is_decimal = result[0] == "num" and result[2]
-                if not is_decimal or not self.rounds(settle(step), result):
-                    return False
-        return self.same(settle(result), b)
+        *steps, result = map(settle, a[1])
+        return all(self.agree(step, result) for step in steps) and self.same(result, b)
 
-    def rounds(self, value, decimal) -> bool:
-        """Whether a decimal is a value, to within one unit of its last place."""
-        difference = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
-        return abs(difference) <= mp.mpf(10) ** -(decimal[2] or 0)
+    def agree(self, a, b) -> bool:
+        """Whether two values are equal, or one is a decimal that comes within one unit of its last
+        place; yes, if they are not computed at once."""
+        if not (_is_constant(a) and _is_constant(b)) or self.same(a, b):
+            return True
+        for value, decimal in ((a, b), (b, a)):
+            if decimal[0] == "num" and decimal[2]:
+                error = lift(real(self.evaluator.value(value, {}))) - lift(decimal[1])
+                if abs(error) <= mp.mpf(10) ** -decimal[2]:
+                    return True
+        return False
 
     def same_residues(self, a, b):
-        _, modulus, residues, left = a
+        _, _, residues, left = a
         if b[0] != "residues":  # 5 mod 7
-            return left is None and len(residues) == 1 and self.same(residues[0], b)
-        _, modulus2, residues2, left2 = b
-        if modulus != modulus2 or left and left2 and not self.same(left, left2):
+            if left or len(residues) > 1:
+                return False
+            return self.same(num(residues[0]), b)
+        if left and b[3] and not self.same(left, b[3]):
             return False
-        reduced = {constant(residue) % modulus for residue in residues}
-        return reduced == {constant(residue) % modulus for residue in residues2}
+        return a[1:3] == b[1:3]
 
     def same_assign(self, a, b):
         if b[0] == "assign":
@@ -79,44 +76,42 @@ class Judge:
                 return self.both(a[2], b[2])
         if b[0] in ("assign", "eq"):
             return self.proportional(*a[1:], *b[1:])
-        return b[0] not in ("record", "less") and self.same(settle(a[2]), b)
+        return self.same(settle(a[2]), b)
 
     def same_record(self, a, b):
+        keys, values = zip(*sorted(a[1], key=str))
         if b[0] == "record":
-            left, right = dict(a[1]), dict(b[1])
-            if left.keys() != right.keys():
-                return False
-            return all(self.both(left[name], right[name]) for name in left)
-        values = tuple(settle(value) for _, value in sorted(a[1], key=str))
-        letters = {str(name[1]).partition("_")[0] for name, _ in a[1]}
+            keys2, values2 = zip(*sorted(b[1], key=str))
+            return keys == keys2 and self.each(values, values2)
+        letters = {str(name[1]).partition("_")[0] for name in keys}
         if b[0] == "list" and len(letters) == 1:
             return self.same_list(("list", ",", values), b)  # x_1 = 2, x_2 = 3: in any order
         is_point = b[0] == "list" or b[:2] == ("tuple", "(")
         return is_point and self.each(values, b[2])
 
     def same_eq(self, a, b):
-        return b[0] == "eq" and self.proportional(*a[1:], *b[1:])
+        if b[0] != "eq":
+            return False
+        return self.proportional(*a[1:], *b[1:])
 
     def proportional(self, left, right, left2, right2) -> bool:
         """left - right = c (left2 - right2) with a constant c not 0, at random points."""
-        quotient = None
+        quotients = []
         first = ("add", left, ("neg", right))
         second = ("add", left2, ("neg", right2))
         for f, g in self.samples(first, second):
             f, g = lift(f), lift(g)
             if size(f) < 1e-35 or size(g) < 1e-35:
                 return False
-            if quotient is None:
-                quotient = f / g
-            if not is_close(quotient, f / g):
+            quotients.append(f / g)
+            if not is_close(quotients[0], quotients[-1]):
                 return False
-        return self.sampled > 2
+        return len(quotients) > 2
 
     # -- collections
     def same_set(self, a, b):
         if b[0] not in ("list", "set"):
             return len(a[1]) == 1 and self.same(a[1][0], b)
-        _check_length(a[1], b[-1])
         return self.covers(a[1], b[-1]) and self.covers(b[-1], a[1])
 
     def covers(self, left, right) -> bool:
@@ -128,7 +123,6 @@ class Judge:
     def same_list(self, a, b):
         if b[0] != "list" or len(a[2]) != len(b[2]):
             return False
-        _check_length(a[2])
         remaining = list(b[2])
         for item in a[2]:
             for other in remaining:
@@ -141,110 +135,86 @@ class Judge:
 
     def same_tuple(self, a, b):
         if b[0] != "tuple":
-            return a[1] == ":" and len(a[2]) == 2 and self.same(("div", *a[2]), b)
-        left, right = a[2], b[2]
-        are_times = a[1] == b[1] == "clock"
-        if a[3] == b[3] == ":" and not are_times and num(0) not in left + right:
+            is_ratio = a[1] == ":" and len(a[2]) == 2
+            return is_ratio and self.same(("div", *a[2]), b)
+        (_, opening, left, closing), (_, opening2, right, closing2) = a, b
+        are_times = opening == opening2 == "clock"
+        if closing == closing2 == ":" and not are_times and num(0) not in left:
             scaled = [("mul", item, right[0]) for item in left]  # 2:3 = 4:6
             scaled2 = [("mul", item, left[0]) for item in right]
             return self.each(scaled, scaled2)
-        if a[1] != b[1] or a[3] != b[3]:
-            return False
-        return self.each(left, right)
+        same_brackets = opening == opening2 and closing == closing2
+        return same_brackets and self.each(left, right)
 
     def same_mat(self, a, b):
         left, right = _as_matrix(a), _as_matrix(b)
         if b[:2] == ("tuple", "(") and len(left[0]) == 1:
             right = [(item,) for item in b[2]]
-        return bool(right) and len(left) == len(right) and all(map(self.each, left, right))
+        if not right or len(left) != len(right):
+            return False
+        return all(map(self.each, left, right))
 
     def same_region(self, a, b):
         letters = names(a, b)
         draws = [_draw(letters, attempt) for attempt in range(6 if letters else 1)]
         return same_region(a, b, self.evaluator, draws)
 
-    def same_dots(self, a, b):
-        return False
-
     # -- values
     def same_unit(self, a, b):
         if b[0] == "unit":
             factor = ratio(a[2], b[2])
-            if factor is None:
-                return False
-            value = a[1] if factor == 1 else ("mul", num(factor), a[1])
-            return self.same(value, b[1])
+            value = a[1] if factor == 1 else ("mul", num(factor or 0), a[1])
+            return factor is not None and self.same(value, b[1])
         if self.same(settle(a[1]), b):
             return True
         spelt = a[1]
         for letter in a[2].partition("^")[0]:  # 5 m or 5 kT, where k and T could be letters
             spelt = ("mul", spelt, ("sym", letter))
-        if " " in a[2] or not names(b):
-            return False
         return self.same_expression(spelt, b)
 
-    def same_percent(self, a, b):
-        if b[0] == "percent":
-            return self.same(a[1], b[1])
-        hundredth = ("div", a[1], num(100))
-        return self.same_expression(a[1], b) or self.same_expression(hundredth, b)
-
     def same_expression(self, a, b):
-        evaluator = self.evaluator
+        evaluator, both = self.evaluator, ("list", a, b)
         readings = [(False, False)]
-        if has(a, "deg") != has(b, "deg"):
+        if has(both, "deg", "percent"):
             readings.append((True, False))
-        if has(a, "log") or has(b, "log"):
+        if has(both, "log"):
             readings.append((False, True))
-        same = self.same_function if names(a, b) else self.same_number
-        for evaluator.degree, evaluator.decimal_log in readings:
-            if same(a, b):
+        for evaluator.scaled, evaluator.decimal_log in readings:
+            if self.same_values(a, b):
                 return True
         return False
 
-    def same_function(self, a, b):
+    def same_values(self, a, b):
+        letters = names(a, b)
         for x, y in self.samples(a, b):
             if not is_close(x, y):
-                return False
-        return self.sampled > 2
-
-    def same_number(self, a, b):
-        try:
-            x, y = self.evaluator.value(a, {}), self.evaluator.value(b, {})
-        except Undefined:
-            return False
-        return is_close(x, y) or _rounds_to(a, b, y) or _rounds_to(b, a, x)
+                return not letters and (_rounds_to(a, b, y) or _rounds_to(b, a, x))
+        return self.sampled > (2 if letters else 0)
 
     def samples(self, a, b):
         """(value of a, of b) at random points where both have one; where nothing leaves the reals,
-        if possible. self.sampled counts them."""
-        letters, both, evaluator = names(a, b), ("list", a, b), self.evaluator
-        are_integers = _INTEGERS.issuperset(name[0] for name in letters)
-        wanted = 12
-        if are_integers or has(both, "floor", "ceil", "mod"):
-            wanted = 20
-        self.sampled = 0
-        for unreal_allowed in (False, True):
-            if has(both, "i") and not unreal_allowed:
+        if there are such points. self.sampled counts them."""
+        letters, evaluator = names(a, b), self.evaluator
+        self.sampled, unreal = 0, []
+        for attempt in range(4 * _SAMPLES if letters else 1):
+            env = _draw(letters, attempt)
+            evaluator.unreal = False
+            try:
+                pair = evaluator.value(a, env), evaluator.value(b, env)
+            except Undefined:
+                if attempt > _SAMPLES and not self.sampled and not unreal:
+                    break
                 continue
-            for attempt in range(4 * wanted):
-                env = _draw(letters, attempt)
-                try:
-                    x = evaluator.value(a, env)
-                    unreal = evaluator.unreal
-                    y = evaluator.value(b, env)
-                except Undefined:
-                    if attempt > 11 and not self.sampled:
-                        break
-                    continue
-                if (unreal or evaluator.unreal) and not unreal_allowed:
-                    continue
+            if evaluator.unreal:
+                unreal.append(pair)
+            else:
                 self.sampled += 1
-                yield x, y
-                if self.sampled == wanted:
+                yield pair
+                if self.sampled == _SAMPLES:
                     return
-            if self.sampled:
-                return
+        if not self.sampled:
+            self.sampled = len(unreal)
+            yield from unreal[:_SAMPLES]
 
 
 def _kind(node: Node) -> str:
@@ -253,59 +223,46 @@ def _kind(node: Node) -> str:
     return "mat" if _as_matrix(node) else node[0]
 
 
-def _check_length(*lists: tuple) -> None:
-    """Raises Undefined for lists that are too long to compare in any order."""
-    if max(map(len, lists)) > MAX_LIST:
-        raise Undefined("too long a list")
-
-
 def _is_constant(node: Node) -> bool:
     """A value without letters that is computed at once."""
-    return not names(node) and not has(node, "unit", "dots", "big", "int", "lim", "list", "rel")
+    return not names(node) and not has(node, "unit", "dots", "big", "list", "rel")
 
 
 def _draw(letters: list[str], attempt: int) -> dict[str, Fraction]:
     """A value for each letter: near, farther and far out by turns, of both signs for x, y and z."""
-    env, distance = {}, attempt % 3
+    env = {}
     for k, name in enumerate(letters):
         rng = random.Random(97 * attempt + k)
-        if name.startswith("text "):
-            continue
+        value = Fraction(rng.randint(300, 3000), 1009) * 12 ** (0, 1, 3)[attempt % 3]
         if name[0] in _INTEGERS:
-            low, high = ((1, 20), (20, 200), (200, 5000))[distance]
-            env[name] = Fraction(attempt + 1 if attempt < 3 else rng.randint(low, high))
-            continue
-        env[name] = Fraction(rng.randint(300, 3000), 1009) * 12 ** (0, 1, 3)[distance]
-        if attempt >> min(k, 2) & 1 and name[0] in "xyz":
-            env[name] = -env[name]
+            value = Fraction(ceil(value))
+        elif attempt >> min(k, 2) & 1 and name[0] in "xyz":
+            value = -value
+        if not name.startswith("text "):
+            env[name] = value
     return env
 
 
 def _rounds_to(decimal: Node, other: Node, value) -> bool:
     """A decimal of at least ten significant digits that rounds or cuts a value with no shorter
     decimal expansion."""
-    exponent = num(0)
-    if decimal[0] == "mul" and decimal[2][:2] == ("pow", num(10)):
-        exponent, decimal = decimal[2][2], decimal[1]
-    power = constant(exponent)
-    number = decimal[1] if decimal[0] == "neg" else decimal
-    if number[0] != "num" or not number[2] or power is None or abs(power) > 400:
+    power = Fraction(0)
+    match decimal:
+        case ("mul", mantissa, ("pow", ("num", 10, _), exponent)):
+            decimal, power = mantissa, constant(exponent)
+    written, number = constant(decimal), decimal[1] if decimal[0] == "neg" else decimal
+    if written is None or not number[2] or power is None or abs(power) > 400:
         return False
-    if other[0] == "num":
-        _, exact, decimals = other
-        if decimals or exact.denominator == 1:
-            return False
+    if other[0] == "num" and other[2]:  # two decimals
+        return False
+    written = lift(written) * 10 ** number[2]
     scaled = lift(value) * mp.mpf(10) ** (number[2] - int(power))
-    written = constant(decimal) * 10 ** number[2]
-    if abs(written) < 10**9 or not mp.isfinite(scaled) or scaled.imag:
+    if abs(written) < 10**9 or not mp.isfinite(scaled):
         return False
-    nearest = mp.nint(scaled)
-    if abs(scaled - nearest) <= 1e-30:
+    if scaled.imag or scaled * written < 0:
         return False
-    if abs(written) > 10**15:  # a double's digits
-        return abs(scaled - lift(written)) <= 1
-    cut = mp.floor(scaled) if scaled > 0 else mp.ceil(scaled)
-    return lift(written) in (nearest, cut)
+    low = -1 if abs(written) > 10**15 else -0.5  # a double's last digit may be off by one
+    return low < abs(scaled) - abs(written) < 1
 
 
 def _as_matrix(node: Node) -> tuple | None:
@@ -315,12 +272,11 @@ def _as_matrix(node: Node) -> tuple | None:
         return parts[0]
     if kind not in ("neg", "mul", "div"):
         return None
-    for k, part in enumerate(parts[:1] if kind == "div" else parts):
-        rows, others = _as_matrix(part), parts[:k] + parts[k + 1 :]
-        if not rows or has(("list", *others), "mat"):
-            continue
+    for k, part in enumerate(parts):
+        others = parts[:k] + parts[k + 1 :]
         multiples = []
-        for row in rows:
+        for row in _as_matrix(part) or ():
             multiples.append(tuple((kind, cell, *others) for cell in row))
-        return tuple(multiples)
+        if multiples:
+            return tuple(multiples)
     return None

@@ -1,10 +1,10 @@
-"""Text -> tokens (kind, value): kinds are num, id, text, fn, op, money and env."""
+"""Text -> tokens (their kinds: words.py)."""
 
 import re
 
-from grading.tree import MAX_DIGITS, MAX_TEXT, MAX_TOKENS, Unreadable
+from grading.tree import MAX_TEXT, MAX_TOKENS, Unreadable
 from grading.units import CURRENCIES, GLUED, UNITS, known, number_word
-from grading.words import COMMANDS, FUNCTIONS, PLAIN, TEXT, WORDS, plain
+from grading.words import COMMANDS, PLAIN, TEXT, WORDS, plain
 
 _LEX = re.compile(
     rf"""
@@ -13,7 +13,7 @@ _LEX = re.compile(
   | (?P<clock>\d{{1,2}}\s?:\s?[0-5]\d(?![\d.:]|\s?:))
   | (?P<date>\d{{1,2}}/\d{{1,2}}/(?:19|20)\d\d(?!\d)|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))
   | (?P<thousands>
-        (?<![_^])\d{{1,3}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
+        (?<![_^])[1-9]\d{{0,2}}(?:(?:,\\!\s*|\{{,\}}\s*|\\[,;:\ ]|~|\ )\d{{3}})+(?!\d)(?:\.\d+)?
         |\d*\.(?:\d{{3}}\\,)+\d{{1,3}})
   | (?P<comma>[1-9]\d{{0,2}}(?:,\d{{3}})+(?!,?\d)(?:\.\d+)?)
   | (?P<scientific>(?:\d{{1,400}}(?:\.\d{{0,400}})?|\.\d{{1,400}})[eE][-+]?\d+(?![A-Za-z\d]))
@@ -24,26 +24,25 @@ _LEX = re.compile(
   | (?P<currency>(?:US\s?)?\\\$|[€£¥₹¢]|(?:USD|EUR|GBP|JPY|INR|Rs)(?![A-Za-z])\.?)
   | (?P<row>\\\\(?:\[\s*-?[\d.]+\s*[a-z]{{2}}\s*\])?)
   | (?P<environment>\\(?P<edge>begin|end)\s*\{{(?P<name>[A-Za-z]+)\*?\}})
-  | (?P<blackboard>\\(?:mathbb|Bbb)\s*\{{?\s*[A-Z]\s*\}}?)
   | (?P<group>\\(?:{"|".join(TEXT)})\s*\{{(?P<inner>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}})
   | (?P<command>\\[A-Za-z]+)
-  | (?P<escape>\\[{{}}%&_\#|])
   | (?P<letters>[A-Za-z]+)
   | (?P<dots>\.\.\.)
-  | (?P<operator>\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
+  | (?P<operator>\\[{{}}%&_\#|]|\*\*|<=|>=|!!|!=|==|[-+*/^_=<>()\[\]{{}}|,;:!'%&.])
 """,
     re.VERBOSE | re.ASCII,
 )
 _NUMBERS = {  # group -> what is replaced in it by what
+    "number": ("", ""),
+    "scientific": ("", ""),
+    "thousands": (r"[^\d.]", ""),
     "clock": (r"\s", ""),
     "based": (r"[{}()]", ""),
-    "scientific": (r"^", ""),
     "repeating": (r"\\[a-z]+\s*\{?(\d+)\}?", r"(\1)"),
 }
 _OPERATORS = {"**": "^", "==": "=", "\\{": "{{", "\\}": "}}", "\\%": "%", "\\|": "|"}
 _OPENS = {"(": 1, "[": 1, "\\{": 1, ")": -1, "]": -1, "\\}": -1}
-_SYSTEMS = "cases aligned align gathered gather split equation multline displaymath".split()
-_ENDS = ("}", ")", "pi", "deg", "%")  # of a value
+_ENDS = ("num", "text", "}", ")", "pi", "deg", "%")  # of a value
 _BARE_UNITS = set("m s g h L N J W".split())  # 5 m
 
 
@@ -56,13 +55,12 @@ class Lexer:
         if len(text) > MAX_TEXT:
             raise Unreadable("too long")
         self.text, self.as_list = plain(text), as_list
-        self.tokens, self.parens, self.environments = [], 0, []
+        self.tokens, self.parens = [], 0
         self.glued = False  # whether no space stands before what comes next
+        self.run(0, len(self.text), False)
 
-    def run(self, at: int = 0, end: int | None = None, in_text: bool = False) -> list[tuple]:
-        """The tokens. Raises Unreadable."""
-        if end is None:
-            end = len(self.text)
+    def run(self, at: int, end: int, in_text: bool) -> None:
+        """Raises Unreadable."""
         self.glued = False
         while at < end:
             match = _LEX.match(self.text, at, end)
@@ -73,101 +71,66 @@ class Lexer:
             if group in _NUMBERS:
                 self.add("num", re.sub(*_NUMBERS[group], text))
             elif group in ("deg", "row", "dots"):
-                self.add("op", group)
+                self.add(group)
             elif group != "space":
                 at = getattr(self, group)(text, match) or at
             self.glued = group != "space"
-        return self.tokens
 
-    def add(self, kind: str, value) -> None:
-        self.tokens.append((kind, value))
+    def add(self, kind: str, value: str = "") -> None:
+        self.tokens.append((kind, value or kind))
         self.glued = True
 
-    def previous(self) -> list[tuple]:
-        """The last two tokens."""
-        return [("", ""), ("", ""), *self.tokens[-2:]][-2:]
+    def previous(self) -> list[str]:
+        """The kinds of the last two tokens."""
+        return ["", "", *[kind for kind, _ in self.tokens[-2:]]][-2:]
 
     def after_value(self) -> bool:
-        (before, _), (kind, value) = self.previous()
-        if value == "/":  # km/hr
-            return before == "text"
-        return kind in ("num", "text") or kind == "op" and value in _ENDS
-
-    def number(self, text, match):
-        if len(text) > MAX_DIGITS:
-            raise Unreadable("too many digits")
-        self.add("num", text)
-        return match.start() + len(text)
-
-    def thousands(self, text, match):
-        if text[0] == "0" and text[1] != ".":
-            return self.number(re.match(r"\d+", text).group(), match)
-        self.number(re.sub(r"[^\d.]", "", text), match)
+        before, last = self.previous()
+        return before == "text" if last == "/" else last in _ENDS  # km/hr
 
     def comma(self, text, match):
-        (before, _), (_, last) = self.previous()
+        before, last = self.previous()
         is_listed = self.as_list or self.parens or last == "," and before == "num"
         if is_listed and ",0" not in text:
-            return self.number(text[: text.index(",")], match)
-        self.thousands(text, match)
+            text = text.partition(",")[0]
+        self.add("num", text.replace(",", ""))
+        return match.start() + len(text)
 
     def operator(self, text, match):
-        if text == "&" and self.environments[-1:] == ["system"] or text == "." and self.in_text:
-            return  # what aligns, what abbreviates
+        if text == "." and self.in_text:
+            return  # it abbreviates
         if text == "!=" and self.glued and self.after_value():  # 5!=120, but x!=5
-            self.add("op", "!")
+            self.add("!")
             text = "="
         self.parens = max(0, self.parens + _OPENS.get(text, 0))
-        self.add("op", _OPERATORS.get(text, text))
-
-    def escape(self, text, match):
-        self.operator(text, match)
+        self.add(_OPERATORS.get(text, text))
 
     def currency(self, text, match):
         name = next(name for sign, name in CURRENCIES.items() if sign in text)
         self.add("text" if self.after_value() else "money", name)
 
     def environment(self, text, match):
-        edge, name = match["edge"], match["name"]
-        if name in _SYSTEMS:
-            name = "system"
-        if edge == "begin":
-            self.environments.append(name)
-        else:
-            del self.environments[-1:]
-        self.add("op", edge)
-        self.add("env", name)
+        self.add(match["edge"], match["name"])
 
     def date(self, text, match):
         self.add("text", text)
 
-    def blackboard(self, text, match):
-        letter = text.rstrip("} \t\n")[-1]
-        if letter == "R":
-            self.add("op", "reals")
-        else:
-            self.add("id", "set " + letter)
-
     def letters(self, text, match):
         low, next_char = text.lower(), self.text[match.end() : match.end() + 9].lstrip()[:1]
         if low in WORDS:
-            self.add("op", WORDS[low])
+            self.add(*WORDS[low])
         elif number_word(text) is not None:
             self.add("text", text)
-        elif self.in_text and text == "to" and self.previous()[-1][0] == "num":  # 3 to 4
-            self.add("op", ":")
         elif self.in_text:  # a single letter that is no unit is a variable
             is_word = len(text) > 1 or text in UNITS and self.after_value()
             self.add("text" if is_word else "id", text)
         elif self.after_value() and self.is_unit(text, next_char):
             self.add("text", text)
+        elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
+            self.add("function", found[1])
+            self.add("id", found[2])
         elif low in PLAIN and text in (low, low.capitalize()):
             self.add(*PLAIN[low])
-        elif found := re.fullmatch(r"(sin|cos|tan|ln|log)([a-z])", text):
-            self.add("fn", found[1])
-            self.add("id", found[2])
-        elif text in FUNCTIONS:
-            self.add("fn", FUNCTIONS[text])
         elif len(text) > 3 and not text.isupper() and list(text) != sorted(set(text)):
             self.add("text", text)
         else:  # short, capitals, or letters in their order: a product
@@ -178,25 +141,25 @@ class Lexer:
         """Whether letters outside \\text{} that follow a value are its unit."""
         if len(text) == 1:
             return text in _BARE_UNITS and not self.glued and next_char in ("", "/", ",", ";")
-        if text in GLUED or text.removesuffix("s") in GLUED or text.lower() in ("am", "pm"):
+        if text in GLUED or text.removesuffix("s") in GLUED:
             return True
-        is_function = text in FUNCTIONS or next_char == "("
+        is_function = text in PLAIN or next_char == "("
         return not self.glued and not is_function and known(text)
 
     def command(self, text, match):
-        name = text[1:]
-        if name not in COMMANDS:
+        if text[1:] not in COMMANDS:
             raise Unreadable("unknown command")
-        if name in ("Omega", "AA") and self.after_value():
-            self.add("text", name)
-        elif COMMANDS[name]:
-            self.add(*COMMANDS[name])
+        kind, value = COMMANDS[text[1:]]
+        if value in ("Omega", "AA") and self.after_value():
+            kind = "text"
+        if kind != "skip":
+            self.add(kind, value)
 
     def group(self, text, match):
         r"""\text{...}: its letters are words. \operatorname{lcm} and the like are what they
         spell."""
         content = match["inner"].strip().strip("~")
-        if content not in FUNCTIONS or content in UNITS and self.after_value():
+        if content not in PLAIN or content in UNITS and self.after_value():
             self.run(match.start("inner"), match.end("inner"), True)
         else:
-            self.add("fn", FUNCTIONS[content])
+            self.add(*PLAIN[content])

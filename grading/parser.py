@@ -2,18 +2,21 @@
 
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 from grading.lexer import Lexer
 from grading.tree import MAX_DEPTH, Node, Unreadable, constant, elements, names, num
-from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word, ratio
-from grading.words import PHRASES
+from grading.units import CHANGING, NEGATIONS, NUMBERS, UNITS, known, multiplier, number_word
 
 _RELATIONS = "= < > <= >= != ~ in mid equiv to".split()
-_SIGNS = {"+": "add", "-": "add", "+-": "pm", "-+": "mp"}
 _SETS = {"cup": "cup", "cap": "cap", "minus": "minus", "choose": "binom", "over": "div"}
+_SIGNS = {"+": "", "-": "neg", "+-": "pm", "-+": "mp"}
+_PRODUCTS = {"*": "mul", "/": "div", "mod": "mod"}
+_MARKS = {"!": "fact", "!!": "fact2", "%": "percent", "deg": "deg"}
 _APPLIED = set("fghFGHPQ")  # P(x) is a value of P; n(n+1) is a product
 _BARS = {"|": ("|", "abs"), "lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil")}
-_MATRICES = "pmatrix bmatrix matrix vmatrix Bmatrix smallmatrix array".split()
+_BRACKETS = {"(": ")]", "[": ")]", "{": "}", "{{": ("}}",)}  # what may close them
+_COMMANDS = "function pair integral root big accent".split()
 _INFINITY = ("const", "oo")
 _ATOMS = {
     "pi": ("const", "pi"),
@@ -22,58 +25,29 @@ _ATOMS = {
     "dots": ("dots",),
     "reals": ("tuple", "(", (("neg", _INFINITY), _INFINITY), ")"),
 }
-_READERS = dict.fromkeys(("(", "[", "{", "{{"), "bracket") | dict.fromkeys(_BARS, "bars_group")
-_READERS["begin"] = "matrix"
+# Which method reads what begins with a token of a kind.
+_READERS = {"num": "number", "id": "name", "text": "words", "begin": "matrix"}
+_READERS |= {name: name for name in _COMMANDS}
+_READERS |= dict.fromkeys(_BRACKETS, "bracket") | dict.fromkeys(_BARS, "bars_group")
+_STARTS = {*_READERS, *_ATOMS} - {"text"}  # of a factor
 _INVERTED = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
 
+@lru_cache(maxsize=256)  # a group of responses has one gold
 def parse(text: str, as_list: bool = False) -> Node:
     """The tree of an answer. as_list: the other side is a list, so 1,234 is two numbers. Raises
     Unreadable."""
-    return Parser(Lexer(text, as_list).run()).answer()
-
-
-def number(text: str) -> Node:
-    """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs. Raises
-    Unreadable."""
-    if ":" in text:
-        return ("tuple", "clock", tuple(map(number, text.split(":"))), ":")
-    if "_" in text:
-        digits, _, base = text.partition("_")
-        try:
-            return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
-        except ValueError:
-            raise Unreadable("base") from None
-    if "(" in text:
-        head, _, tail = text.rstrip(")").partition("(")
-        period = 10 ** len(tail) - 1
-        places = len(head.partition(".")[2])
-        return num(Fraction("0" + head) + Fraction(int(tail), period * 10**places))
-    mantissa, _, exponent = text.lower().partition("e")
-    decimals = len(mantissa.partition(".")[2]) or None
-    node = num(Decimal(mantissa), decimals)  # int() refuses long numerals
-    if exponent:
-        node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
-    return node
+    return Parser(Lexer(text, as_list).tokens).answer()
 
 
 def _listed(joiner: str, items: list[Node]) -> Node:
     return items[0] if len(items) == 1 else ("list", joiner, tuple(items))
 
 
-def _continues(item: Node, previous: Node) -> bool:
-    """Whether a value with a unit goes on with a smaller one: 2 hours and 30 minutes."""
-    if item[0] != "unit" or previous[0] != "unit":
-        return False
-    factor = ratio(item[2], previous[2])
-    return factor is not None and factor < 1
-
-
 def _is_part(node: Node) -> bool:
     """1 or a fraction below it, which a noun in the singular may follow."""
     over, under = node[1:] if node[0] == "div" else (node, num(1))
-    over, under = constant(over), constant(under)
-    return over is not None and under is not None and 0 < over <= under
+    return 0 < (constant(over) or 0) <= (constant(under) or 0)
 
 
 def _spoken(words: list[str]) -> Fraction:
@@ -90,25 +64,12 @@ def _spoken(words: list[str]) -> Fraction:
     return total + current
 
 
-def _determinant(rows: tuple) -> Node:
-    if len(rows) != len(rows[0]) or len(rows) > 4:
-        raise Unreadable("determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    total = None
-    for k, cell in enumerate(rows[0]):
-        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
-        term = ("mul", ("neg", cell) if k % 2 else cell, _determinant(minor))
-        total = ("add", total, term) if total else term
-    return total
-
-
 class Parser:
     """Raises Unreadable."""
 
     def __init__(self, tokens: list[tuple]):
-        self.tokens = [*tokens, *[("end", "")] * 9]
-        self.at, self.depth, self.bars, self.bound = 0, 0, 0, []
+        self.tokens = [*tokens, *[("", "")] * 9]
+        self.at, self.depth, self.bars, self.bound = 0, 0, False, []
 
     # -- the stream
     def peek(self, ahead: int = 0):
@@ -118,24 +79,23 @@ class Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def is_op(self, *values, ahead: int = 0) -> bool:
-        kind, value = self.tokens[self.at + ahead]
-        return kind == "op" and value in values
+    def next_is(self, *kinds, ahead: int = 0) -> bool:
+        return self.peek(ahead)[0] in kinds
 
-    def accept(self, *values) -> str | None:
-        return self.take()[1] if self.is_op(*values) else None
+    def accept(self, *kinds) -> str | None:
+        return self.take()[1] if self.next_is(*kinds) else None
 
-    def expect(self, *values) -> str:
-        if not self.is_op(*values):
-            raise Unreadable(f"expected {values}")
+    def expect(self, *kinds) -> str:
+        if not self.next_is(*kinds):
+            raise Unreadable(f"expected {kinds}")
         return self.take()[1]
 
     def nested(self, read, *args):
         """read, one level deeper; a bar inside brackets does not close one outside."""
         self.depth += 1
-        if self.depth > MAX_DEPTH or self.peek()[0] == "end":
-            raise Unreadable("nested too deeply, or not finished")
-        bars, self.bars = self.bars, 0
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        bars, self.bars = self.bars, False
         node = read(*args)
         self.bars = bars
         self.depth -= 1
@@ -144,48 +104,41 @@ class Parser:
     def spelt(self) -> str:
         """One token or one group, as text."""
         words, depth = [], 0
-        while True:
+        while not words or depth > 0:
             kind, value = self.take()
-            if kind == "end":
+            if not kind:
                 raise Unreadable("unbalanced")
             words.append(value)
-            depth += (kind == "op" and value in ("(", "{")) - (kind == "op" and value in (")", "}"))
-            if depth <= 0:
-                return "".join(words[1:-1] if words[0] == "{" else words)
+            depth += (kind in ("(", "{")) - (kind in (")", "}"))
+        return "".join(words[1:-1] if words[0] == "{" else words)
 
     # -- lists and relations
     def answer(self) -> Node:
         node = self.sequence()
         if self.accept("pmod"):
             node = ("cong", node, self.signed(self.atom))
-        while self.accept("."):
-            pass
-        if self.peek()[0] != "end":
+        if not self.next_is(""):
             raise Unreadable("something is left over")
         return node
 
     def sequence(self) -> Node:
         """A list; x=1,y=2; x=3,y=4 and x=1,y=2 or x=3,y=4 are lists of lists."""
-        groups, joiners = [[self.relation()]], set()
+        kind, groups = ",", [[self.relation()]]
         while joiner := self.accept(",", ";", "or", "and"):
             while second := self.accept("or", "and"):
                 joiner = second
-            joiners.add(joiner)
-            item, items = self.relation(), groups[-1]
-            if joiner == "and" and _continues(item, items[-1]):
-                items[-1] = ("add", items[-1], item)
-            elif joiner in (";", "or"):
-                groups.append([item])
-            else:
-                items.append(item)
-        kind = "or" if "or" in joiners else ","
+            if joiner == "or":
+                kind = "or"
+            if joiner in (";", "or"):
+                groups.append([])
+            groups[-1].append(self.relation())
         lists = [_listed(",", items) for items in groups]
         return _listed(kind, lists)
 
     def relation(self) -> Node:
         self.accept("~")
         parts = [self.side()]
-        while self.is_op(*_RELATIONS) or self.is_op("|") and not self.bars and self.depth == 0:
+        while self.next_is(*_RELATIONS) or self.next_is("|") and not self.bars and self.depth == 0:
             operator = self.take()[1]
             parts += ["mid" if operator == "|" else operator, self.side()]
         return parts[0] if len(parts) == 1 else ("rel", tuple(parts))
@@ -205,17 +158,15 @@ class Parser:
 
     # -- sums and products
     def sum(self) -> Node:
-        node, op = None, self.accept(*_SIGNS) or "+"
-        while op:
+        node, sign = None, self.accept(*_SIGNS) or "+"
+        while sign:
             term = self.signed(self.product)
-            if op == "-" and term[0] == "set" and node:  # R - {0}
-                op = "minus"
-            elif op == "-":
-                term = ("neg", term)
-            if node or op in ("+-", "-+"):
-                term = (_SIGNS.get(op, op), node, term)
-            node = term
-            op = self.accept(*_SIGNS)
+            if sign == "-" and term[0] == "set" and node:  # R - {0}
+                node = ("minus", node, term)
+            else:
+                term = (_SIGNS[sign], term) if _SIGNS[sign] else term
+                node = ("add", node, term) if node else term
+            sign = self.accept(*_SIGNS)
         return node
 
     def signed(self, read) -> Node:
@@ -226,19 +177,15 @@ class Parser:
         return read()
 
     def product(self) -> Node:
-        if self.peek()[0] == "money":
-            return self.price(self.take()[1])
+        if currency := self.accept("money"):
+            return self.price(currency)
         node = self.power()
         while True:
-            if self.peek()[0] == "text" or self.is_op("/") and self.peek(1)[0] == "text":
+            if self.next_is("text") or self.next_is("/") and self.next_is("text", ahead=1):
                 node = self.unit(node)
-            elif self.accept("*"):
-                node = ("mul", node, self.signed(self.power))
-            elif self.accept("/"):
-                node = ("div", node, self.signed(self.power))
-            elif self.accept("mod"):
-                node = ("mod", node, self.power())
-            elif self.is_op("(", "[") and self.peek(1)[0] == "text" and not names(node):
+            elif operator := self.accept(*_PRODUCTS):
+                node = (_PRODUCTS[operator], node, self.signed(self.power))
+            elif self.next_is("(", "[") and self.next_is("text", ahead=1) and not names(node):
                 self.take()  # 24 [cm], 2 (double root)
                 node = self.unit(node, remark=True)
                 self.expect(")", "]")
@@ -249,29 +196,25 @@ class Parser:
 
     def price(self, currency: str) -> Node:
         node = self.signed(self.product)
-        if node[0] != "unit":
-            return ("unit", node, currency + "^1")
-        if ratio(currency + "^1", node[2]) is not None:  # $5 dollars
-            return node
-        return ("unit", node[1], f"{currency}^1 {node[2]}")
+        units = f"{currency}^1"
+        if node[0] == "unit":  # $5 per hour
+            _, node, other_units = node
+            units = f"{units} {other_units}"
+        return ("unit", node, units)
 
     def starts_atom(self) -> bool:
-        kind, value = self.peek()
-        if kind != "op":
-            return kind in ("num", "id", "fn")
-        if value == "|":  # a bar that opens, not one that closes, nor the one of divides
-            is_paired = self.depth > 0 or ("op", "|") in self.tokens[self.at + 1 :]
+        if self.next_is("|"):  # a bar that opens, not one that closes, nor the one of divides
+            is_paired = self.depth > 0 or ("|", "|") in self.tokens[self.at + 1 :]
             return not self.bars and is_paired
-        return value in _ATOMS or value in _READERS
+        return self.next_is(*_STARTS)
 
     def juxtaposed(self, left: Node) -> Node:
-        (kind, opening), (previous_kind, previous) = self.peek(), self.peek(-1)
-        if kind == "num" and previous_kind == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
+        (kind, _), (previous, _) = self.peek(), self.peek(-1)
+        if kind == "num" and previous == "text":  # 5 feet 6 inches, 5 thousand 3 hundred
             return ("add", left, self.product())
-        is_power = self.is_op("^", ahead=-2)  # 2^6 3^5
+        side_by_side = kind == previous == "num" and not self.next_is("^", ahead=-2)  # 2^6 3^5
         right = self.power()
-        side_by_side = kind == previous_kind == "num" and not is_power
-        if left[0] == right[0] == "num" and opening != "(" and previous != ")":  # {5}{6}
+        if left[0] == right[0] == "num" and kind != "(" and previous != ")":  # {5}{6}
             side_by_side = True
         if side_by_side:
             raise Unreadable("two numbers side by side")
@@ -283,7 +226,11 @@ class Parser:
         """kcal m^{-2} yr^{-1}, square inches, 3 dozen eggs, 5 cups of flour, 5 per apple, 1 way.
         What stands in a remark, or after "of" or "per", may be any words."""
         units, aside = [], False
-        while self.peek()[0] == "text" or self.is_op("*", "/") and self.goes_on(units):
+        while (
+            self.next_is("text")
+            or self.next_is("*", "/")
+            and (self.next_is("text", ahead=1) or units and self.peek(1)[1] in UNITS)
+        ):
             over = self.accept("/")
             self.accept("*")
             name = self.take()[1]
@@ -300,32 +247,17 @@ class Parser:
             aside = aside or name.lower() == "of" or bool(over) and not known(name)
         return ("unit", node, " ".join(units)) if units else node
 
-    def goes_on(self, units: list[str]) -> bool:
-        kind, value = self.peek(1)
-        return kind == "text" or bool(units) and value in UNITS
-
     # -- powers
     def power(self) -> Node:
-        node, levels = self.atom(), self.depth
-        while op := self.accept("^", "!", "%", "deg", "'"):
-            levels += 1
-            if levels > MAX_DEPTH:
-                raise Unreadable("nested too deeply")
-            if op == "^":
+        node = self.atom()
+        for _ in range(MAX_DEPTH):
+            if mark := self.accept(*_MARKS):
+                node = (_MARKS[mark], node)
+            elif self.accept("^"):
                 node = ("pow", node, self.signed(self.atom))
-            elif op == "!" and self.accept("!"):
-                node = ("fact2", node)
             else:
-                node = self.marked(node, op)
-        return node
-
-    @staticmethod
-    def marked(node: Node, mark: str) -> Node:
-        if mark == "'" and node[0] == "sym":
-            return ("sym", node[1] + "'")
-        if mark == "'" or mark == "%" and node[0] == "percent":
-            raise Unreadable("a mark too many")
-        return ({"!": "fact", "%": "percent", "deg": "deg"}[mark], node)
+                return node
+        raise Unreadable("nested too deeply")
 
     # -- atoms
     def argument(self) -> Node:
@@ -336,44 +268,55 @@ class Parser:
 
     def atom(self) -> Node:
         kind, value = self.take()
-        if kind == "num":
-            return number(value)
-        if kind == "id":
-            return self.name(value)
-        if kind == "text":
-            return self.words(value)
-        if kind == "fn":
-            return self.nested(self.function, value)
-        if kind == "op" and value in _ATOMS:
-            return _ATOMS[value]
-        if kind == "op" and value in _READERS:
-            return self.nested(getattr(self, _READERS[value]), value)
-        raise Unreadable(f"unexpected {value!r}")
+        if kind in _ATOMS:
+            return _ATOMS[kind]
+        if kind not in _READERS:
+            raise Unreadable(f"unexpected {value!r}")
+        return self.nested(getattr(self, _READERS[kind]), value)
+
+    def number(self, text: str) -> Node:
+        """12, 1.5, 1.5e-3, 4:20, A5_16, 52_eight, and 0.1(6), whose bracket recurs."""
+        if ":" in text:
+            return ("tuple", "clock", tuple(map(self.number, text.split(":"))), ":")
+        if "_" in text:
+            digits, _, base = text.partition("_")
+            try:
+                return num(int(digits, int(NUMBERS.get(base.lower()) or base)))
+            except ValueError:
+                raise Unreadable("base") from None
+        if "(" in text:
+            head, _, tail = text.rstrip(")").partition("(")
+            places = len(head.partition(".")[2])
+            return num(Fraction("0" + head) + Fraction(f"{tail}e-{places}") / (10 ** len(tail) - 1))
+        mantissa, _, exponent = text.lower().partition("e")
+        node = num(Decimal(mantissa), len(mantissa.partition(".")[2]) or None)
+        if exponent:
+            node = ("mul", node, ("pow", num(10), num(Decimal(exponent))))
+        return node
+
+    def accent(self, mark: str) -> Node:
+        """\\dot{x}, \\overline{AB}: a name."""
+        return self.name(f"{mark} {self.spelt()}")
 
     def name(self, value: str) -> Node:
-        if value in ("i", "e") and not self.is_op("_", "'") and value not in self.bound:
+        if value in ("i", "e") and not self.next_is("_", "'") and value not in self.bound:
             return ("const", value)
         if self.accept("_"):
             value += "_" + self.spelt()
         while self.accept("'"):
             value += "'"
-        if self.is_op("(") and value.rstrip("'") in _APPLIED:
+        if self.next_is("(") and value.rstrip("'") in _APPLIED:
             value += self.spelt()
         return ("sym", value)
 
     def words(self, first: str) -> Node:
         words, is_number = [first], number_word(first) is not None
-        while self.peek()[0] == "text":
-            if is_number and number_word(self.peek()[1]) is None:
-                break
+        while self.next_is("text") and (not is_number or number_word(self.peek()[1]) is not None):
             words.append(self.take()[1])
         if is_number:
             return num(_spoken(words))
         phrase = " ".join(words).lower()
-        if phrase in PHRASES:
-            return _ATOMS[PHRASES[phrase]]
-        ends = self.peek()[1] in ("", ",", ";", "or", "and")
-        if not ends and not set(NEGATIONS).isdisjoint(phrase.split()):
+        if not set(NEGATIONS).isdisjoint(phrase.split()):
             raise Unreadable("a negation")
         return ("sym", first if len(phrase) == 1 else "text " + phrase)
 
@@ -381,116 +324,96 @@ class Parser:
         if opening == "{{" and self.accept("}}"):
             return ("set", ())
         node = self.sequence()
-        closing = self.expect(*{"{": ("}",), "{{": ("}}",)}.get(opening, (")", "]")))
+        closing = self.expect(*_BRACKETS[opening])
         items = elements(node)
         if opening == "{{":
             return ("set", items)
-        brackets = opening + closing
-        if opening == "{" or len(items) == 1 and brackets in ("()", "[]"):
+        if opening == "{" or len(items) == 1 and opening + closing in ("()", "[]"):
             return node
-        half_open = brackets in ("(]", "[)")
-        if node[0] != "list" or node[1] == "or" or half_open and len(items) != 2:
+        if node[0] != "list" or node[1] == "or":
             raise Unreadable("bracket")
         return ("tuple", opening, items, closing)
 
     def bars_group(self, opening: str) -> Node:
         closing, name = _BARS[opening]
-        self.bars += opening == "|"
+        self.bars = opening == "|"
         node = self.sum()
         self.expect(closing)
-        self.bars -= opening == "|"
-        if node[0] == "mat" and name == "abs":
-            return _determinant(node[1])
         return (name, node)
 
-    def matrix(self, _) -> Node:
-        kind, rows = self.take()[1], [[]]
+    def matrix(self, kind: str) -> Node:
+        rows = [[]]
         if kind == "array":
-            self.nested(self.atom)
+            self.atom()
         while not self.accept("end"):
-            rows[-1].append(self.relation())
             if self.accept("row", ",", "and"):
-                while self.accept("row"):
-                    pass
                 rows.append([])
-            elif not self.accept("&") and not self.is_op("end"):
-                raise Unreadable("matrix")
-        self.take()
+            elif not self.accept("&"):
+                rows[-1].append(self.relation())
         rows = tuple(tuple(row) for row in rows if row)
-        if kind == "system":  # of equations
+        if not kind.endswith(("matrix", "array")):  # cases, aligned
             return ("list", ",", sum(rows, ()))
-        if kind not in _MATRICES or len(set(map(len, rows))) != 1:
+        if len(set(map(len, rows))) != 1:
             raise Unreadable("matrix")
-        return _determinant(rows) if kind == "vmatrix" else ("mat", rows)
+        return ("det", ("mat", rows)) if kind == "vmatrix" else ("mat", rows)
 
-    # -- functions
+    # -- forms and functions
+    def pair(self, kind: str) -> Node:
+        return (kind, self.argument(), self.argument())
+
+    def integral(self, _) -> Node:  # \int{0}{1}{x^2}{x}, see words.py
+        low, high, body = self.argument(), self.argument(), self.argument()
+        return ("big", "int", self.spelt(), low, high, body)
+
+    def root(self, _) -> Node:
+        index = num(2)
+        if self.accept("["):
+            index = self.sum()
+            self.expect("]")
+        return ("root", self.signed(self.atom), index)
+
+    def script(self, mark: str) -> Node | None:
+        return self.signed(self.atom) if self.accept(mark) else None
+
     def function(self, name: str) -> Node:
-        if name in ("frac", "binom"):
-            return ("div" if name == "frac" else "binom", self.argument(), self.argument())
-        if name == "int":  # \\int{0}{1}{x^2}{x}, see words.py
-            (low, high), body = (self.argument(), self.argument()), self.argument()
-            return ("int", self.spelt(), low, high, body)
-        if name == "sqrt":
-            index = num(2)
-            if self.accept("["):
-                index = self.sum()
-                self.expect("]")
-            return ("root", self.signed(self.atom), index)
-        if self.is_op("="):  # \\max = 5
+        if self.next_is("="):  # \\max = 5
             return ("sym", name)
-        if name.startswith("accent"):  # \\dot{x}, \\overline{AB}: a name
-            value = name[7:] + " " + self.spelt()
-            if self.accept("_"):
-                value += "_" + self.spelt()
-            return ("sym", value)
-        low = self.atom() if self.accept("_") else None
-        if name == "log" and self.peek(-1)[0] == "num" and not self.starts_atom():  # \\log_28
+        base = self.script("_")
+        if name == "log" and self.next_is("num", ahead=-1) and not self.starts_atom():  # \\log_28
             self.at -= 1
-            low = self.argument()
-        high = self.signed(self.atom) if self.accept("^") else None
-        if name in ("sum", "prod", "lim"):
-            return self.binding(name, low, high)
-        return self.applied(name, low, high)
-
-    def applied(self, name: str, base: Node | None, power: Node | None) -> Node:
+            base = self.argument()
+        power = self.script("^")
         if power == ("neg", num(1)) and name in _INVERTED:
-            name, power = "arc" + name, None
+            name, power = "a" + name, None
         args = self.function_arguments()
-        if base is not None and name != "log":
+        if base and name != "log":
             raise Unreadable("subscript of a function")
-        if name == "det" and args[0][0] == "mat":
-            return _determinant(args[0][1])
-        node = (name, *args) if base is None else ("div", ("ln", *args), ("ln", base))
-        return node if power is None else ("pow", node, power)
+        node = ("div", ("ln", *args), ("ln", base)) if base else (name, *args)
+        return ("pow", node, power) if power else node
 
     def function_arguments(self) -> tuple:
-        if self.is_op("{{", "(", "{", "["):  # max{a, b}
-            node = self.nested(self.atom)
+        if self.next_is("{{", "(", "{", "["):  # max{a, b}
+            node = self.atom()
             if node[0] == "set":
                 return node[1]
             return node[2] if node[0] == "tuple" else elements(node)
         negative = self.accept("-")
         node = self.power()
-        while self.starts_atom() and not self.is_op("("):
-            kind, value = self.peek()
-            if kind == "fn" and (value != "frac" or node[0] != "num"):
+        while self.starts_atom() and not self.next_is("("):
+            if self.next_is(*_COMMANDS) and (self.peek() != ("pair", "div") or node[0] != "num"):
                 break
             node = ("mul", node, self.power())
         return (("neg", node),) if negative else (node,)
 
-    def binding(self, name: str, low: Node | None, high: Node | None) -> Node:
+    def big(self, name: str) -> Node:
         """A sum, a product or a limit, with its bound name; without bounds it is itself a name."""
-        if low is None:
+        low, high = self.script("_"), self.script("^")
+        if not low:
             return ("mul", ("sym", name), self.product())
-        sign = "to" if name == "lim" else "="
-        if low[0] != "rel" or low[1][1::2] != (sign,) or (high is None) != (name == "lim"):
-            raise Unreadable("bounds")
-        (kind, variable, *_), _, start = low[1]
-        if kind not in ("sym", "const"):
-            raise Unreadable("bounds")
-        self.bound.append(variable)
-        body = self.product()
-        self.bound.pop()
-        if name == "lim":
-            return ("lim", variable, start, body)
-        return ("big", name, variable, start, high, body)
+        match low:
+            case ("rel", (("sym" | "const", variable), "=" | "to", start)) if high or name == "lim":
+                self.bound.append(variable)
+                body = self.product()
+                self.bound.pop()
+                return ("big", name, variable, start, high or start, body)
+        raise Unreadable("bounds")

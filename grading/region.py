@@ -1,15 +1,14 @@
 """Sets of reals: equal if they agree at every end point of either, between them and beyond them."""
 
 from fractions import Fraction
+from math import inf
 
 from grading.tree import Node, Undefined, names, walk
-from grading.value import Evaluator, lift, mp, real
+from grading.value import Evaluator, mp, real
 
 _GRID = 10**60  # numbers have 60 decimals here
 _NEAR = Fraction(1, 10**50)  # such close ones are equal
 _PROBES = [Fraction(x) for x in "-1e99 -1234.5 -17 -2.7 0 1.9 23 4321.5 1e99".split()]
-
-
 _ENDS = {"(": "<", ")": "<", "[": "<=", "]": "<="}
 
 
@@ -31,58 +30,47 @@ def _bound(node: Node) -> set[str]:
     return letters or set(names(*sides))
 
 
-def _parts(node: Node) -> tuple:
-    return node[2] if node[0] == "list" else node[1:]
-
-
 class Region:
     def __init__(self, name: str | None, evaluator: Evaluator, env: dict):
         """name: the variable; env: values for all letters."""
-        self.name, self.evaluator, self.env, self.known = name, evaluator, env, {}
+        self.name, self.evaluator, self.env = name, evaluator, env
 
     def number(self, node: Node, x: Fraction | None = None) -> Fraction | float:
         """A real value, where the variable is x; an infinity is a float. Raises Undefined."""
-        if x is None and node in self.known:
-            return self.known[node]
-        if x is not None and node == ("sym", self.name):
-            return x
         env = self.env if x is None else self.env | {self.name: x}
         value = real(self.evaluator.value(node, env))
+        if isinstance(value, Fraction):
+            return value
         if not mp.isfinite(value):
-            number = float(value)
-        elif abs(value) > 10**300:
+            return float(value)
+        if abs(value) > 10**300:
             raise Undefined("out of reach")
-        else:
-            number = Fraction(int(mp.nint(lift(value) * _GRID)), _GRID)
-        if x is None:
-            self.known[node] = number
-        return number
+        return Fraction(int(mp.nint(value * _GRID)), _GRID)
 
     def ends(self, node: Node) -> list:
         """The end points, infinities too. Raises Undefined if this is no set of reals."""
-        ends = []
-        if node[0] == "less":
-            for left, _, right in node[1]:
-                ends += self.crossings(left, right)
-        elif node[0] == "set":
-            ends += map(self.number, node[1])
-        elif is_region(node) or node[:2] == ("list", "or"):
-            for part in _parts(node):
-                ends += self.ends(part)
-        elif node[0] == "tuple" and len(node[2]) == 2 and node[1] in "([":
-            ends += map(self.number, node[2])
-            if ends[0] > ends[1] or ends[0] == ends[1] and node[1] + node[3] != "[]":
-                raise Undefined("an empty interval")
-        else:
-            raise Undefined("no set of reals")
-        return ends
+        match node:
+            case ("less", relations):
+                ends = []
+                for left, _, right in relations:
+                    ends += self.crossings(left, right)
+                return ends
+            case ("set", items):
+                return list(map(self.number, items))
+            case ("tuple", "(" | "[" as opening, (low, high), closing):
+                low = self.number(low)
+                high = self.number(high)
+                if low > high or low == high and opening + closing != "[]":
+                    raise Undefined("an empty interval")
+                return [low, high]
+            case ("cup" | "cap" | "minus", *parts):
+                return sum(map(self.ends, parts), [])
+            case ("list", joiner, parts) if joiner == "or" or is_region(node):
+                return sum(map(self.ends, parts), [])
+        raise Undefined("no set of reals")
 
     def crossings(self, left: Node, right: Node) -> list:
-        """Where two sides meet, if they are linear near 0 or far out, as distances are; infinities
-        too."""
-        for variable, other in ((left, right), (right, left)):
-            if variable == ("sym", self.name) and self.name not in names(other):
-                return [self.number(other)]
+        """Where two sides meet, if they are linear near 0 or far out, as distances are."""
 
         def difference(x: int):
             return self.number(left, Fraction(x)) - self.number(right, Fraction(x))
@@ -91,33 +79,32 @@ class Region:
         for x in (-999, 0, 998):
             value = difference(x)
             slope = difference(x + 1) - value
-            if slope:
+            if 0 < abs(slope) < inf:
                 ends.append(x - value / slope)
         return ends
 
     def contains(self, node: Node, x: Fraction) -> bool:
-        kind = node[0]
-        if kind == "tuple":
-            low, high = map(self.number, node[2])
-            above = _holds(low, _ENDS[node[1]], x)
-            return above and _holds(x, _ENDS[node[3]], high)
-        if kind == "set":
-            return any(not _holds(self.number(item), "!=", x) for item in node[1])
-        if kind == "less":
-            try:
-                for left, sign, right in node[1]:
-                    if not _holds(self.number(left, x), sign, self.number(right, x)):
-                        return False
-            except Undefined:
-                return False
-            return True
-        parts = _parts(node)
-        inside = [self.contains(part, x) for part in parts]
-        if kind == "minus":
-            return inside[0] and not inside[1]
-        if kind == "list" and node[1] == ",":  # conditions, of which all hold
-            kind = "cap" if all(part[0] == "less" for part in parts) else "cup"
-        return all(inside) if kind == "cap" else any(inside)
+        match node:
+            case ("less", relations):
+                return all(self.holds(*relation, x) for relation in relations)
+            case ("set", items):
+                return any(not _holds(self.number(item), "!=", x) for item in items)
+            case ("tuple", opening, (low, high), closing):
+                above = _holds(self.number(low), _ENDS[opening], x)
+                below = _holds(x, _ENDS[closing], self.number(high))
+                return above and below
+            case ("minus", whole, removed):
+                return self.contains(whole, x) and not self.contains(removed, x)
+            case ("list", joiner, parts) | (joiner, *parts):
+                inside = [self.contains(part, x) for part in parts]
+                are_conditions = joiner == "," and {part[0] for part in parts} == {"less"}
+                return all(inside) if joiner == "cap" or are_conditions else any(inside)
+
+    def holds(self, left: Node, sign: str, right: Node, x: Fraction) -> bool:
+        try:
+            return _holds(self.number(left, x), sign, self.number(right, x))
+        except Undefined:
+            return False
 
 
 def _holds(left, sign: str, right) -> bool:
@@ -138,15 +125,15 @@ def same_region(a: Node, b: Node, evaluator: Evaluator, draws: list[dict]) -> bo
         return False
     name, compared = min(candidates, default=None), False
     for env in draws:
-        left, right = Region(name, evaluator, env), Region(name, evaluator, env)
+        region = Region(name, evaluator, env)
         try:
-            ends = {*left.ends(a), *right.ends(b)}
+            ends = {*region.ends(a), *region.ends(b)}
         except Undefined:
             continue
         compared = True
-        ends = sorted(ends - {mp.inf, -mp.inf})
+        ends = sorted(ends - {inf, -inf})
         between = [(x + y) / 2 for x, y in zip(ends, ends[1:])]
         for x in ends + between + _PROBES:
-            if left.contains(a, x) != right.contains(b, x):
+            if region.contains(a, x) != region.contains(b, x):
                 return False
     return compared

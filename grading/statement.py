@@ -2,54 +2,49 @@
 
 `settle` turns them into ("list", joiner, items), ("assign", name, value), ("chain", parts),
 ("record", ((name, value)...)), ("eq", a, b), ("less", ((a, sign, b)...)), ("equiv", a, b),
-("approx", a, b), ("residues", modulus, items, left), or leaves what it was before.
+("residues", modulus, items, left), or leaves what it was before.
 """
 
 import itertools
 
-from grading.tree import Node, Unreadable, constant, elements, has, names, num, walk
+from grading.tree import Node, Unreadable, constant, elements, names, num, walk
 from grading.units import hoisted
 
-_MIRRORED = {"<": "<", "<=": "<=", "!=": "!=", ">": "<", ">=": "<="}
+_ORDERS = set("< <= != > >=".split())
 
 
 def settle(node: Node) -> Node:
     """Raises Unreadable."""
-    kind = node[0]
-    if kind == "list":
-        return _list(node[1], node[2])
-    if kind == "set":
-        return ("set", elements(_list(",", node[1])))
-    if kind == "cong":
-        return _residues(settle(node[1]), constant(node[2]))
-    if kind in ("cup", "cap", "minus"):
-        left, right = settle(node[1]), settle(node[2])
-        if kind == "cup" and left[0] == right[0] == "set":
-            return ("set", left[1] + right[1])
-        return (kind, left, right)
+    match node:
+        case ("list", joiner, items):
+            return _list(joiner, items)
+        case ("set", items):
+            return ("set", elements(_list(",", items)))
+        case ("cong", residues, modulus):
+            return _residues(settle(residues), constant(modulus))
+        case ("cup" | "cap" | "minus" as kind, left, right):
+            left, right = settle(left), settle(right)
+            if kind == "cup" and left[0] == right[0] == "set":
+                return ("set", left[1] + right[1])
+            return (kind, left, right)
     variants = _variants(node)
     if len(variants) > 1:
         return _list("or", variants)
-    node = variants[0]
-    if kind == "rel":
-        return _relation(node[1])
-    if kind == "unit" and node[1][0] in ("rel", "list"):
-        return settle(node[1])
-    if kind in ("add", "neg") and has(node, "unit", "percent"):
-        return hoisted(node)
-    return node
+    [node] = variants
+    return _relation(node[1]) if node[0] == "rel" else hoisted(node)
 
 
 def _residues(listed: Node, modulus) -> Node:
-    left, residues = None, []
+    left, residues = None, set()
     for item in elements(listed):
         if item[0] == "equiv":
             left = left or item[1]
             item = item[2]
-        residues.append(item)
-    if not modulus or None in map(constant, residues):
-        raise Unreadable("residues")
-    return ("residues", modulus, tuple(residues), left)
+        residue = constant(item)
+        if residue is None or not modulus:
+            raise Unreadable("residues")
+        residues.add(residue % modulus)
+    return ("residues", modulus, tuple(sorted(residues)), left)
 
 
 def _variants(node: Node) -> list[Node]:
@@ -62,7 +57,7 @@ def _variants(node: Node) -> list[Node]:
         raise Unreadable("too many plus-minus signs")
     independent = 1 if "mp" in signs else len(signs)
     variants = []
-    for choice in itertools.product((1, -1), repeat=independent):
+    for choice in itertools.product((True, False), repeat=independent):
         variants.append(_signed(node, itertools.cycle(choice)))
     return list(dict.fromkeys(variants))
 
@@ -72,13 +67,9 @@ def _signed(node: Node, choice) -> Node:
         return node
     if not node or node[0] not in ("pm", "mp"):
         return tuple(_signed(part, choice) for part in node)
-    kind, left, right = node
-    is_plus = next(choice) > 0
-    left = _signed(left, choice)
-    right = _signed(right, choice)
-    if is_plus != (kind == "pm") and right != num(0):
-        right = ("neg", right)
-    return ("add", left, right) if left else right
+    is_plus = next(choice) == (node[0] == "pm")
+    part = _signed(node[1], choice)
+    return part if is_plus or part == num(0) else ("neg", part)
 
 
 def _list(joiner: str, nodes) -> Node:
@@ -110,60 +101,56 @@ def is_name(node: Node) -> bool:
 
 
 def _relation(parts: tuple) -> Node:
-    operands, operators = parts[::2], set(parts[1::2])
+    operands, operators = parts[::2], parts[1::2]
     if "~" in operators:
         first = parts.index("~")
         if first > 1:
             return _relation(parts[:first])
         if is_name(parts[0]):
             return _relation((parts[0], "=", *parts[2:]))
-        return ("approx", settle(parts[0]), parts[2])
-    if operators == {"="}:
+        return ("chain", (parts[2], parts[0]))
+    if set(operators) == {"="}:
         return _equation(operands)
-    if operators <= _MIRRORED.keys():
+    if _ORDERS.issuperset(operators):
         pairs = []
-        for a, sign, b in zip(operands, parts[1::2], operands[1:]):
+        for a, sign, b in zip(operands, operators, operands[1:]):
             if ">" in sign:
-                a, b = b, a
-            pairs.append((a, _MIRRORED[sign], b))
+                a, sign, b = b, sign.replace(">", "<"), a
+            pairs.append((a, sign, b))
         return ("less", tuple(pairs))
-    if len(parts) == 3:
-        left, operator, right = parts
-        if operator == "mid":
-            return _residues(("equiv", right, num(0)), constant(left))
-        if operator == "equiv":
+    match parts:
+        case (modulus, "mid", value):
+            return _residues(("equiv", value, num(0)), constant(modulus))
+        case (left, "equiv", right):
             return ("equiv", left, right)
-        if operator == "in" and is_name(left):
-            return settle(right)
+        case (name, "in", region) if is_name(name):
+            return settle(region)
     raise Unreadable("mixed relations")
 
 
 def _equation(operands: tuple) -> Node:
-    first, last = operands[0], operands[-1]
-    if len(operands) == 2 and is_name(last) and not is_name(first):
-        first, last = last, first
+    first, *rest = operands
+    if len(rest) == 1 and is_name(rest[0]) and not is_name(first):
+        rest, first = [first], rest[0]
     if is_name(first):
-        value = last if len(operands) == 2 else ("chain", operands[1:])
-        is_point = first[:2] == ("tuple", "(") and value[0] == "tuple"
-        if is_point and len(first[2]) == len(value[2]):
-            return ("record", tuple(zip(first[2], value[2])))
-        kind = "eq" if first in walk(value) else "assign"
-        return (kind, first, value)
+        value = rest[0] if len(rest) == 1 else ("chain", tuple(rest))
+        match first, value:
+            case ("tuple", "(", names_of, _), ("tuple", _, values, _):
+                if len(names_of) == len(values):
+                    return ("record", tuple(zip(names_of, values)))
+        return ("eq" if first in walk(value) else "assign", first, value)
     if {operand[0] for operand in operands} == {"num"}:
         raise Unreadable("a tautology or a contradiction")
-    if len(operands) == 2 and names(*operands):
-        return ("eq", first, last)
+    if len(rest) == 1 and names(*operands):
+        return ("eq", *operands)
     return ("chain", operands)
 
 
 def named_value(node: Node) -> Node:
-    """What an answer says that an expression is worth: m + n = 24, |z| = 5, Answer: 5; any other
-    node as it is."""
-    if node[:2] == ("tuple", ":") and len(node[2]) == 2:
-        name, value = node[2]
-        return settle(value) if name[0] == "sym" else node
+    """What an answer says that an expression is worth: m + n = 24, |z| = 5; any other node as it
+    is."""
     if node[0] == "eq":
-        _, left, right = node
-        if not names(left) or not names(right):
-            return settle(right if names(left) else left)
+        for name, value in (node[1:], node[:0:-1]):
+            if not names(value):
+                return settle(value)
     return node

@@ -3,8 +3,8 @@ who read it.
 
 ("num", value, decimals as written or None), ("sym", name), ("const", "pi" | "e" | "i" | "oo"),
 ("dots",), (operation, operand...): add mul div pow root neg pm mp fact fact2 deg percent abs floor
-ceil binom mod, and functions, ("big", "sum" | "prod", name, low, high, body),
-("int", name, low, high, body), ("lim", name, point, body), ("unit", a, "m^1 s^-2"),
+ceil binom mod, and functions, ("big", "sum" | "prod" | "int" | "lim", name, low, high, body),
+("unit", a, "m^1 s^-2"),
 ("list", joiner, items), ("set", items), ("tuple", "(", items, ")"), ("mat", rows),
 ("rel", (a, op, b, op, c...)), ("cup" | "cap" | "minus", a, b), ("cong", list, modulus);
 statement.py adds to them.
@@ -13,8 +13,7 @@ statement.py adds to them.
 from fractions import Fraction
 
 MAX_TEXT, MAX_TOKENS, MAX_DEPTH = 20_000, 2_000, 40  # of one answer
-MAX_LIST = 40  # items that are compared in any order
-MAX_DIGITS, MAX_BITS = 10_000, 200_000  # of a literal, of an exact number
+MAX_BITS = 200_000  # of an exact number
 MAX_STEPS = 20_000  # of one comparison
 
 Node = tuple
@@ -38,9 +37,12 @@ def num(value, decimals: int | None = None) -> Node:
 
 def constant(node: Node) -> Fraction | None:
     """The value of a number with or without a minus, None for anything else."""
-    if node[0] == "neg" and node[1][0] == "num":
-        return -node[1][1]
-    return node[1] if node[0] == "num" else None
+    match node:
+        case ("num", value, _):
+            return value
+        case ("neg", ("num", value, _)):
+            return -value
+    return None
 
 
 def elements(node: Node) -> tuple:
@@ -72,6 +74,12 @@ def names(*nodes: Node) -> list[str]:
     for part in walk(("list", *nodes)):
         if part[0] == "sym":
             letters.add(part[1])
-        elif part[0] in ("big", "int", "lim"):
-            bound.add(part[2] if part[0] == "big" else part[1])
+        elif part[0] == "big":
+            bound.add(part[2])
     return sorted(letters - bound)
+
+
+def pairs(text: str) -> dict[str, str]:
+    """A table of words that stand in pairs: name value name value."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2]))

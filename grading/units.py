@@ -3,7 +3,7 @@ number or contradict it."""
 
 from fractions import Fraction
 
-from grading.tree import Node, Unreadable, num
+from grading.tree import Node, Unreadable, num, pairs
 
 # dimension: unit factor unit factor ...
 _UNITS = """
@@ -30,32 +30,29 @@ euro: euro 1
 _OTHER_UNITS = """
 rad radian mol C V A K T F coulomb volt ampere kelvin tesla farad month gbp yen rupee degC degF
 celsius fahrenheit am pm dB""".split()
-_PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12".split()
+_PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12"
 _PREFIXED = "m g s A K mol N J W V Pa Hz eV L l F T C ohm Omega Wh cal bar".split()
-_SPEEDS = {"mph": "mile^1 hour^-1", "kph": "km^1 hour^-1", "kmph": "km^1 hour^-1"}
-_SPEEDS["fps"] = "foot^1 s^-1"
-_CURRENCIES = """$ dollar USD dollar € euro EUR euro £ gbp GBP gbp ¥ yen JPY yen ₹ rupee INR rupee
-    Rs rupee ¢ cent""".split()
-CURRENCIES = dict(zip(_CURRENCIES[::2], _CURRENCIES[1::2]))
+CURRENCIES = pairs("""
+    $ dollar USD dollar € euro EUR euro £ gbp GBP gbp ¥ yen JPY yen ₹ rupee INR rupee
+    Rs rupee ¢ cent
+""")
 UNITS = {name: (name, Fraction(1)) for name in _OTHER_UNITS}
 for _row in _UNITS.strip().splitlines():
     _dimension, _, _entries = _row.partition(": ")
-    _entries = _entries.split()
-    for _name, _factor in zip(_entries[::2], _entries[1::2]):
+    for _name, _factor in pairs(_entries).items():
         UNITS[_name] = (_dimension, Fraction(_factor))
-GLUED = {*UNITS, *_SPEEDS}  # read without a space before them: 0.64N
-for _prefix, _factor in zip(_PREFIXES[::2], _PREFIXES[1::2]):
+GLUED = {*UNITS}  # read without a space before them: 0.64N
+for _prefix, _factor in pairs(_PREFIXES).items():
     for _base in _PREFIXED:
         _dimension, _size = UNITS[_base]
         UNITS.setdefault(_prefix + _base, (_dimension, _size * Fraction(_factor)))
 
 # Words that say nothing after a value: people, nouns without a plural s, and what goes with nouns.
-_COUNTED = set(
-    """
+_COUNTED = """
     unit people person man men woman women child children mice geese sheep fish deer dice data way
-    square sq cubic cu any text approx approximately of total altogether each left more remaining
-    ago away later old tall long wide high deep different full whole apart us st nd rd th""".split()
-)
+    any text approx approximately of total altogether each left more remaining ago away later old
+    tall long wide high deep different full whole apart us st nd rd th""".split()
+UNITS |= {name: ("", Fraction(1)) for name in _COUNTED}
 NEGATIONS = """
 no not but never wrong incorrect incorrectly false except without impossible invalid rejected
 extraneous unlike neither nor isn untrue mistake mistaken error unless maybe perhaps than""".split()
@@ -66,7 +63,6 @@ CHANGING = {
     exceeds differs means gives makes seems appears becomes lacks misses needs requires contradicts
     less fewer greater smaller least most between negatives inverses reciprocals""".split(),
 }
-_KNOWN = {*UNITS, *_SPEEDS, *_COUNTED}
 
 _NUMBERS = """
 zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve
@@ -76,8 +72,8 @@ thirty 30 forty 40 fifty 50 sixty 60 seventy 70 eighty 80 ninety 90 dozen 12 sco
 quintillion 1e18 sextillion 1e21 septillion 1e24 octillion 1e27 nonillion 1e30 decillion 1e33
 half 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 eighth 1/8 ninth 1/9 twelfth 1/12 twentieth
 1/20 thirtieth 1/30 fortieth 1/40 fiftieth 1/50 sixtieth 1/60 seventieth 1/70 eightieth 1/80
-ninetieth 1/90""".split()
-NUMBERS = dict(zip(_NUMBERS[::2], map(Fraction, _NUMBERS[1::2])))
+ninetieth 1/90"""
+NUMBERS = {name: Fraction(value) for name, value in pairs(_NUMBERS).items()}
 for _name, _value in list(NUMBERS.items()):
     if _value > 3:
         NUMBERS.setdefault(_name + "th", 1 / _value)
@@ -99,39 +95,35 @@ def multiplier(word: str) -> Fraction | None:
     return None if is_digit and word.lower() not in ("dozen", "score") else value
 
 
+def _unit(word: str) -> tuple[str, Fraction] | None:
+    """The dimension of a unit, also of a plural, and its factor."""
+    low = word.lower()
+    for spelling in (word, word.removesuffix("s"), low, low.removesuffix("s")):
+        if spelling in UNITS:
+            return UNITS[spelling]
+    return None
+
+
 def known(word: str) -> bool:
     """A unit, a counted thing (a plural, as good as any word of that form), or a word that goes
     with one."""
     low = word.lower()
     if low in CHANGING or number_word(word) is not None:
         return False
-    if low.endswith("s") and not low.endswith(("ss", "us", "is")) and len(low) > 3:
-        return True
-    return not _KNOWN.isdisjoint((word, low, word.removesuffix("s")))
+    is_plural = low.endswith("s") and not low.endswith(("ss", "us", "is")) and len(low) > 3
+    return is_plural or _unit(word) is not None
 
 
 def _dimensions(text: str) -> tuple[dict, Fraction]:
     """({dimension: power}, factor) of a product of units, "m^1 s^-2"."""
-    dimensions, factor, power_of_next = {}, Fraction(1), 1
-    text = " ".join(_SPEEDS.get(part.rpartition("^")[0], part) for part in text.split())
+    dimensions, factor = {}, Fraction(1)
     for part in text.split():
         name, _, power = part.rpartition("^")
-        low = name.lower()
-        if low in ("square", "sq", "cubic", "cu"):
-            power_of_next = 3 if low[0] == "c" else 2
-            continue
-        power, power_of_next = int(power) * power_of_next, 1
-        singular = low.removesuffix("s")
-        for spelling in (name, name.removesuffix("s"), low):
-            if spelling in UNITS:
-                singular = spelling
-                break
-        if low in _COUNTED or singular in _COUNTED:
-            continue
-        dimension, scale = UNITS.get(singular, (singular, Fraction(1)))
+        dimension, scale = _unit(name) or (name.lower().removesuffix("s"), Fraction(1))
         dimension, _, cube = dimension.partition("^")
-        dimensions[dimension] = dimensions.get(dimension, 0) + power * int(cube or 1)
-        factor *= scale ** max(-9, min(9, power))
+        dimensions[dimension] = dimensions.get(dimension, 0) + int(power) * int(cube or 1)
+        factor *= scale ** max(-9, min(9, int(power)))
+    dimensions.pop("", None)  # of what is only counted
     return {name: power for name, power in dimensions.items() if power}, factor
 
 
@@ -145,15 +137,15 @@ def ratio(text: str, text2: str) -> Fraction | None:
 
 
 def hoisted(node: Node) -> Node:
-    """A value with its unit outside: -(5 cm), -(5%), 2 pi + 4 cm, 1 hour + 30 minutes. Raises
+    """A value with its unit outside: -(5 cm), 2 pi + 4 cm, 1 hour + 30 minutes. Raises
     Unreadable."""
     if node[0] not in ("neg", "add"):
         return node
     *rest, last = map(hoisted, node[1:])
-    if last[0] != "unit" and (last[0] != "percent" or rest):
+    if last[0] != "unit":
         return node
     if not rest or rest[0][0] != "unit":
-        return (last[0], (node[0], *rest, last[1]), *last[2:])
+        return ("unit", (node[0], *rest, last[1]), last[2])
     left = rest[0]
     factor = ratio(last[2], left[2])
     if factor is None:

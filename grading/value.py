@@ -7,7 +7,7 @@ bound, so each size is bounded here.
 
 import operator
 from fractions import Fraction
-from math import comb, factorial, gcd, lcm, log2, prod
+from math import comb, factorial, gcd, inf, lcm, prod
 
 from mpmath import MPContext
 
@@ -22,19 +22,26 @@ Number = Fraction | mp.mpf | mp.mpc
 
 _CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "i": mp.j, "oo": mp.inf}
 _FUNCTIONS = {
-    "arcsin": mp.asin,
-    "arccos": mp.acos,
-    "arctan": mp.atan,
-    "arcsinh": mp.asinh,
-    "arccosh": mp.acosh,
-    "arctanh": mp.atanh,
-    "arccot": lambda x: mp.pi / 2 - mp.atan(x),
+    "acot": lambda x: mp.pi / 2 - mp.atan(x),
     "cis": lambda x: mp.mpc(mp.cos(x), mp.sin(x)),
+    "one": lambda x: mp.one,
 }
-for _name in "exp sin cos sinh cosh tanh".split():
+for _name in "exp sin cos sinh cosh tanh asin acos atan asinh acosh atanh".split():
     _FUNCTIONS[_name] = getattr(mp, _name)
 _ARITHMETIC = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
-_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin")}
+_ARITHMETIC |= {"sum": operator.add, "prod": operator.mul, "mod": operator.mod, "neg": operator.neg}
+_EXTREMES = {"min": min, "max": max}
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin")}
+_QUOTIENTS |= {"sec": ("one", "cos"), "csc": ("one", "sin")}
+_OF_INTEGERS = {  # and the largest integer that each takes
+    "gcd": (gcd, 10**30),
+    "lcm": (lcm, 10**30),
+    "fact": (factorial, 15_000),
+    "fact2": (lambda n: prod(range(n, 0, -2)), 15_000),
+    "binom": (comb, 20_000),
+}
+_METHODS = set("pow root ln lg log abs floor ceil".split())
+_SCALES = {"deg": mp.pi / 180, "percent": Fraction(1, 100)}
 
 
 def lift(value: Number):
@@ -54,17 +61,13 @@ def is_close(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = lift(x), lift(y)
-    if not (mp.isfinite(x) and mp.isfinite(y)):
-        return x == y
     largest = max(size(x), size(y))
-    return size(x - y) <= max(NOISE, TOLERANCE * largest)
+    return x == y or size(x - y) < max(NOISE, TOLERANCE * largest)
 
 
 def real(value: Number) -> Number:
     """Raises Undefined for a number that has an imaginary part."""
-    if isinstance(value, Fraction):
-        return value
-    if abs(value.imag) > 1e-50 * (1 + abs(value.real)):
+    if value.imag and abs(value.imag) > 1e-50 * (1 + abs(value.real)):
         raise Undefined("not real")
     return value.real
 
@@ -73,16 +76,29 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
+def _determinant(rows: tuple) -> Node:
+    if len(rows) > 5:
+        raise Undefined("too large a determinant")
+    total = num(0) if rows else num(1)
+    for k, cell in enumerate(rows[0] if rows else ()):
+        minor = [row[:k] + row[k + 1 :] for row in rows[1:]]
+        term = ("mul", cell, _determinant(minor))
+        total = ("add", total, ("neg", term) if k % 2 else term)
+    return total
+
+
 class Evaluator:
-    """Evaluates trees. All its evaluations share one budget of steps. After `value`, unreal tells
-    that a root or logarithm left the reals."""
+    """Evaluates trees. All its evaluations share one budget of steps. scaled: a percent sign is a
+    hundredth and a degree sign pi/180, else both are 1. unreal is set when a root or a logarithm
+    leaves the reals."""
 
     def __init__(self):
-        self.degree, self.decimal_log, self.steps = False, False, MAX_STEPS
+        self.steps = MAX_STEPS
+        self.scaled = self.decimal_log = self.unreal = False
 
     def value(self, node: Node, env: dict) -> Number:
         """env maps names to values. Raises Undefined (no value, or out of reach) and NeedsSympy."""
-        self.env, self.unreal = env, False
+        self.env = env
         try:
             return self.eval(node)
         except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -97,9 +113,9 @@ class Evaluator:
         if isinstance(value, Fraction):
             return value
         value = mp.convert(value)  # an infinite end of a region is a float
-        most = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
+        largest = MAX_COMPLEX_EXPONENT if isinstance(value, mp.mpc) else MAX_EXPONENT
         for part in (value.real, value.imag):
-            if abs(part._mpf_[2]) > most:
+            if abs(part._mpf_[2]) > largest:
                 raise Undefined("exponent out of reach")
         return value
 
@@ -110,38 +126,55 @@ class Evaluator:
             return self.env[args[0]]
         if kind == "const":
             return _CONSTANTS[args[0]]
-        if kind == "neg":
-            return -self.eval(args[0])
+        if kind == "big":
+            return self.big(*args)
+        if kind in ("det", "abs") and args[0][0] == "mat":
+            return self.eval(_determinant(args[0][1]))
+        if kind in _QUOTIENTS:
+            over, under = _QUOTIENTS[kind]
+            return self.eval(("div", (over, *args), (under, *args)))
+        scaled = self.scaled
+        self.scaled = scaled or kind in _FUNCTIONS  # sin 30^\circ is a half in any reading
+        values = list(map(self.eval, args))
+        self.scaled = scaled
+        if kind in _FUNCTIONS:
+            return self.function(kind, lift(*values))
         if kind in _ARITHMETIC:
-            return self.apply(_ARITHMETIC[kind], *map(self.eval, args))
-        if kind in ("gcd", "lcm"):
-            function = gcd if kind == "gcd" else lcm
-            return Fraction(function(*[self.integer(arg, 10**30) for arg in args]))
-        if kind in ("min", "max"):
-            values = sorted((real(self.eval(arg)) for arg in args), key=lift)
-            return values[0 if kind == "min" else -1]
-        if kind in ("int", "lim"):
-            return self.symbolic((kind, *args))
+            return self.apply(_ARITHMETIC[kind], *values)
+        if kind in _SCALES:
+            scale = _SCALES[kind] if scaled else Fraction(1)
+            return self.apply(operator.mul, *values, scale)
+        if kind in _EXTREMES:
+            return _EXTREMES[kind](map(real, values), key=lift)
+        if kind in _OF_INTEGERS:
+            function, largest = _OF_INTEGERS[kind]
+            return Fraction(function(*[self.integer(value, largest) for value in values]))
         if kind in _METHODS:
-            return getattr(self, kind)(*args)
-        return self.function(kind, *args)
+            return getattr(self, kind)(*values)
+        raise Undefined("no value")
 
-    def integer(self, node: Node, most: int = 10**6) -> int:
-        value = real(self.eval(node))
-        if abs(value) <= most:
+    def integer(self, value: Number, largest: int) -> int:
+        value = real(value)
+        if abs(value) <= largest:
             nearest = Fraction(int(mp.nint(lift(value))))
             if is_close(value, nearest):
                 return int(nearest)
         raise Undefined("not a small integer")
 
-    # -- arithmetic
-    def apply(self, operation, a: Number, b: Number) -> Number:
-        """Exact where both sides are, unless that is too large to hold."""
-        if not isinstance(b, Fraction) and operation == operator.truediv and size(b) <= NOISE:
-            raise Undefined("division by what rounds to zero")
-        if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-            return operation(lift(a), lift(b))
-        value = operation(a, b)
+    def function(self, name: str, x) -> Number:
+        self.steps -= 20
+        if size(x) > (1 if name in ("asin", "acos") else MAX_ANGLE):
+            raise Undefined("out of reach")
+        return _FUNCTIONS[name](x)
+
+    def apply(self, operation, *values: Number) -> Number:
+        """Exact where all values are, unless that is too large to hold."""
+        if not all(isinstance(value, Fraction) for value in values):
+            values = [lift(value) for value in values]
+            if operation == operator.truediv and size(values[1]) <= NOISE:
+                raise Undefined("division by what rounds to zero")
+            return operation(*values)
+        value = operation(*values)
         self.steps -= _bits(value) // 40
         return value if _bits(value) <= MAX_BITS else self.rounded(value)
 
@@ -151,27 +184,10 @@ class Evaluator:
             raise Undefined("too large a number")
         return lift(value)
 
-    def percent(self, a: Node) -> Number:
-        return self.apply(operator.truediv, self.eval(a), Fraction(100))
-
-    def mod(self, a: Node, b: Node) -> Number:
-        return Fraction(self.eval(a) % self.eval(b))
-
-    def deg(self, a: Node) -> Number:
-        degree = mp.pi / 180 if self.degree else 1
-        return lift(self.eval(a)) * degree
-
-    def pow(self, a: Node, b: Node) -> Number:
-        if a == ("const", "e"):
-            return self.function("exp", b)
-        return self.power(self.eval(a), self.eval(b))
-
-    def power(self, a: Number, b: Number) -> Number:
-        if not a and not lift(b).real > 0:
+    def pow(self, a: Number, b: Number) -> Number:
+        if not a and not b.real > 0:
             raise Undefined("0^0")
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
-            if abs(a) in (0, 1):
-                return a if a >= 0 or b % 2 else -a
             if _bits(a) * abs(b) <= MAX_BITS:
                 return self.apply(operator.pow, a, b)
             a = self.rounded(a)
@@ -179,109 +195,62 @@ class Evaluator:
         a, b = lift(a), lift(b)
         if not a.imag and a.real < 0 and not mp.isint(b):
             self.unreal = True
-        most = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
-        if a and mp.isfinite(a) and mp.isfinite(b):
-            exponent = size(b) * (abs(mp.mag(a)) + 1)
-            if exponent > most:
-                raise Undefined("power out of reach")
+        largest = MAX_COMPLEX_EXPONENT if a.imag or b.imag else MAX_EXPONENT
+        if a and size(b) * (abs(mp.mag(a)) + 1) > largest:
+            raise Undefined("power out of reach")
         return a**b
 
-    def root(self, a: Node, n: Node) -> Number:
-        a, n = self.eval(a), self.eval(n)
+    def root(self, a: Number, n: Number) -> Number:
         inverse = self.apply(operator.truediv, Fraction(1), n)
-        is_negative = not lift(a).imag and lift(a).real < 0
-        if is_negative and isinstance(n, Fraction) and n % 2 == 1:
-            return -self.power(-a, inverse)  # the cube root of -8 is -2
-        return self.power(a, inverse)
+        if not a.imag and a.real < 0 and isinstance(n, Fraction) and n % 2 == 1:
+            return -self.pow(-a, inverse)  # the cube root of -8 is -2
+        return self.pow(a, inverse)
 
-    # -- functions
-    def function(self, name: str, node: Node) -> Number:
-        degrees, self.degree = self.degree, True  # sin 30^\circ is a half in any reading
-        x = lift(self.eval(node))
-        self.degree = degrees
-        self.steps -= 20
-        largest = 1 if name in ("arcsin", "arccos") else MAX_ANGLE
-        if size(x) > largest:
-            raise Undefined("out of reach")
-        if name in _FUNCTIONS:
-            return _FUNCTIONS[name](x)
-        over, under = _QUOTIENTS[name]
-        above = _FUNCTIONS[over](x) if over else mp.one
-        return self.apply(operator.truediv, above, _FUNCTIONS[under](x))
-
-    def ln(self, a: Node) -> Number:
-        value = lift(self.eval(a))
-        if not value:
+    def ln(self, a: Number) -> Number:
+        a = lift(a)
+        if not a:
             raise Undefined("logarithm of zero")
         self.steps -= 20
-        if not value.imag and value.real < 0:
+        if not a.imag and a.real < 0:
             self.unreal = True
-        return mp.ln(value)
+        return mp.ln(a)
 
-    def lg(self, a: Node) -> Number:
+    def lg(self, a: Number) -> Number:
         return self.ln(a) / mp.ln(10)
 
-    def log(self, a: Node) -> Number:
+    def log(self, a: Number) -> Number:
         return self.lg(a) if self.decimal_log else self.ln(a)
 
-    def abs(self, a: Node) -> Number:
-        value = self.eval(a)
-        if isinstance(value, Fraction):
-            return abs(value)
-        return size(value)
+    def abs(self, a: Number) -> Number:
+        return size(a)
 
-    def floor(self, a: Node) -> Number:
-        value = lift(real(self.eval(a)))
-        if not abs(value) < 10**40:
+    def floor(self, a: Number) -> Number:
+        a = lift(real(a))
+        if not abs(a) < 10**40:
             raise Undefined("floor")
-        nearest = mp.nint(value)
-        if abs(value - nearest) > 1e-30:  # floor(log2 8) is 3
-            nearest = mp.floor(value)
-        return Fraction(int(nearest))
+        return Fraction(int(mp.floor(a + mp.mpf("1e-30"))))  # floor(log2 8) is 3
 
-    def ceil(self, a: Node) -> Number:
-        return -self.floor(("neg", a))
-
-    def fact(self, a: Node) -> Number:
-        n = self.integer(a)
-        if n < 0 or n * max(1.0, log2(n + 1) - 1.45) > MAX_BITS:
-            raise Undefined("factorial")
-        return Fraction(factorial(n))
-
-    def fact2(self, a: Node) -> Number:
-        n = self.integer(a, 10**4)
-        if n < 0:
-            raise Undefined("factorial")
-        return Fraction(prod(range(n, 0, -2)))
-
-    def binom(self, n: Node, k: Node) -> Number:
-        n, k = self.integer(n), self.integer(k)
-        if k < 0 or n < 0 or min(k, n - k) * max(1.0, log2(n + 1)) > MAX_BITS:
-            raise Undefined("binomial")
-        return Fraction(comb(n, k))
+    def ceil(self, a: Number) -> Number:
+        return -self.floor(-a)
 
     def big(self, kind: str, name: str, low: Node, high: Node, body: Node) -> Number:
-        """A sum or a product, term by term if that is not too long."""
-        start, end = self.integer(low, 10**12), None
+        """A sum or a product, term by term if that is not too long; integrals and limits."""
+        if kind in ("int", "lim"):
+            return self.symbolic(("big", kind, name, low, high, body))
+        start, end = self.integer(self.eval(low), 10**12), inf
         if high != ("const", "oo"):
-            end = self.integer(high, 10**12)
-        budget = self.steps // 8 if self.env else self.steps
-        if end is None or (end - start) * 3 > budget:
+            end = self.integer(self.eval(high), 10**12)
+        if (end - start) * 3 > (self.steps // 8 if self.env else self.steps):
             if self.env:
                 raise Undefined("too long a sum")
             return self.symbolic(("big", kind, name, num(start), high, body))
-        total, operation, outer = Fraction(0), operator.add, self.env
-        if kind == "prod":
-            total, operation = Fraction(1), operator.mul
+        total, outer = Fraction(kind == "prod"), self.env
         for k in range(start, end + 1):
             self.env = outer | {name: Fraction(k)}
-            total = self.apply(operation, total, self.eval(body))
+            total = self.apply(_ARITHMETIC[kind], total, self.eval(body))
         self.env = outer
         return total
 
     def symbolic(self, node: Node) -> Number:
         """The value of what needs sympy; the process that has it puts its own function here."""
         raise NeedsSympy
-
-
-_METHODS = set("percent mod deg pow root ln lg log abs floor ceil fact fact2 binom big".split())

@@ -1,7 +1,8 @@
 r"""Tables of the LaTeX and plain text that an answer may contain; rewriting of unusual spellings.
 
-A token is ("fn", name), ("op", symbol), ("id", letter), ("text", word), ("num", digits) or
-("money", currency). COMMANDS, PLAIN and WORDS map a command or a word to its token.
+A token is (kind, value): ("num", digits), ("id", letter), ("text", word), ("money", currency),
+("begin" | "end", environment), ("function", name), a command with arguments, ("pair", "div"), or
+a symbol, whose kind is its value, ("+", "+").
 """
 
 import re
@@ -10,130 +11,94 @@ import unicodedata
 from grading.units import NEGATIONS, NUMBERS
 
 
-def _table(rows: str) -> dict[str, str]:
-    """Maps every word of a row to the row's first word."""
+def _table(rows: str) -> dict[str, tuple]:
+    """Maps words to tokens. A row is a kind (op: a symbol), a value (=: the word) and words."""
     table = {}
     for row in rows.strip().splitlines():
-        first, *words = row.split()
-        table |= dict.fromkeys(words, first)
+        kind, value, *words = row.split()
+        for word in words:
+            name = word if value == "=" else value
+            table[word] = (name if kind == "op" else kind, name)
     return table
 
 
-FUNCTIONS = _table("""
-    arcsin arcsin asin
-    arccos arccos acos
-    arctan arctan atan arctg
-    arcsinh arcsinh arsinh
-    arccosh arccosh arcosh
-    arctanh arctanh artanh
-    cot cot ctg
-    tan tan tg
-    csc csc cosec
+PLAIN = _table("""
+    function asin arcsin asin
+    function acos arccos acos
+    function atan arctan atan arctg
+    function asinh arcsinh arsinh
+    function acosh arccosh arcosh
+    function atanh arctanh artanh
+    function cot cot ctg
+    function tan tan tg
+    function csc csc cosec
+    function acot arccot
+    function = sin cos sec sinh cosh tanh exp ln log lg gcd lcm max min abs floor ceil
+    function = cis det
+    root = sqrt
+    op oo infinity inf oo infty
+    op cup union
+    op = pi
 """)
-FUNCTIONS |= {
-    name: name
-    for name in """
-    sin cos sec arccot sinh cosh tanh exp ln log gcd lcm max min lg abs floor ceil sqrt cis
-    det""".split()
-}
-_STRUCTURE = _table("""
-    frac frac dfrac tfrac cfrac
-    binom binom dbinom tbinom
-    sqrt sqrt
-    sum sum
-    prod prod
-    int int
-    lim lim
-""")
-_SYMBOLS = _table(r"""
-    * cdot times ast
-    / div
-    <= le leq leqslant
-    >= ge geq geqslant
-    < lt
-    > gt
-    != ne neq
-    ~ approx simeq sim
-    +- pm
-    -+ mp
-    cup cup bigcup
-    cap cap
-    minus setminus backslash
-    in in
-    mid mid
-    | vert lvert rvert
-    lfloor lfloor
-    rfloor rfloor
-    lceil lceil
-    rceil rceil
-    ( langle lparen
-    ) rangle rparen
-    {{ lbrace
-    }} rbrace
-    [ lbrack
-    ] rbrack
-    equiv equiv
-    to to rightarrow
-    dots ldots dots cdots
-    mod bmod mod
-    pmod pmod
-    or lor vee
-    and land wedge
-    deg degree textdegree
-    choose choose
-    over over
-    : colon
-    empty emptyset varnothing
-    oo infty
-    pi pi
-    row cr
-    % percent
-""")
-_ACCENTS = "dot ddot hat bar vec tilde overline overrightarrow widehat widetilde".split()
-_LETTERS = """
-    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
-    sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi
-    Omega hbar ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel
-    AA""".split()
-_DROPPED = """
-    left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big Big
-    bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
-    mathnormal boxed
-    fbox bf it rm tt hline thinspace enspace space medspace mathopen mathclose mathbin mathrel
-    mathord mathstrut cal mathcal mathfrak mathscr quad qquad angle measuredangle triangle tiny
-    small normalsize large Large LARGE huge Huge underline ensuremath nonumber notag
-    centering""".split()
 TEXT = """
     text textbf textit textrm mbox hbox mathrm operatorname textsf texttt textnormal emph textup
     unit""".split()
-
-COMMANDS = {name: ("op", symbol) for name, symbol in _SYMBOLS.items()}  # None: dropped
-COMMANDS |= {name: ("id", name.removeprefix("var")) for name in _LETTERS}
-COMMANDS |= {name: ("fn", value) for name, value in (FUNCTIONS | _STRUCTURE).items()}
-COMMANDS |= {name: ("fn", "accent " + name) for name in _ACCENTS}
-COMMANDS |= dict.fromkeys(_DROPPED + TEXT)
-WORDS = _table("""
-    or or
-    and and
-    % percent pct percentage
-    deg degree degrees deg
-    mod mod
-    / per
+COMMANDS = PLAIN | dict.fromkeys(TEXT, ("skip", ""))
+COMMANDS |= _table(r"""
+    pair div frac dfrac tfrac cfrac
+    pair binom binom dbinom tbinom
+    integral = int
+    big = sum prod lim
+    accent = dot ddot hat bar vec tilde overline overrightarrow widehat widetilde mathbb
+    op * cdot times ast
+    op / div
+    op <= le leq leqslant
+    op >= ge geq geqslant
+    op < lt
+    op > gt
+    op != ne neq
+    op ~ approx simeq sim
+    op +- pm
+    op -+ mp
+    op cup cup bigcup
+    op minus setminus backslash
+    op | vert lvert rvert
+    op ( langle lparen
+    op ) rangle rparen
+    op {{ lbrace
+    op }} rbrace
+    op [ lbrack
+    op ] rbrack
+    op to to rightarrow
+    op dots ldots dots cdots
+    op mod bmod mod
+    op or lor vee
+    op and land wedge
+    op deg degree textdegree
+    op : colon
+    op empty emptyset varnothing
+    op row cr
+    op % percent
+    op = reals cap in mid lfloor rfloor lceil rceil equiv pmod choose over
+    id epsilon varepsilon
+    id theta vartheta
+    id phi varphi
+    id = alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    id = upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar
+    id = ell odot oplus partial nabla mho Re Im star bullet dagger square aleph perp parallel AA
+    skip = left right mleft mright middle displaystyle textstyle scriptstyle limits nolimits big
+    skip = Big bigl bigr Bigl Bigr bigg Bigg mathbf boldsymbol bm pmb mathop mathit mathsf mathtt
+    skip = mathnormal boxed fbox bf it rm tt hline thinspace enspace space medspace mathopen
+    skip = mathclose mathbin mathrel mathord mathstrut cal mathcal mathfrak mathscr quad qquad
+    skip = angle measuredangle triangle tiny small normalsize large Large LARGE huge Huge
+    skip = underline ensuremath nonumber notag centering
 """)
-PLAIN = {
-    name: ("op", symbol)
-    for name, symbol in _table("""
-    pi pi
-    oo infinity inf oo infty
-    cup union
-    """).items()
-} | {"sqrt": ("fn", "sqrt")}
-PHRASES = dict.fromkeys(["all real numbers", "all reals", "real numbers"], "reals")
-PHRASES |= dict.fromkeys(
-    ["none", "no solution", "no real solution", "no solutions", "no real solutions", "empty set"],
-    "empty",
-)
-
+WORDS = _table("""
+    op % percent pct percentage
+    op deg degree degrees deg
+    op / per
+    op = or and mod
+""")
 # Spellings that are others in disguise, in the order in which they are rewritten. Each rule is a
 # needle, without which a text does not match (ANY: there is none), a pattern, which may go over
 # several lines, and what replaces it. Names in capitals stand for the patterns of _PARTS.
@@ -172,6 +137,10 @@ ANY
 => \1
 
 ANY
+^[\s$]*(TEXT)?(?![^:]*\b(?:NEGATION)\b)[A-Za-z\s]{4,}(\}?)\s?:(?!\s?\\?[A-Z])
+=> \1\2
+
+ANY
 (?<=\d)\s?\^?\s?
 (?:TEXT(?:ORDINAL)\s?\}|\{\s?(?:TEXT)?(?:ORDINAL)\s?\}{1,2}|(?:ORDINAL)(?![A-Za-z]))$
 =>
@@ -180,6 +149,14 @@ ANY
 (?<=\d)\s?(?:TEXT)?[xX]\s?\}?\s?(?=10\s?\^)
 => *
 
+ANY
+\b(\d{1,2})\s(MONTH)
+=> \2 \1
+
+ANY
+\b(MONTH\s\d{1,2}),?\s(?=\d{4}\b)
+=> \1/
+
 hundred and
 hundred and(?=\s[a-z])
 => hundred
@@ -187,6 +164,19 @@ hundred and(?=\s[a-z])
 and
 (\d)\s?(TEXT)?and\s(?:a|one)\s(half|third|quarter)(?(2)([a-z\s]*)\})
 => \1+\\text{\3 \4}
+
+and
+\b(?!minutes|seconds|inches|cents)([a-z]+\s?\}?\s?(?:TEXT)?)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?
+(?:minutes?|mins?|seconds?|secs?|inch(?:es)?|cents?|oz|ounces?)\b)
+=> \1+
+
+cent
+(\\\$\s?[\d.]+\s?(?:TEXT)?)\band(?=\s?\}?\s?[\d.]+\s?(?:TEXT)?cents?\b)
+=> \1+
+
+\$
+\\\$(?=\s?[\d.,]+\s?(?:TEXT)?(?:US\s)?(?:dollars|USD)\b)
+=>
 
 -
 \b(NUMBER)-(?=NUMBER)
@@ -288,6 +278,34 @@ m
 (?i)\b([ap])\.\s?m\b\.?
 => \1m
 
+AM
+(?<=:\d\d)\s?AM\b
+=> am
+
+PM
+(?<=:\d\d)\s?PM\b
+=> pm
+
+ph
+(?<![a-zA-Z])(?:km|k)ph\b
+=> km/h
+
+mph
+(?<![a-zA-Z])mph\b
+=> mi/h
+
+fps
+(?<![a-zA-Z])fps\b
+=> ft/s
+
+sq
+(?<![a-zA-Z\\])sq(?:uare\s|\.\s?|\s)([a-zA-Z]+)
+=> \1^2
+
+cu
+(?<![a-zA-Z\\])cu(?:bic\s|\.\s?|\s)([a-zA-Z]+)
+=> \1^3
+
 mu
 \\mu\s?\\(?:text|mathrm)\s?\{\s?
 => \\text{mu
@@ -324,6 +342,30 @@ mathbb
 ^\\\{\s?[a-zA-Z]\s?(?:\\in\s?\\mathbb\s?\{?R\}?\s?)?(?:\\mid|\||:)(.*)\\\}$
 => \1
 
+mathbb
+\\mathbb\s?(?:\{\s?R\s?\}|R)
+=> \\reals~
+
+&
+(?<!\\)&(?!nbsp|.{0,2000}(?:matrix|array)\})
+=>
+
+to
+(?<=\d)\s?(?:TEXT)?\bto\s?\}?\s?(?=\d)
+=> :
+
+.
+(?<!\.)\.[\s$~]*$
+=>
+
+real
+(?i)(TEXT)?\b(?:all\sreal\snumbers|all\sreals|real\snumbers)\s?(?(1)\})
+=> \\reals~
+
+ANY
+(?i)(TEXT)?\b(?:none|no\s(?:real\s)?solutions?|empty\sset)[\s.]*(?(1)\})[\s$]*$
+=> \\emptyset~
+
 odot
 (?<=[\d}])(?:\\[ ,;:]|[~\s])*[MLR]_(?:\\odot|\{\\odot\})$
 => \\text{ suns}
@@ -332,6 +374,7 @@ _PARTS = {
     "TEXT": r"\\(?:text(?:bf|rm)?|mathrm)\s?\{\s?",
     "GROUP": r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)",
     "INDEX": r"(\d+|[a-zA-Z]|\{(?:\d+|[a-zA-Z])\})",
+    "MONTH": r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*",
     "ORDINAL": "st|nd|rd|th",
     "NEGATION": "|".join(NEGATIONS),
     "NUMBER": "(?:" + "|".join(NUMBERS) + ")",

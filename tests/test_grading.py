@@ -12,7 +12,7 @@ from grading import answer as grading_answer
 from grading.parser import parse
 from grading.tree import NeedsSympy, Undefined
 from grading.value import Evaluator
-from grading.words import COMMANDS, FUNCTIONS, PLAIN, WORDS
+from grading.words import COMMANDS, PLAIN, WORDS
 from reward import final_answer, grade, score, score_all
 
 # -- nothing raises
@@ -31,7 +31,7 @@ def pieces() -> list[str]:
     words = [*COMMANDS, *MACROS.split()]
     characters = "0123456789+-*/^_=<>()[]{}|,;:!'%&. xyzabnieEABC\n$"
     numbers = ["9" * 4000, "1" * 8000]
-    own = [*WORDS, *PLAIN, *FUNCTIONS]
+    own = [*WORDS, *PLAIN]
     return [*characters, *OTHERS.split(), *numbers, *own, *["\\" + word for word in words]]
 
 
