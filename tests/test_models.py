@@ -670,6 +670,9 @@ def test_llama_gets_the_instruction_in_the_user_turn():
     class Fake:
         chat_template = "x"
 
+        def get_chat_template(self):
+            return self.chat_template
+
         def apply_chat_template(self, messages, **_):
             return messages
 
@@ -736,17 +739,14 @@ def own_split(tmp_path, split, tokenizer_class, config_class):
     ],
 )
 def test_ids_are_those_of_the_models_own_tokenizer_json(
-    tmp_path, capsys, split, tokenizer_class, config_class
+    tmp_path, split, tokenizer_class, config_class
 ):
     folder, original = own_split(tmp_path, split, tokenizer_class, config_class)
-    rebuilt = tf.AutoTokenizer.from_pretrained(folder)
     policy = engine.load_policy(str(folder), "cpu")
     text = "Ann's got 2023 pens.\n\n<think>\nShe buys  650841 \u6570 more! $\\frac{1}{2}$"
     ids = original.encode(text, add_special_tokens=False).ids
     assert policy.encode(text) == ids and policy.decode(ids) == text
     assert ids == policy.tokenizer.encode(text) and gap(policy) < 1e-4
-    differs = rebuilt.encode(text, add_special_tokens=False) != ids
-    assert ("would give other token ids" in capsys.readouterr().out) == differs
 
 
 def sentencepiece_tokenizer(*words):
