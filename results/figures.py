@@ -34,12 +34,16 @@ def save(figure, name: str) -> None:
 def dots(runs: dict, labels: list[tuple[str, str]], name: str, title: str) -> None:
     """One line a method: its seeds as dots, their median as a bar."""
     present = [(label, runs[run]) for label, run in labels if run in runs]
-    figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.34 * len(present)), layout="constrained")
+    height = 0.6 + 0.34 * len(present)
+    figure, axis = plt.subplots(figsize=(7.2, height), layout="constrained")
     for y, (_, seeds) in enumerate(reversed(present)):
         values = [accuracy(packed, HARD, 8) for packed in seeds.values()]
-        axis.plot(values, [y] * len(values), "o", color="#D55E00", alpha=0.6, markersize=5)
-        axis.plot([statistics.median(values)] * 2, [y - 0.3, y + 0.3], color="black")
-    axis.set_yticks(range(len(present)), [label for label, _ in reversed(present)])
+        heights = [y] * len(values)
+        axis.plot(values, heights, "o", color="#D55E00", alpha=0.6, markersize=5)
+        median = statistics.median(values)
+        axis.plot([median, median], [y - 0.3, y + 0.3], color="black")
+    names = [label for label, _ in reversed(present)]
+    axis.set_yticks(range(len(present)), names)
     axis.set_xlabel("percent of 512 hard problems, avg@8 at T = 0.6")
     axis.set_xlim(0, None)
     axis.set_title(title, fontsize=11)
@@ -55,19 +59,25 @@ def cost(runs: dict) -> None:
         if run not in runs:
             continue
         curves = [curve(packed) for packed in runs[run].values()]
-        for axis, column in zip(axes, (0, 1)):
-            points = []
-            for step in zip(*curves):  # the same step of every seed
-                x = statistics.fmean(point[column] for point in step)
-                points.append((x, statistics.fmean(point[2] for point in step)))
-            axis.plot(*zip(*points), color=colour, label=label)
+        tokens, seconds, accuracy = [], [], []
+        for points in zip(*curves):  # the same step of every seed
+            of_tokens, of_seconds, right = zip(*points)
+            tokens.append(statistics.fmean(of_tokens))
+            seconds.append(statistics.fmean(of_seconds))
+            accuracy.append(statistics.fmean(right))
+        axes[0].plot(tokens, accuracy, color=colour, label=label)
+        axes[1].plot(seconds, accuracy, color=colour)
     for axis, unit in zip(axes, ("sampled tokens, thousands", "CPU seconds")):
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"percent right in training\n(mean of {WINDOW} steps and of seeds)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     save(figure, "cost.png")
 
 
@@ -90,39 +100,52 @@ def curve(packed: dict) -> list[tuple[float, float, float]]:
     return points
 
 
+SEEN = {  # run -> title
+    "edge": "EDGE-GRPO",
+    "edge-no-answers": "references for answers",
+    "force-r-eda": "Force-R & EDA",
+}
+CORRECTED_KINDS = [kind for kind in KINDS if kind != "wrong"]  # all wrong ones are corrected here
+WHEN = (  # label, steps, offset of the bar, colour
+    ("first 10 steps", slice(10), -0.2, "#0072B2"),
+    ("last 10 steps (dots: seeds)", slice(-10, None), 0.2, "#E69F00"),
+)
+
+
 def what_eda_sees(runs: dict) -> None:
     """P/mean and share of the sum of |A^| by kind of row, in the first and the last ten steps."""
-    names = {"edge": "EDGE-GRPO", "edge-no-answers": "references for answers"}
-    names["force-r-eda"] = "Force-R & EDA"
-    kinds = [kind for kind in KINDS if kind != "wrong"]  # all of these are corrected
-    parts = (("relative_entropy", "P / mean P of the group"), ("advantage_share", "share of Σ|Â|"))
-    figure, axes = plt.subplots(2, len(names), figsize=(10, 5), layout="constrained", sharey="row")
-    for column, (run, label) in enumerate(names.items()):
-        for axis, (key, ylabel) in zip(axes[:, column], parts):
-            for offset, (when, steps) in zip(
-                (-0.2, 0.2), (("first 10 steps", slice(10)), ("last 10 steps", slice(-10, None)))
-            ):
-                for x, kind in enumerate(kinds):
-                    means = [mean_of(p, f"{key}_{kind}", steps) for p in runs[run].values()]
-                    known = [m for m in means if m is not None]
-                    if known:
-                        colour = "#0072B2" if offset < 0 else "#E69F00"
-                        axis.bar(x + offset, statistics.fmean(known), 0.38, color=colour)
-                        axis.plot([x + offset] * len(known), known, "k.", markersize=3)
-            axis.set_xticks(range(len(kinds)), kinds, fontsize=9)
-            axis.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                axis.set_ylabel(ylabel)
+    size = {"figsize": (10, 5), "layout": "constrained", "sharey": "row"}
+    figure, axes = plt.subplots(2, len(SEEN), **size)
+    for column, (run, title) in enumerate(SEEN.items()):
+        seeds = list(runs[run].values())
+        bars(axes[0, column], seeds, "relative_entropy")
+        bars(axes[1, column], seeds, "advantage_share")
         axes[0, column].axhline(1, color="grey", linewidth=0.8)
-        axes[0, column].set_title(label, fontsize=11)
+        axes[0, column].set_title(title, fontsize=11)
+    axes[0, 0].set_ylabel("P / mean P of the group")
+    axes[1, 0].set_ylabel("share of Σ|Â|")
+    squares = [plt.Rectangle((0, 0), 1, 1, color=colour) for *_, colour in WHEN]
+    labels = [label for label, *_ in WHEN]
     figure.legend(
-        [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#0072B2", "#E69F00")],
-        ["first 10 steps", "last 10 steps (dots: seeds)"],
+        squares,
+        labels,
         loc="outside lower center",
         ncols=2,
         frameon=False,
     )
     save(figure, "eda.png")
+
+
+def bars(axis, seeds: list[dict], key: str) -> None:
+    for _, steps, offset, colour in WHEN:
+        for x, kind in enumerate(CORRECTED_KINDS):
+            means = [mean_of(packed, f"{key}_{kind}", steps) for packed in seeds]
+            known = [mean for mean in means if mean is not None]
+            if known:
+                axis.bar(x + offset, statistics.fmean(known), 0.38, color=colour)
+                axis.plot([x + offset] * len(known), known, "k.", markersize=3)
+    axis.set_xticks(range(len(CORRECTED_KINDS)), CORRECTED_KINDS, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

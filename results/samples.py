@@ -11,50 +11,67 @@ import json
 import lzma
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 FILE = Path(__file__).parent / "samples.jsonl.xz"
-COLUMNS = {"step": "step", "question": "question_number", "P": "entropy"}
-COLUMNS |= {"A": "advantage", "A_hat": "advantage_eda"}
+COLUMNS = {  # the name here -> the key in samples.jsonl
+    "step": "step",
+    "question": "question_number",
+    "P": "entropy",
+    "A": "advantage",
+    "A_hat": "advantage_eda",
+}
 
 
-def kind(row: dict) -> str:
+def kind_of(row: dict) -> str:
     if row.get("correction"):
         return row["correction"]
-    return "right" if row["accuracy"] else "wrong"
+    if row["accuracy"]:
+        return "right"
+    return "wrong"
 
 
-def numbers(run: Path) -> dict:
+def pack(run: Path) -> dict:
     """The columns of one run."""
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    packed = {"name": run.name, "kind": [kind(row) for row in rows]}
-    for column, key in COLUMNS.items():
-        packed[column] = [float(f"{row[key]:.4g}") for row in rows]
-    return packed
+    columns = {"kind": []}
+    for name in COLUMNS:
+        columns[name] = []
+    for line in (run / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        columns["kind"].append(kind_of(row))
+        for name, key in COLUMNS.items():
+            columns[name].append(float(f"{row[key]:.4g}"))
+    return {"name": run.name, **columns}
 
 
-def what_eda_sees(packed: dict) -> dict[str, dict[int, tuple[float, float]]]:
-    """kind -> step -> (mean P/mean, share of the step's sum of |A^|)."""
-    groups: dict[tuple, list[float]] = {}
-    for step, question, P in zip(packed["step"], packed["question"], packed["P"]):
-        groups.setdefault((step, question), []).append(P)
-    relative: dict[tuple, list[float]] = {}
-    shares: dict[tuple, float] = {}
-    totals: dict[int, float] = {}
-    columns = (packed[name] for name in ("step", "question", "kind", "P", "A_hat"))
-    for step, question, kind, P, A_hat in zip(*columns):
-        mean = statistics.fmean(groups[step, question])
-        relative.setdefault((kind, step), []).append(P / mean if mean else 1.0)
-        shares[kind, step] = shares.get((kind, step), 0.0) + abs(A_hat)
-        totals[step] = totals.get(step, 0.0) + abs(A_hat)
-    sees: dict[str, dict[int, tuple[float, float]]] = {}
+def what_eda_sees(packed: dict) -> dict[tuple[str, int], tuple[float, float]]:
+    """(kind, step) -> (mean of P / mean P of the group, share of the step's sum of |A^|)."""
+    group_entropies = defaultdict(list)
+    step_sum = defaultdict(float)
+    for step, question, P, A_hat in zip(
+        packed["step"], packed["question"], packed["P"], packed["A_hat"]
+    ):
+        group_entropies[step, question].append(P)
+        step_sum[step] += abs(A_hat)
+    relative = defaultdict(list)
+    kind_sum = defaultdict(float)
+    for step, question, kind, P, A_hat in zip(
+        packed["step"], packed["question"], packed["kind"], packed["P"], packed["A_hat"]
+    ):
+        mean = statistics.fmean(group_entropies[step, question])
+        relative[kind, step].append(P / mean if mean else 1.0)
+        kind_sum[kind, step] += abs(A_hat)
+    sees = {}
     for (kind, step), values in relative.items():
-        share = shares[kind, step] / totals[step] if totals[step] else 0.0
-        sees.setdefault(kind, {})[int(step)] = (statistics.fmean(values), share)
+        share = 0.0
+        if step_sum[step]:
+            share = kind_sum[kind, step] / step_sum[step]
+        sees[kind, int(step)] = statistics.fmean(values), share
     return sees
 
 
 if __name__ == "__main__":
     with lzma.open(FILE, "wt", encoding="utf-8") as lines:
         for run in sys.argv[1:]:
-            lines.write(json.dumps(numbers(Path(run)), separators=(",", ":")) + "\n")
+            lines.write(json.dumps(pack(Path(run)), separators=(",", ":")) + "\n")

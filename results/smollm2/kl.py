@@ -9,6 +9,7 @@ were sampled: an estimate of KL(trained || start) per token, in nats.
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,20 +22,26 @@ RESPONSES = 256
 TEMPERATURE = 0.6
 
 
-def logp(folder: str, rows: list[dict], task: str) -> torch.Tensor:
-    policy = engine.load_policy(f"{folder}/final", "cpu")
+def logp(run: str, rows: list[dict], task: str) -> torch.Tensor:
+    """Log-probabilities of all tokens of the responses under the final model of a run."""
+    policy = engine.load_policy(f"{run}/final", "cpu")
     problems = data.load(task)
-    prompts = [policy.prompt_ids(problems[row["problem"] - 1].question) for row in rows]
-    ids = [row["ids"] for row in rows]
-    numbers = response_logprobs(policy.model, prompts, ids, TEMPERATURE, policy.vocab_size, 2048)
+    prompts, responses = [], []
+    for row in rows:
+        prompts.append(policy.prompt_ids(problems[row["problem"] - 1].question))
+        responses.append(row["ids"])
+    arguments = dict(temperature=TEMPERATURE, vocab_size=policy.vocab_size, budget=2048)
+    numbers = response_logprobs(policy.model, prompts, responses, **arguments)
     return torch.cat([column for column, _ in numbers])
 
 
 def main() -> None:
     start, *runs = sys.argv[1:]
     for run in runs:
-        lines = (Path(run) / "eval" / "avg4" / "responses.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines[:RESPONSES]]
+        rows = []
+        with open(Path(run) / "eval" / "avg4" / "responses.jsonl") as lines:
+            for line in islice(lines, RESPONSES):
+                rows.append(json.loads(line))
         task = rows[0]["task"]
         kl = (logp(run, rows, task) - logp(start, rows, task)).mean().item()
         print(f"{run}: {kl:.3f} nats a token")

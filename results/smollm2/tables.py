@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy
+
 from results.tables import Runs, load, markdown, mean_and_std, mean_of, put_in
 
 HERE = Path(__file__).parent
@@ -59,7 +61,7 @@ def arms(runs: Runs) -> str:
             continue
         tasks = [result(packed) for packed in seeds.values()]
         accuracy = mean_and_std([100 * task["accuracy"] for task in tasks])
-        boxed = statistics.fmean(100 * task["format"] for task in tasks)
+        boxed = 100 * statistics.fmean(task["format"] for task in tasks)
         row = [label, str(len(seeds)), accuracy, f"{boxed:.0f}"]
         before = mean_over(seeds, "mixed_groups")
         after = mean_over(seeds, "mixed_groups_corrected")
@@ -80,20 +82,27 @@ def pairs(runs: Runs) -> str:
         seeds = sorted(runs.get(name, {}).keys() & runs.get(other, {}).keys())
         if not seeds:
             continue
-        by_seed = []  # for each seed the difference on each problem
+        by_seed = []  # (problems,) differences for each seed
         for seed in seeds:
-            both = zip(percents(runs[name][seed]), percents(runs[other][seed]))
-            by_seed.append([a - b for a, b in both])
-        of_seeds = [statistics.fmean(differences) for differences in by_seed]
-        of_problems = [statistics.fmean(differences) for differences in zip(*by_seed)]
+            difference = numpy.subtract(percents(runs[name][seed]), percents(runs[other][seed]))
+            by_seed.append(difference)
+        of_seeds = numpy.mean(by_seed, axis=1).tolist()
+        of_problems = numpy.mean(by_seed, axis=0).tolist()
         mean = statistics.fmean(of_seeds)
         over_seeds = "–"
         if len(seeds) > 1:
             error = statistics.stdev(of_seeds) / len(seeds) ** 0.5
             over_seeds = f"{error:.1f} (t = {mean / error:.1f})"
         over_problems = statistics.stdev(of_problems) / len(of_problems) ** 0.5
-        row = [f"{labels[name]} − {labels[other]}", " ".join(f"{d:+.1f}" for d in of_seeds)]
-        rows.append([*row, f"{mean:+.1f}", over_seeds, f"{over_problems:.1f}"])
+        rows.append(
+            [
+                f"{labels[name]} − {labels[other]}",
+                " ".join(map("{:+.1f}".format, of_seeds)),
+                f"{mean:+.1f}",
+                over_seeds,
+                f"{over_problems:.1f}",
+            ]
+        )
     header = ["", "by seed", "mean", "standard error over seeds", "over problems"]
     return markdown(header, rows)
 
