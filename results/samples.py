@@ -1,8 +1,8 @@
-"""Packs the numbers of every response of a run, without its text, into results/samples.jsonl.xz.
+"""Packs the numbers of every response of a run, without its text, into results/samples.json.xz.
 
     python results/samples.py runs/edge-seed1 runs/gec-seed1 ...
 
-One line a run: its name, and for each response trained on the step, the question, the kind of row
+For each run, and each response trained on: the step, the question, the kind of row
 (see docs/runs.md), P, A and A^, to four digits. From these, tests/test_docs.py computes the table
 "what EDA sees" once more.
 """
@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-FILE = Path(__file__).parent / "samples.jsonl.xz"
+FILE = Path(__file__).parent / "samples.json.xz"
 COLUMNS = {  # the name here -> the key in samples.jsonl
     "step": "step",
     "question": "question_number",
@@ -42,7 +42,7 @@ def pack(run: Path) -> dict:
         columns["kind"].append(kind_of(row))
         for name, key in COLUMNS.items():
             columns[name].append(float(f"{row[key]:.4g}"))
-    return {"name": run.name, **columns}
+    return columns
 
 
 def what_eda_sees(packed: dict) -> dict[tuple[str, int], tuple[float, float]]:
@@ -72,6 +72,6 @@ def what_eda_sees(packed: dict) -> dict[tuple[str, int], tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    with lzma.open(FILE, "wt", encoding="utf-8") as lines:
-        for run in sys.argv[1:]:
-            lines.write(json.dumps(pack(Path(run)), separators=(",", ":")) + "\n")
+    packed = {Path(run).name: pack(Path(run)) for run in sys.argv[1:]}
+    with lzma.open(FILE, "wt", encoding="utf-8") as file:
+        json.dump(packed, file, separators=(",", ":"))

@@ -81,14 +81,6 @@ CURES = [
     ("SFT, then GRPO + SFT, 1e-4", "sft-joint-9-1e-4"),
     ("SFT, then GRPO + SFT, 3e-4", "sft-joint-9-3e-4"),
 ]
-BATCHES = [
-    ("EDGE-GRPO, 8 questions × 8", "edge"),
-    ("16 × 4 (`--guided-probs 0 .5 .5`)", "edge-G4"),
-    ("4 × 16 (`--guided-probs .75 .125 .125`)", "edge-G16"),
-    ("1 × 8, 800 steps, at 1e-4", "edge-Q1"),
-    ("GRPO, 8 questions × 8, at 1e-4", "grpo"),
-    ("GRPO, 1 × 8, 800 steps, at 3e-5", "grpo-Q1"),
-]
 RATES = {  # label -> learning rate -> run
     "SFT": {"3e-4": "sft", "1e-3": "sft-1e-3"},
     "GRPO": {"3e-5": "grpo-3e-5", "1e-4": "grpo"},
@@ -261,7 +253,6 @@ def tables() -> dict[str, str]:
         "controls": accuracies(runs, CONTROLS, "edge"),
         "sees": what_eda_sees(runs),
         "rates": rates(runs),
-        "batches": accuracies(runs, BATCHES, "edge"),
         "cures": accuracies(runs, CURES, "grpo"),
     }
 

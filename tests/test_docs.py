@@ -35,11 +35,11 @@ def test_every_table_of_the_report_is_what_the_script_prints_from_the_packed_run
 def test_what_eda_sees_follows_from_the_packed_responses():
     samples = script("samples")
     runs = script("tables").load(ROOT / "results" / "tiny.jsonl.xz")
-    with lzma.open(samples.FILE, "rt") as lines:
-        packed_samples = [json.loads(line) for line in lines]
-    assert len(packed_samples) == 8
-    for packed in packed_samples:
-        name, seed = packed["name"].rsplit("-seed", 1)
+    with lzma.open(samples.FILE, "rt") as file:
+        packed_runs = json.load(file)
+    assert len(packed_runs) == 8
+    for run, packed in packed_runs.items():
+        name, seed = run.rsplit("-seed", 1)
         metrics = runs[name][int(seed)]["metrics"]
         for (kind, step), (relative, share) in samples.what_eda_sees(packed).items():
             logged = metrics[f"relative_entropy_{kind}"][step - 1]
