@@ -546,7 +546,8 @@ def grade(policy: Policy, groups: list[Group]) -> None:
 
 def rewards(responses: list[Response], flags: Flags) -> Tensor:
     """Rewards (G,) of the responses, float64. They may be any real numbers. GEC and resampling look
-    at `accuracy` only."""
+    at `accuracy` only. In an all-wrong group, even a small difference between rewards becomes an
+    advantage of about 1, because GRPO divides by their standard deviation."""
     values = [r.accuracy + flags.format_weight * r.format for r in responses]
     if flags.random_reward:
         values = [float(r.random < 0.5) for r in responses]
@@ -689,7 +690,8 @@ class Correction:
     CORRECTIONS.
 
     adds(policy, group, i, u) -> the token ids to inject into response i of the group; u, uniform in
-    [0, 1), is for its random choices. None: leave the response as it is."""
+    [0, 1), is for its random choices. None: leave the response as it is. A box in what is injected
+    counts as the response's answer, unless the policy adds another one."""
 
     adds: Callable[[Policy, Group, int, float], list[int] | None]
     keeps: bool  # True: inject after the response's own tokens; False: in place of them
@@ -896,7 +898,9 @@ def tokens_of(groups: list[Group], flags: Flags) -> list[Tokens]:
 
 
 def batch_loss(t: Tokens, logp: Tensor, flags: Flags) -> Tensor:
-    """The loss of a micro-batch: its part of the step's loss. t: fields (M,); logp (M,)."""
+    """The loss of a micro-batch: its part of the step's loss. t: fields (M,); logp (M,).
+
+    Where one response ends, `batch.lengths` in `update` says: logp.split(batch.lengths)."""
     old_logp = t.old_logp
     if old_logp is None:
         old_logp = logp.detach()  # the policy still is the one that sampled, so the ratio is 1
@@ -950,7 +954,8 @@ def update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> di
             store_first_pass(rows, tokens, first_pass)
         sums = trainer.add_over_processes(sums)
         norm = trainer.step(lr, flags.grad_clip)
-        # To log a clip fraction, average over updates[1:]: in the first update nothing is clipped.
+        # A clip fraction: add up clipped and all tokens in `sums`, and average over updates[1:],
+        # because in the first update nothing is clipped.
         updates.append({"loss": sums["loss"], "grad_norm": norm})
     return update_statistics(updates, lr)
 

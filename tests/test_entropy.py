@@ -227,13 +227,17 @@ def test_mistakes_are_named(change, sentence):
         logprob_entropy(**call | change)
 
 
-def test_response_entropy_is_over_a_response_s_own_tokens():
+@pytest.mark.paper
+def test_response_entropy_is_the_mean_over_a_response_s_own_tokens():
     tokens = torch.tensor([2.0, 4.0], requires_grad=True)
-    P, nothing = response_entropy(tokens), response_entropy(tokens[:0])
+    P = response_entropy(tokens)
     assert P == 3
-    assert nothing == 0
-    (P + nothing).backward()
+    P.backward()
     assert tokens.grad.tolist() == [0.5, 0.5]
+
+
+def test_the_entropy_of_an_empty_response_is_0():
+    assert response_entropy(torch.zeros(0)) == 0
 
 
 @pytest.mark.cuda
