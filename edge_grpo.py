@@ -971,6 +971,7 @@ def update_statistics(updates: list[dict], lr: float) -> dict:
     }
 
 
+@timed("update")
 def sft_update(trainer: Trainer, groups: list[Group], flags: Flags, lr: float) -> dict:
     """One SFT update: the weighted negative log-likelihood of one reference per group."""
     rows = [(group, 0) for group in groups]

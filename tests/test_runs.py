@@ -729,6 +729,7 @@ def test_every_method_runs_from_its_flag_to_its_model(tmp_path, problems, capsys
     rows, _, after = check_run(out, 3, 2 if method == "sft" else 8)
     flags = read_json(out / "config.json")["flags"]
     assert (flags["correction"], flags["eda"], flags["sft"]) == METHODS[method]
+    assert all(row["seconds_update"] > 0 for row in rows)
     total = {k: sum(m[k] for m in rows) for k in ("reflected", "answered", "referenced")}
     assert all(0 < m["entropy"] < math.log(308) for m in rows)
     if method == "sft":

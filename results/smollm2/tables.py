@@ -19,6 +19,7 @@ from results.tables import Runs, load, markdown, mean_and_std, mean_of, put_in
 HERE = Path(__file__).parent
 N = 4  # responses to a problem
 ARMS = [
+    ("before the warm start, 30 problems", "base"),
     ("warm start", "warm-start"),
     ("GRPO", "grpo"),
     ("EDGE-GRPO", "edge"),
@@ -69,7 +70,7 @@ def arms(runs: Runs) -> str:
         seconds = 0.0
         for phase in ("sample", "correct", "update"):
             seconds += mean_over(seeds, f"seconds_{phase}") or 0.0
-        row.append(f"{seconds:.0f}")
+        row.append("–" if before is None else f"{seconds:.0f}")
         rows.append(row)
     header = ["", "seeds", f"avg@{N}, percent", "with a box, percent"]
     return markdown([*header, "mixed groups, sampled → corrected", "s a step"], rows)
@@ -111,7 +112,7 @@ def sees(runs: Runs) -> str:
     """P/mean and share of the sum of |A^| by kind of row, in the first and the last ten steps."""
     rows = []
     for label, name in ARMS:
-        if name in ("warm-start", "sft", "random") or name not in runs:
+        if name in ("base", "warm-start", "sft", "random") or name not in runs:
             continue
         for when, steps in (("first 10", slice(10)), ("last 10", slice(-10, None))):
             row = [label, when]
