@@ -406,7 +406,7 @@ from engine.forward import Batch
 from engine.memory import preflight
 from engine.models import Policy
 from engine.problems import check_golds, training_problems
-from engine.processes import gather, leave, spread, start_processes, stream, uniform
+from engine.processes import gather, leave, seed_from, spread, start_processes, uniform_from
 from engine.run import Run
 from engine.trainer import Trainer
 from entropy import response_entropy
@@ -480,7 +480,9 @@ def batch_of_problems(
     first = step * flags.questions_per_step
     for k in range(first, first + flags.questions_per_step):
         epoch, i = divmod(k, len(problems))
-        shuffle = torch.Generator().manual_seed(stream(flags.seed, "epoch", epoch, *resample_round))
+        shuffle = torch.Generator().manual_seed(
+            seed_from(flags.seed, "epoch", epoch, *resample_round)
+        )
         batch.append(problems[torch.randperm(len(problems), generator=shuffle)[i]])
     return batch
 
@@ -500,7 +502,7 @@ def sample(
     key = (step, "sample", *resample_round)
     continue_responses(policy, rows, flags.max_new_tokens, flags, key)
     for group, i in rows:
-        group.responses[i].random = uniform(flags.seed, "reward", *key, group.row(i))
+        group.responses[i].random = uniform_from(flags.seed, "reward", *key, group.row(i))
     return groups
 
 
@@ -512,7 +514,7 @@ def continue_responses(
     A row's random numbers are a hash of (--seed, key, group.row(i)): they depend neither on the
     batch nor on the number of processes, and no generator state has to be saved."""
     prompts = [group.prompt + group.responses[i].ids for group, i in rows]
-    seeds = [stream(flags.seed, *key, group.row(i)) for group, i in rows]
+    seeds = [seed_from(flags.seed, *key, group.row(i)) for group, i in rows]
     limits = [limit] * len(rows)
     samples = policy.sample(prompts, limits, seeds, flags.temperature, flags.top_p)
     for (group, i), new in zip(rows, samples):
@@ -794,8 +796,9 @@ def correct_errors(policy: Policy, groups: list[Group], flags: Flags, step: int)
             continue
         responses = list(group.responses)
         for i in rows_to_correct(group, flags):
-            name = draw_correction(probabilities, uniform(flags.seed, step, "branch", group.row(i)))
-            u = uniform(flags.seed, step, name, group.row(i))
+            u = uniform_from(flags.seed, step, "branch", group.row(i))
+            name = draw_correction(probabilities, u)
+            u = uniform_from(flags.seed, step, name, group.row(i))
             responses[i] = corrected_copy(name, policy, group, i, u)
             if responses[i].correction and CORRECTIONS[name].continues:
                 to_continue.append((group, i))

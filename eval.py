@@ -149,7 +149,7 @@ from engine.console import exit_code, say
 from engine.folder import append, claim, read_json, read_lines, write_json
 from engine.forward import response_logprobs
 from engine.problems import check_golds
-from engine.processes import is_main, leave, on_main, spread, stream
+from engine.processes import is_main, leave, on_main, seed_from, spread
 from entropy import response_entropy
 from errors import UserError
 from report.commands import run_command
@@ -246,7 +246,7 @@ def respond(
             )
         prompts.append(prompt)
         limits.append(limit)
-        seeds.append(stream(flags.seed, request.problem.source, request.sample, request.phrase))
+        seeds.append(seed_from(flags.seed, request.problem.source, request.sample, request.phrase))
     samples = policy.sample(prompts, limits, seeds, temperature, flags.top_p)
 
     records = []
@@ -649,7 +649,7 @@ def run(flags: Flags) -> None:
         prompt=policy.decode_raw(policy.prompt_ids("QUESTION")),
     )
     for task in tasks:
-        settings[f"problems of {task}"] = stream(tasks[task])
+        settings[f"problems of {task}"] = seed_from(tasks[task])
     lock = claim(out) if is_main() else None
     stored = on_main(lambda: open_results(out, settings))
     say(f"{flags.model} on {policy.device}: {len(problems)} problems x {flags.n}; results in {out}")

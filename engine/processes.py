@@ -171,13 +171,13 @@ def spread(*columns_and_work) -> list:
     return results
 
 
-def stream(*key) -> int:
+def seed_from(*key) -> int:
     """63 bits that depend on `key` alone: random choices are the same in any order and on any
     number of processes."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def uniform(*key) -> float:
+def uniform_from(*key) -> float:
     """A number in [0, 1) that depends on `key` alone."""
-    return (stream(*key) >> 10) * 2.0**-53
+    return (seed_from(*key) >> 10) * 2.0**-53

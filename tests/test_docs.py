@@ -32,6 +32,14 @@ def test_every_table_of_the_report_is_what_the_script_prints_from_the_packed_run
     assert tables.put_in(text, made) == text
 
 
+def test_the_real_model_s_tables_are_what_its_script_prints():
+    text = (ROOT / "results" / "smollm2" / "README.md").read_text(encoding="utf-8")
+    tables = importlib.import_module("results.smollm2.tables")
+    made = tables.tables()
+    assert sorted(re.findall(r"<!-- table (\w+) -->", text)) == sorted(made)
+    assert tables.put_in(text, made) == text
+
+
 def test_what_eda_sees_follows_from_the_packed_responses():
     samples = script("samples")
     runs = script("tables").load(ROOT / "results" / "tiny.jsonl.xz")

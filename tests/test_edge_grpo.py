@@ -354,7 +354,7 @@ def test_entropies_come_from_the_sampler_and_one_pass_over_injected_rows(policy)
 def test_branches_are_drawn_as_often_as_their_probabilities_say_and_anew_in_each_step(policy):
     probabilities = eg.correction_probabilities(flags_of())
     assert probabilities == {"reflect": 0.5, "answer": 0.25, "reference": 0.25}
-    drawn = [eg.draw_correction(probabilities, eg.uniform(0, "test", k)) for k in range(20000)]
+    drawn = [eg.draw_correction(probabilities, eg.uniform_from(0, "test", k)) for k in range(20000)]
     for branch, p in probabilities.items():
         assert drawn.count(branch) / 20000 == pytest.approx(p, abs=0.015)
     steps = [rows_of(corrected_groups(policy, step=step)) for step in (3, 4)]
