@@ -141,7 +141,7 @@ def _safely(judge, *args):
     """judge(*args), or False if it raises: no response may crash the training run."""
     try:
         return judge(*args)
-    except Exception:
+    except Exception:  # whatever a hostile text makes the grader raise
         return False
 
 

@@ -168,7 +168,7 @@ class Sampler:
                         "check its weights"
                     )
                 sample.finished = bool(sample.ids) and sample.ids[-1] in self.end_ids
-        except BaseException:
+        except BaseException:  # Ctrl-C, too
             self.release()  # the next call must not find these rows or their cache
             raise
         finally:
@@ -729,7 +729,7 @@ def pick(weights, u):
 
 
 def random_numbers(seeds, positions):
-    """seeds (B,), positions (B,) int64 -> (B,) float64 in [0, 1), with 53 random bits.
+    """seeds, positions int64, broadcast -> float64 in [0, 1), with 53 random bits.
 
     This is a hash and not a generator: it has no state, it is the same on CPU and GPU, and a number
     does not depend on those drawn before it or beside it."""

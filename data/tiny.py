@@ -15,6 +15,7 @@ made the model is results/make_tiny_model.py.
 
 import random
 import re
+from collections.abc import Iterator
 
 from data import Problem, tenth_of
 from errors import UserError
@@ -50,20 +51,26 @@ def problems(name: str) -> list[Problem]:
     steps = range(int(match[1]), int(match[2] or match[1]) + 1)
     split, style = match[3] or "train", match[4] or "full"
     rng = random.Random(f"{steps} {split}")
-    seen, made = set(), []
-    for _ in range(100 * SIZES[split]):  # there are not 2,048 chains of one step for testing
-        if len(made) == SIZES[split]:
-            break
-        chain = random_chain(rng, steps[len(made) % len(steps)])
-        if split_of(chain) != split or str(chain) in seen:
-            continue
-        seen.add(str(chain))
+    made = []
+    for chain in chains(rng, steps, split):
         solution = full_solution(chain)
         if style == "terse" or (style == "half" and len(made) % 2 == 1):
             solution = terse_solution(chain)
         answers = (str(result(chain)),)
         made.append(Problem(question(chain, rng), answers, solution, f"{name}:{len(made) + 1}"))
     return made
+
+
+def chains(rng: random.Random, steps: range, split: str) -> Iterator[Chain]:
+    """Yield the different chains of a split, the numbers of steps in turn."""
+    seen = set()
+    for _ in range(100 * SIZES[split]):  # there are not 2,048 chains of one step for testing
+        if len(seen) == SIZES[split]:
+            return
+        chain = random_chain(rng, steps[len(seen) % len(steps)])
+        if split_of(chain) == split and str(chain) not in seen:
+            seen.add(str(chain))
+            yield chain
 
 
 def random_chain(rng: random.Random, steps: int) -> Chain:

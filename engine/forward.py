@@ -122,19 +122,7 @@ def make_batch(
         indices.append(index)
     if not rows:
         ids, indices = [0], [[0]]
-    positions, place = [0] * len(ids), [0] * len(ids)
-    padded_rows = []
-    offset = 0
-    for block in blocks_of_similar_length(indices, packed):
-        width = len(block[0])
-        for index in block:
-            for position, token in enumerate(index):
-                positions[token] = position
-                # A prompt token stands in several rows. Causal attention gives it the same
-                # output in each of them, so any one will do.
-                place[token] = offset + position
-            offset += width
-        padded_rows.append([index + [0] * (width - len(index)) for index in block])
+    positions, place, padded_rows = arrange(indices, len(ids), packed)
     targets = [token for row in rows for token in responses[row]]
     tensor = functools.partial(torch.tensor, dtype=torch.long, device=device)
     return Batch(
@@ -148,6 +136,26 @@ def make_batch(
         targets=tensor(targets),
         max_target=max(targets, default=-1),
     )
+
+
+def arrange(
+    rows: list[list[int]], count: int, packed: bool
+) -> tuple[list[int], list[int], list[list[list[int]]]]:
+    """positions, place and padded_rows of a Batch, from its rows as indices into `count` tokens."""
+    positions, place = [0] * count, [0] * count
+    padded_rows = []
+    offset = 0
+    for block in blocks_of_similar_length(rows, packed):
+        width = len(block[0])
+        for index in block:
+            for position, token in enumerate(index):
+                positions[token] = position
+                # A prompt token stands in several rows. Causal attention gives it the same
+                # output in each of them, so any one will do.
+                place[token] = offset + position
+            offset += width
+        padded_rows.append([index + [0] * (width - len(index)) for index in block])
+    return positions, place, padded_rows
 
 
 def blocks_of_similar_length(rows: list[list[int]], packed: bool) -> list[list[list[int]]]:

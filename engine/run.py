@@ -73,8 +73,9 @@ class Run(AbstractContextManager):
         if self.lock:
             self.lock.close()
         if isinstance(error, CannotSample):
-            saved = self.out / "checkpoints"
-            raise UserError(f"{error}, or lower --lr; earlier checkpoints: {saved}") from error
+            saved = checkpoint_folders(self.out / "checkpoints")
+            newest = saved[0] if saved else "none was saved"
+            raise UserError(f"{error}, or lower --lr; newest checkpoint: {newest}") from error
 
     def steps(
         self, trainer: Trainer, evaluate: Callable[[int], None], shown: dict[str, str]

@@ -46,6 +46,18 @@ def check_batch(batch, prompts, responses, packed):
     return fed, padded, counted
 
 
+def test_the_example_of_make_batch_is_what_it_makes():
+    a, b, c, d, e, f, g = range(1, 8)
+    batch = make_batch([[a, b]] * 2, [[c, d], [e, f, g]], [0, 1], CPU, packed=True)
+    assert batch.rows == [1, 0]
+    assert batch.ids.tolist() == [a, b, e, f, c]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2]
+    assert [block.tolist() for block in batch.padded_rows] == [[[0, 1, 2, 3]], [[0, 1, 4]]]
+    assert batch.place.tolist() == [4, 5, 2, 3, 6]
+    assert batch.targets.tolist() == [e, f, g, c, d]
+    assert batch.previous.tolist() == [1, 2, 3, 1, 4]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_micro_batches_hold_every_row_once_within_the_budget_with_little_padding(packed):
     few_shared = random_rows(64), 0.1

@@ -150,5 +150,18 @@ def test_rows_leave_room_for_what_comes_after_the_cache(monkeypatch, capsys):
         assert "not fit" not in line
 
 
+def test_the_plan_is_that_of_the_dtype(tmp_path, monkeypatch, capsys):
+    Qwen2Config(vocab_size=2**19, hidden_size=2**11, num_hidden_layers=1).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    weights = []
+    for dtype in ("auto", "float32", "bfloat16"):
+        flags = edge_grpo.parse_flags(["--model", str(tmp_path), "--dtype", dtype])
+        preflight(flags, torch.device("cuda"), 8, 768)
+        weights.append(float(re.search(r"weights ([\d.]+)", capsys.readouterr().out)[1]))
+    assert weights[0] == weights[2]
+    assert weights[1] == pytest.approx(2 * weights[0], abs=0.1)
+    assert weights[0] > 2
+
+
 if __name__ == "__main__":
     print(measure(sys.argv[1] == "True", getattr(torch, sys.argv[2])))

@@ -17,7 +17,9 @@ from helpers import LLAMA_3_ROPE
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+import edge_grpo
 import engine
+import eval as evaluation
 from engine.checkpoints import save_final, save_model
 from engine.forward import response_logprobs
 from engine.modelfiles import TINY_MODEL, find_model
@@ -187,6 +189,30 @@ def test_dtype_is_what_the_model_computes_in_and_masters_stay_float32(policy):
     assert other.model.dtype == torch.bfloat16
     assert {master.dtype for master in trainer.masters.values()} == {torch.float32}
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "program, flags",
+    [
+        (edge_grpo, "--steps 1 --eval-every 0 --eval-tasks tiny:1:validation --eval-limit 1"),
+        (evaluation, "--model tiny --tasks tiny:1:test --limit 1"),
+    ],
+)
+def test_both_programs_compute_in_the_dtype_that_is_asked_for(
+    tmp_path, monkeypatch, program, flags
+):
+    used = []
+    load = engine.load_policy
+
+    def load_policy(*args):
+        policy = load(*args)
+        used.append(policy.model.dtype)
+        return policy
+
+    monkeypatch.setattr(engine, "load_policy", load_policy)
+    out = str(tmp_path / "out")
+    assert program.main([*flags.split(), "--dtype", "bfloat16", "--out", out]) == 0
+    assert used == [torch.bfloat16]
 
 
 def test_a_fingerprint_is_that_of_the_weights_the_prompt_and_the_end_tokens(policy):

@@ -763,6 +763,13 @@ def test_without_reflections_all_becomes_right_and_the_run_says_what_that_means(
         assert m["mixed_groups_corrected"] == m["grad_norm"] == 0
 
 
+def test_one_reference_in_an_all_wrong_group_mixes_it(tmp_path, problems, capsys):
+    argv = [*SMALL, "--data", problems, "--out", str(tmp_path / "run"), "--steps", "1"]
+    argv += "--correction reference --guide all-wrong --guide-at-most 1".split()
+    assert edge_grpo.main(argv) == 0
+    assert "little is learned" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("steps, evaluated", [(3, [0, 2, 3]), (4, [0, 2, 4])])
 def test_evaluations_are_at_their_steps_and_sampled_as_the_eval_flags_say(
     tmp_path, problems, monkeypatch, steps, evaluated

@@ -398,7 +398,7 @@ def test_five_bad_steps_in_a_row_end_the_run_and_fewer_do_not(run, monkeypatch, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "in 5 steps in a row" in error
-    assert "checkpoint" in error
+    assert f"newest checkpoint: {run.out / 'checkpoints' / 'step-6'}" in error
     assert run.checkpoints() == ["step-6"]
     assert not (run.out / "final").exists()
 
@@ -422,7 +422,7 @@ def test_weights_that_explode_end_the_run_in_one_sentence(run, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "logits are not finite" in error
-    assert "lower --lr" in error
+    assert "lower --lr; newest checkpoint: none was saved" in error
     assert not run.checkpoints()  # a policy that cannot be sampled is not saved
 
 

@@ -17,7 +17,7 @@ import json
 import random
 from pathlib import Path
 
-from data.tiny import ITEMS, SIZES, Chain, apply, final_line, random_chain, result, split_of
+from data.tiny import ITEMS, SIZES, Chain, apply, chains, final_line, result
 
 NAMES = {"She": ["Mia", "Ana", "Zoe", "Eva"], "He": ["Tom", "Ben", "Leo", "Sam"]}
 SENTENCES = {
@@ -51,14 +51,8 @@ def solution(chain: Chain) -> str:
 def rows(steps: range, split: str) -> list[dict]:
     """The problems of a split, the numbers of steps in turn; as many as the tiny world has."""
     rng = random.Random(f"english {steps} {split}")
-    seen, made = set(), []
-    for _ in range(100 * SIZES[split]):  # there are not enough different chains of one step
-        if len(made) == SIZES[split]:
-            break
-        chain = random_chain(rng, steps[len(made) % len(steps)])
-        if split_of(chain) != split or str(chain) in seen:
-            continue
-        seen.add(str(chain))
+    made = []
+    for chain in chains(rng, steps, split):
         made.append(
             {
                 "problem": question(chain, rng),
