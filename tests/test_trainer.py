@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import engine
 from engine.forward import response_logprobs
 from engine.models import load_model
-from engine.trainer import Trainer
+from engine.trainer import Offload, Trainer
 
 
 def weights_of(policy):
@@ -68,6 +68,24 @@ def test_offload_equals_no_offload_bit_for_bit(dtype):
     for name, p in trainer.params.items():
         assert trainer.masters[name].data_ptr() != p.data_ptr()
     assert equal(weights_of(plain), weights_of(offloaded))
+
+
+def test_offload_copies_each_gradient_once_in_an_update(monkeypatch):
+    copied = []
+    copy = Offload._copy
+
+    def count(self, name):
+        copied.append(name)
+        copy(self, name)
+
+    monkeypatch.setattr(Offload, "_copy", count)
+    trainer = Trainer(small_policy(), 60, offload=True)
+    for seed in range(2):
+        prompts, responses = random_rows(6, seed)
+        backward(trainer, prompts, responses)
+        trainer.step(1e-3, 1.0)
+        assert sorted(copied) == sorted(trainer.params)
+        copied.clear()
 
 
 def test_offload_fetches_gradients_that_the_last_micro_batch_did_not_touch():
