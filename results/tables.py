@@ -81,6 +81,14 @@ CURES = [
     ("SFT, then GRPO + SFT, 1e-4", "sft-joint-9-1e-4"),
     ("SFT, then GRPO + SFT, 3e-4", "sft-joint-9-3e-4"),
 ]
+BATCHES = [  # 64 responses a step, but for one question: 8
+    ("EDGE-GRPO, 8 × 8", "edge"),
+    ("EDGE-GRPO, 16 × 4 (`--guided-probs 0 .5 .5`)", "edge-G4"),
+    ("EDGE-GRPO, 4 × 16 (`--guided-probs .75 .125 .125`)", "edge-G16"),
+    ("EDGE-GRPO, 1 × 8, 800 steps, 1e-4", "edge-Q1"),
+    ("GRPO, 8 × 8", "grpo"),
+    ("GRPO, 1 × 8, 800 steps, 3e-5", "grpo-Q1"),
+]
 RATES = {  # label -> learning rate -> run
     "SFT": {"3e-4": "sft", "1e-3": "sft-1e-3"},
     "GRPO": {"3e-5": "grpo-3e-5", "1e-4": "grpo"},
@@ -252,6 +260,7 @@ def tables() -> dict[str, str]:
         "groups": groups(runs, METHODS),
         "controls": accuracies(runs, CONTROLS, "edge"),
         "sees": what_eda_sees(runs),
+        "batches": accuracies(runs, BATCHES, "edge"),
         "rates": rates(runs),
         "cures": accuracies(runs, CURES, "grpo"),
     }
