@@ -329,14 +329,14 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
             "--guided-probs belongs to --correction guided: add that, or drop --guided-probs",
         ),
         (
-            (flags.guide != "every" or flags.guide_at_most > 0) and flags.correction == "none",
-            "--guide and --guide-at-most do nothing with --correction none: choose another "
-            "--correction, or drop them",
+            flags.correction == "none" and flags.differing.keys() & NEEDS_CORRECTION,
+            "each of --guide, --guide-at-most, --correction-factors, --max-corrected-tokens, "
+            "--injected-shaping and --mask-injected does nothing with --correction none: choose "
+            "another --correction, or drop it",
         ),
         (
-            set(flags.correction_factors) != {1} and flags.correction == "none",
-            "--correction-factors does nothing with --correction none: choose another "
-            "--correction, or drop it",
+            flags.drop_wrong_references and not flags.sft and flags.correction == "none",
+            "--drop-wrong-references does nothing with --correction none, which uses no references",
         ),
         (
             len(flags.correction_factors) > known,
@@ -359,7 +359,8 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
         (
             flags.sft and changed(flags, TINY | METHODS["sft"]).keys() & NOT_FOR_SFT,
             "--sft trains on reference solutions alone: use --method sft, and drop --correction, "
-            "--eda, --kl, --injected-shaping, --mask-injected and --updates-per-rollout",
+            "--eda, --kl, --updates-per-rollout, --random-reward, --resample-rounds, "
+            "--advantage-std and --all-wrong-advantage",
         ),
         (
             flags.group_size == 1 and not (flags.sft or flags.all_wrong_advantage),
@@ -373,13 +374,23 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
     ]
 
 
+NEEDS_CORRECTION = {
+    "guide",
+    "guide_at_most",
+    "correction_factors",
+    "max_corrected_tokens",
+    "injected_shaping",
+    "mask_injected",
+}
 NOT_FOR_SFT = {
     "correction",
     "eda",
     "kl",
-    "injected_shaping",
-    "mask_injected",
     "updates_per_rollout",
+    "random_reward",
+    "resample_rounds",
+    "advantage_std",
+    "all_wrong_advantage",
 }
 
 
@@ -1111,7 +1122,7 @@ def set_up(flags: Flags) -> tuple[Policy, list[Problem], Trainer, Run, Callable[
     for task in flags.eval_tasks:
         tasks[task] = data.load(task, flags.mirror or None)[: flags.eval_limit or None]
         check_golds(tasks[task])
-    run = Run(flags, policy, problems, left_out, wrong_references)
+    run = Run(flags, policy, problems, left_out, wrong_references, tasks)
     trainer = Trainer(
         policy,
         flags.micro_batch_tokens,

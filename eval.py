@@ -629,6 +629,8 @@ def run(flags: Flags) -> None:
     for task in dict.fromkeys(flags.tasks):
         tasks[task] = data.load(task, mirror)
         problems += tasks[task][: flags.limit]
+    if len({p.source.rpartition(":")[0] for p in problems}) < len(tasks):
+        raise UserError("--tasks: two are parts of one set; evaluate them one after the other")
     check_golds(problems)
     policy = engine.load_policy(
         flags.model,

@@ -18,6 +18,7 @@ from engine.modelfiles import files_beside_weights, find_model, folder_of, from_
 from engine.outputlayer import check_output_layer
 from engine.processes import choose_threads, spread, start_processes
 from engine.prompts import (
+    INSTRUCTION,
     QUESTION,
     closed_turn,
     find_end_ids,
@@ -363,6 +364,11 @@ def load_policy(
             f"--model {name}: neither its config nor its tokenizer names an end token; set "
             "eos_token_id in generation_config.json"
         )
+    for i in end_ids - {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+        say(
+            f"note: the ordinary token {tokenizer.decode([i])!r} ends every response, because "
+            f"eos_token_id in config.json or generation_config.json is {i}"
+        )
     candidates = (turn_end(tokenizer, template), tokenizer.eos_token_id, min(end_ids))
     end_id = next(i for i in candidates if i in end_ids)
     policy = Policy(
@@ -395,12 +401,19 @@ def choose_template(config: transformers.PretrainedConfig, tokenizer) -> str:
 
 
 def check_prompt(policy: Policy, name: str) -> None:
-    """Raises UserError if the chat template fails or loses the question."""
+    """Raises UserError if the chat template fails or loses the question, and warns if it loses the
+    instruction."""
     policy.prompt_ids(QUESTION)
-    if QUESTION not in prompt_text(policy.tokenizer, QUESTION, policy.template):
+    prompt = prompt_text(policy.tokenizer, QUESTION, policy.template)
+    if QUESTION not in prompt:
         raise UserError(
             f"--model {name}: its chat template leaves the question out; correct it, or try "
             "another --template"
+        )
+    if INSTRUCTION not in prompt and name != "tiny":  # whose template leaves it out on purpose
+        say(
+            "warning: the chat template leaves out the system turn, so prompts do not ask for a "
+            "box; --template llama asks in the user's turn"
         )
 
 

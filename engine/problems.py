@@ -33,6 +33,11 @@ def training_problems(
     longest = min(flags.max_prompt_tokens, policy.room([]) - 1)  # leaves one token to respond
     kept, too_long = [], []
     for p in problems:
+        if needs_solution and policy.end_ids & set(policy.encode(p.solution or "")):
+            raise UserError(
+                f"{p.source}: the solution holds an end token of the model; delete it, because "
+                "every reference gets one at its end"
+            )
         if len(policy.prompt_ids(p.question)) > longest:
             too_long.append(p.source)
         else:

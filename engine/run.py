@@ -32,7 +32,7 @@ from engine.flags import MAY_CHANGE, option
 from engine.folder import append, claim, flush, read_json, remove, write_json
 from engine.memory import peak_memory
 from engine.models import CannotSample, Policy
-from engine.processes import gather, is_main, on_main, world_size
+from engine.processes import gather, is_main, on_main, seed_from, world_size
 from engine.trainer import Trainer
 from errors import UserError
 
@@ -48,7 +48,13 @@ class Run(AbstractContextManager):
     a whole run."""
 
     def __init__(
-        self, flags, policy: Policy, problems: list[Problem], left_out: list, wrong_references: list
+        self,
+        flags,
+        policy: Policy,
+        problems: list[Problem],
+        left_out: list,
+        wrong_references: list,
+        tasks: dict[str, list[Problem]],
     ):
         self.flags, self.policy, self.problems = flags, policy, problems
         self.out = Path(flags.out)
@@ -63,6 +69,7 @@ class Run(AbstractContextManager):
             wrong_references=wrong_references,
             problems_fingerprint=blake2b(repr(learned_from).encode(), digest_size=16).hexdigest(),
             model_fingerprint=policy.fingerprint(),
+            tasks_fingerprint=str(seed_from(tasks)),
         )
         self.checkpoint = on_main(self._open)
         self.log_live = lambda line: None
@@ -208,9 +215,11 @@ class Run(AbstractContextManager):
         ]
         if config["problems_fingerprint"] != self.facts["problems_fingerprint"]:
             changed.append(f"--data {now['data']} has other problems now")
-        model = self.facts["model_fingerprint"]
+        model, tasks = self.facts["model_fingerprint"], self.facts["tasks_fingerprint"]
         if config.get("model_fingerprint", model) != model:
             changed.append(f"--model {now['model']} has other weights or another chat template now")
+        if config.get("tasks_fingerprint", tasks) != tasks:
+            changed.append("--eval-tasks have other problems now")
         if changed:
             raise UserError(
                 f"--resume {out}: the run was started otherwise ({'; '.join(changed)}); give the "

@@ -1,6 +1,7 @@
 """`eval.py compare` prints tables of mean ± standard deviation (n - 1) over seeds."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean, median, stdev
@@ -131,7 +132,8 @@ def micro_average(results: list[dict | None]) -> float | None:
 
 
 def accuracy_legend(runs: list[Run], keys: list[tuple]) -> str:
-    """Say how each column was measured, and which runs were not evaluated at their last step."""
+    """Say how each column was measured, which runs were not evaluated at their last step, and
+    which seeds were run twice."""
     lines = [ACCURACY_LEGEND]
     for key in keys:
         ways = {}
@@ -145,6 +147,9 @@ def accuracy_legend(runs: list[Run], keys: list[tuple]) -> str:
             lines.append(
                 f"- {run.path}: last evaluated at step {run.evals[-1]['step']} of {run.steps}"
             )
+    for (label, seed), count in Counter((run.label, run.seed) for run in runs).items():
+        if count > 1:
+            lines.append(f"- {label}: {count} of its runs have the seed {seed}")
     return "\n".join(lines)
 
 

@@ -81,6 +81,10 @@ tiny => unrecognized arguments: tiny
 --eda-clamp 2 1 => LO < HI
 --eda-clamp 0 1 => 0 < LO
 --method grpo --correction-factors 1 1 5 => does nothing
+--method grpo --mask-injected => does nothing
+--method grpo --injected-shaping .1 => does nothing
+--method grpo --max-corrected-tokens 9 => does nothing
+--method grpo --drop-wrong-references => does nothing
 --injected-shaping .1 --mask-injected => one of the two
 --sft => --method sft
 --eda-clamp 1 2 3 => LO HI
@@ -91,6 +95,8 @@ tiny => unrecognized arguments: tiny
 --method sft --eda => drop --correction, --eda
 --method sft --correction reflect => drop --correction
 --method sft --kl 0.1 => --kl
+--method sft --random-reward => --random-reward
+--method sft --resample-rounds 2 => --resample-rounds
 --method sft --injected-shaping .1 => drop
 --method sft --updates-per-rollout 2 => drop
 --resume --overwrite => one of the two
@@ -144,6 +150,7 @@ tiny => unrecognized arguments: tiny
 --data {tmp}/deep.json => not valid JSON
 --data {tmp}/no_solution.jsonl => no reference solution
 --data {tmp}/no_solution.jsonl --method sft => --sft needs
+--data {tmp}/solution_with_end.jsonl => holds an end token
 --data {tmp}/long.jsonl => --max-prompt-tokens 512
 
 --model {tmp}/nothing => no such folder
@@ -231,6 +238,7 @@ FILES = {
     "second.json": '[{"problem": "1+1?", "answer": "2"}, {"problem": "1+1?", "answer": {}}]',
     "answer_in_list.jsonl": '{"problem": "1+1?", "answer": ["1", null]}',
     "solution_number.jsonl": '{"problem": "1+1?", "answer": "2", "solution": 3}',
+    "solution_with_end.jsonl": '{"problem": "1+1?", "answer": "2", "solution": "2<|im_end|>"}',
     "huge_number.json": '[{"problem": "q", "answer": ' + "1" * 5000 + "}]",
     "answer_list.jsonl": '{"problem": "1+1?", "answer": []}',
     "answer_nan.jsonl": '{"problem": "1+1?", "answer": NaN}',

@@ -341,6 +341,14 @@ def test_other_problems_are_refused(tmp_path, capsys):
     assert f"problems of {own} was" in refusal(capsys, evaluation.main, arguments)
 
 
+def test_two_parts_of_one_set_are_refused(tmp_path, capsys, monkeypatch):
+    """Their rows would be told apart by the set and the row number alone."""
+    problems = data.load("tiny:1-3:test")
+    monkeypatch.setattr(data, "load", lambda *_: problems)
+    arguments = command(tmp_path, "--tasks", "gsm8k-train:2", "gsm8k-train:3")
+    assert "parts of one set" in refusal(capsys, evaluation.main, arguments)
+
+
 def test_broken_files_of_results_are_reported_and_left_as_they_are(tmp_path, capsys):
     assert evaluation.main(command(tmp_path)) == 0
     responses, settings = tmp_path / "responses.jsonl", tmp_path / "settings.json"

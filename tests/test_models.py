@@ -637,6 +637,15 @@ def test_the_papers_prompt_and_end_tokens(tmp_path, own_template):
         assert policy.encode(text) == policy.tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_an_end_token_that_is_an_ordinary_token_is_told(tmp_path, capsys):
+    """As in configs that keep the eos_token_id of their class."""
+    folder = tiny(tmp_path, eos_token_id=2)
+    change_json(folder / "generation_config.json", eos_token_id=[2, 257])
+    policy = engine.load_policy(str(folder), "cpu")
+    assert policy.end_ids == {2, 256, 257}
+    assert capsys.readouterr().out.count("ordinary token") == 1
+
+
 # --- prompts -----------------------------------------------------------------------------------
 
 RESPONSE_HEADERS = {  # name: (template, what precedes a response, what the note says of it)
@@ -683,13 +692,14 @@ def test_references_stand_where_the_template_puts_a_response(tmp_path, capsys, n
         ("Q: {{ messages[-1].content }}\nA:", f"Q: {QUESTION}\nA:"),
     ],
 )
-def test_a_template_in_chat_template_json_is_used(tmp_path, chat_template, prompt):
+def test_a_template_in_chat_template_json_is_used(tmp_path, capsys, chat_template, prompt):
     folder = tiny(tmp_path)
     change_json(folder / "tokenizer_config.json", chat_template=None)
     if chat_template:
         change_json(folder / "chat_template.json", chat_template=chat_template)
     policy = engine.load_policy(str(folder), "cpu")
     assert policy.decode_raw(policy.prompt_ids(QUESTION)).startswith(prompt)
+    assert ("leaves out the system turn" in capsys.readouterr().out) == bool(chat_template)
 
 
 def test_llama_gets_the_instruction_in_the_user_turn():

@@ -267,6 +267,7 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     sentence = refused(capsys, "compare", tmp_path, "--against", "grpo")
     assert "there are ['SFT', 'GRPO', 'Force-R', 'EDGE-GRPO']" in sentence
     make_run(tmp_path / "again", "grpo", 0)
+    assert "- GRPO: 2 of its runs have the seed 0" in compared(tmp_path)
     sentence = refused(capsys, "compare", tmp_path, "--against", "GRPO")
     assert "two runs of one label have the same seed" in sentence
 

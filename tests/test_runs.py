@@ -356,9 +356,13 @@ def write_config(text):
     return lambda out: (out / "config.json").write_text(text)
 
 
-def other_fingerprint(out):
-    config = read_json(out / "config.json")
-    write_config(json.dumps(config | {"model_fingerprint": "another"}))(out)
+def other_fingerprint(key):
+    def damage(out):
+        config = read_json(out / "config.json")
+        assert config[key]
+        write_config(json.dumps(config | {key: "another"}))(out)
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,12 @@ def other_fingerprint(out):
         (write_config(""), "--resume", "config.json:1: not valid JSON; restore"),
         (write_config("[]"), "--resume", "config.json:1: "),
         (write_config('{"flags": 3}'), "--resume", "config.json:1: "),
-        (other_fingerprint, "--resume", "has other weights or another chat template now"),
+        (other_fingerprint("model_fingerprint"), "--resume", "has other weights or another chat"),
+        (
+            other_fingerprint("tasks_fingerprint"),
+            "--resume",
+            "--eval-tasks have other problems now",
+        ),
         (None, "--resume --lr 1e-5", "--lr was 0.0001, is 1e-05"),
         (None, "--resume --seed 7", "--seed"),
         (None, "--resume --steps 9", "--steps"),
