@@ -31,17 +31,22 @@ def training_problems(
     if flags.drop_wrong_references:
         problems = without_references(problems, set(wrong), flags.sft)
     longest = min(flags.max_prompt_tokens, policy.room([]) - 1)  # leaves one token to respond
-    kept, too_long = [], []
+    kept, too_long, cut = [], [], 0
     for p in problems:
-        if needs_solution and policy.end_ids & set(policy.encode(p.solution or "")):
+        reference = policy.encode_response(p.solution or "") if needs_solution else []
+        if policy.end_ids & set(reference):
             raise UserError(
                 f"{p.source}: the solution holds an end token of the model; delete it, because "
                 "every reference gets one at its end"
             )
-        if len(policy.prompt_ids(p.question)) > longest:
+        prompt = policy.prompt_ids(p.question)
+        if len(prompt) > longest:
             too_long.append(p.source)
         else:
             kept.append(p)
+            cut += len(reference) >= policy.room(prompt)  # its end token has to fit, too
+    if cut:
+        say(f"note: {cut} of {len(kept)} references are cut at the end of the model's context")
     if not kept:
         raise UserError(
             f"--data {flags.data}: every prompt is longer than --max-prompt-tokens "

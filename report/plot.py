@@ -140,7 +140,7 @@ def all_panels(runs: list[Run], window: int) -> dict[str, list[Panel]]:
             add(figure, title, steps, compare(partial(metric, key), window))
     for label, seeds in labels.items():
         lines = {}
-        for kind, name in kinds_of(seeds[0].metrics).items():
+        for kind, name in kinds_of(sum((run.metrics for run in seeds), [])).items():
             points = partial(metric, f"relative_entropy_{kind}")
             lines[name] = curve(map(points, seeds), window)
         add("relative_entropy", f"P / mean of its group\n{label}", steps, lines)

@@ -518,6 +518,17 @@ def test_wrong_references_are_told_and_can_be_left_out(policy, tmp_path, capsys)
         assert "1 of 2 reference solutions are not graded right" in capsys.readouterr().out
 
 
+def test_a_reference_that_the_context_cuts_is_told(policy, tmp_path, capsys):
+    path, small = tmp_path / "two.jsonl", own_copy(policy)
+    path.write_text(SOLUTIONS)
+    sources = data.load(str(path))
+    needs = [len(policy.prompt_ids(p.question) + policy.encode(p.solution)) + 1 for p in sources]
+    for context, cut in ((max(needs), 0), (max(needs) - 1, 1)):
+        small.model.config.max_position_embeddings = context
+        eg.training_problems(flags_of(f"--data {path}"), small, True)
+        assert ("1 of 2 references are cut" in capsys.readouterr().out) == cut
+
+
 def test_a_prompt_leaves_room_for_a_response(policy, tmp_path):
     path, small = tmp_path / "two.jsonl", own_copy(policy)
     path.write_text(SOLUTIONS.replace("1+2?", "How many are 1 and 2?"))

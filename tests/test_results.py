@@ -509,7 +509,8 @@ def test_relative_entropy_is_drawn_by_kind_of_row_and_left_out_where_unknown(tmp
         known.append(line | kinds | dict(relative_entropy_reference=0.02 * line["step"]))
     a = make_run(tmp_path / "a", "edge-grpo", 0, metrics=known)
     b = make_run(tmp_path / "b", "grpo", 0, metrics=METRICS)  # an older run
-    [panel] = plot.all_panels(runs.read_runs([a]), window=1)["relative_entropy"]
+    begun = make_run(tmp_path / "begun", "edge-grpo", 1, metrics=[])
+    [panel] = plot.all_panels(runs.read_runs([begun, a]), window=1)["relative_entropy"]
     assert panel.lines == {
         "wrong responses": [(1, 1.2, 0), (2, 1.2, 0)],
         "references": [(1, 0.02, 0), (2, 0.04, 0)],
