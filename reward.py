@@ -41,7 +41,9 @@ What counts as equal, decided once:
   in the order of the names. Tuples and intervals keep their order and brackets (`]1,2[` is
   `(1,2)`); a column is a tuple; `(a,b)` is a point or, with a < b, an interval, as the other side
   asks. Several candidates (`5 or 6`, `(A) or (B)`, `A. 5 B. 7`) are a list, not the first of them.
-- Inequalities are sets of reals; they keep the name of their variable where both sides give one.
+  `1,2,3,\ldots` is `1,2,\ldots`.
+- Inequalities are sets of reals, and so is `x<0 or x=1`; they keep the name of their variable where
+  both sides give one.
 - Equations are equal up to a constant factor, never by both being true (`0=0`).
 - `2:3` is `4:6` and 2/3; what reads as a time of day (`4:20`) or a date (`7/4/2021`) equals only
   itself.

@@ -10,6 +10,7 @@ import itertools
 from grading.tree import Node, Unreadable, constant, elements, names, num, walk
 from grading.units import hoisted
 
+_DOTS = ("dots",)
 _ORDERS = set("< <= != > >=".split())
 
 
@@ -37,7 +38,7 @@ def settle(node: Node) -> Node:
 def _residues(listed: Node, modulus) -> Node:
     left, residues = None, set()
     for item in elements(listed):
-        if item[0] == "equiv":
+        if item[0] in ("equiv", "assign"):
             left = left or item[1]
             item = item[2]
         residue = constant(item)
@@ -76,6 +77,16 @@ def _list(joiner: str, nodes) -> Node:
     items = []
     for node in nodes:
         items += elements(settle(node))
+    bounds = tuple(item for item in items if item[0] == "less")
+    for k, (kind, *sides) in enumerate(items if joiner == "or" else ()):
+        if kind == "assign" and sides[0] in walk(bounds):  # x < 0 or x = 1
+            items[k] = ("set", (sides[1],))
+    while _DOTS in items[3:]:  # 1, 2, 3, ... is 1, 2, ...
+        at = items.index(_DOTS, 3)
+        a, b, c = map(constant, items[at - 3 : at])
+        if None in (a, b, c) or b - a != c - b:
+            break
+        del items[at - 1]
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
     if len(named) == len(items) == len(distinct) > 1:

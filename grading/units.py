@@ -22,14 +22,16 @@ force: N 1 newton 1 kN 1000
 energy: J 1 joule 1 kJ 1000 eV 1.602176634e-19 erg 1e-7 Wh 3600 cal 4.184 calorie 4.184 kcal 4184
 power: W 1 watt 1 kW 1000 hp 745.7
 pressure: Pa 1 pa 1 kPa 1000 kpa 1000 atm 101325 bar 100000 psi 6894.757 mmHg 133.322 torr 133.322
-angle: arcmin 1 arcsec 1/60
+angle: arcmin 1 arcminute 1 arcsec 1/60 arcsecond 1/60
 resistance: ohm 1 Omega 1
+celsius: celsius 1 degC 1
+fahrenheit: fahrenheit 1 degF 1
 rate: bpm 1 ppm 1 rpm 1
 euro: euro 1
 """
 _OTHER_UNITS = """
-rad radian mol C V A K T F coulomb volt ampere kelvin tesla farad month gbp yen rupee degC degF
-celsius fahrenheit am pm dB""".split()
+rad radian mol C V A K T F coulomb volt ampere kelvin tesla farad month gbp yen rupee
+am pm dB""".split()
 _PREFIXES = "p 1e-12 n 1e-9 mu 1e-6 m 1e-3 c 1e-2 k 1e3 M 1e6 G 1e9 T 1e12"
 _PREFIXED = "m g s A K mol N J W V Pa Hz eV L l F T C ohm Omega Wh cal bar".split()
 CURRENCIES = pairs("""
@@ -54,7 +56,7 @@ _COUNTED = """
     tall long wide high deep different full whole apart us st nd rd th""".split()
 UNITS |= {name: ("", Fraction(1)) for name in _COUNTED}
 NEGATIONS = """
-no not but never wrong incorrect incorrectly false except without impossible invalid rejected
+no not but never cannot wrong incorrect incorrectly false except without impossible invalid rejected
 extraneous unlike neither nor isn untrue mistake mistaken error unless maybe perhaps than""".split()
 CHANGING = {
     *NEGATIONS,

@@ -150,11 +150,11 @@ ANY
 => *
 
 ANY
-\b(\d{1,2})\s(MONTH)
+\b(\d{1,2})(?:ORDINAL)?\s(?:of\s)?(MONTH)
 => \2 \1
 
 ANY
-\b(MONTH\s\d{1,2}),?\s(?=\d{4}\b)
+\b(MONTH\s\d{1,2})(?:ORDINAL)?,?\s(?=\d{4}\b)
 => \1/
 
 hundred and
@@ -199,16 +199,16 @@ frac
 => (
 
 [
-^(\[[^()[\]]+)(?<!sqrt)\[$
+^((?:\\left\s?)?\[[^()[\]]+)(?<!sqrt)\[$
 => \1)
 
 _
-_\s?\{\\text\s?\{(\w+)\}\}
-=> _{\1}
+_\s?(\{)?\\text\s?\{(\w+)\}(?(1)\})
+=> _{\2}
 
 base
-\s?(?:\\text\s?\{)?\s?\bbase\s?\}?\s(\w+)\}?
-=> _{\1}
+\s?(TEXT\(?)?(?:in\s)?\bbase(?(1)(?:\s?\}\s?(\w+)|\s(\w+)\)?\s?\})|\s(\w+))
+=> _{\2\3\4}
 
 )_
 \((\w+)\)_
@@ -229,6 +229,10 @@ C
 C(
 \bC\((\w+),\s?(\w+)\)
 => \\binom{\1}{\2}
+
+equiv
+(\([a-z]\))\s?\\equiv(?![a-z]|.{0,60}mod)
+=> \1=
 
 =
 (^|[,\s$])([A-EI-OR-Za-ei-z]|\w\^\{-1\}|\\[Pp][hs]i)\s?\((\w(?:,\s?\w)*)\)(?=\s?=)
@@ -265,6 +269,10 @@ circ
 ANY
 (?:\^\s?\{?\s?\\circ\s?\}?|\\degree)\s?(?:TEXT([CF])\s?\}|([CF])\b)
 => \\text{ deg\1\2}
+
+ANY
+(?<=\d)(?:\.(?=\d{3}\.\d{3}(?!\d))|(?<=\.\d{3})\.(?=\d{3}(?!\d))|'(?=\d{3}(?!\d)))
+=> \\,
 
 '
 (?<=\d)''
@@ -358,6 +366,11 @@ to
 (?<!\.)\.[\s$~]*$
 =>
 
+all
+(?<=\S)(?:\\[ ,;:]|\\q?quad|[,(\s]){0,6}(?:TEXTfor\sall|\\forall)
+(?![a-z]|.{0,60}\b(?:NEGATION|or|and)\b)[^=<>,;\d]{0,60}$
+=>
+
 real
 (?i)(TEXT)?\b(?:all\sreal\snumbers|all\sreals|real\snumbers)\s?(?(1)\})
 => \\reals~
@@ -421,6 +434,8 @@ _SPELLINGS = r"""
 °º \degree
 ∠ \angle
 ÅÅ \AA
+℃ ^\circ\text{C}
+℉ ^\circ\text{F}
 µ \mu
 Ω \Omega
 ′’‘ '
