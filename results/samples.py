@@ -3,8 +3,8 @@
     python results/samples.py runs/edge-seed1 runs/gec-seed1 ...
 
 For each run, and each response trained on: the step, the question, the kind of row
-(see docs/runs.md), P, A and A^, to four digits. From these, tests/test_docs.py computes the table
-"what EDA sees" once more.
+(see docs/runs.md), its tokens, and P, A and A^ to four digits. From these, tests/test_docs.py
+computes the table "what EDA sees" once more, and tables.py the one of guesses and steps.
 """
 
 import json
@@ -34,7 +34,7 @@ def kind_of(row: dict) -> str:
 
 def pack(run: Path) -> dict:
     """The columns of one run."""
-    columns = {"kind": []}
+    columns = {"kind": [], "tokens": []}
     for name in COLUMNS:
         columns[name] = []
     for line in (run / "samples.jsonl").read_text().splitlines():
@@ -42,6 +42,7 @@ def pack(run: Path) -> dict:
         columns["kind"].append(kind_of(row))
         for name, key in COLUMNS.items():
             columns[name].append(float(f"{row[key]:.4g}"))
+        columns["tokens"].append(row.get("tokens_corrected", row["tokens"]))
     return columns
 
 

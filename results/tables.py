@@ -52,6 +52,9 @@ CONTROLS = [
     ("Force-R", "force-r"),
     ("Force-R, EDA on right rows", "force-r-eda-right"),
     ("Force-R, EDA on wrong rows", "force-r-eda-wrong"),
+    ("Force-R, right responses by steps × 9", "force-r-by-steps-9"),
+    ("Force-R, all right responses × 9", "force-r-right-9"),
+    ("Force-R & EDA, P shuffled within a group", "force-r-eda-shuffled"),
 ]
 CURES = [
     ("GRPO", "grpo"),
@@ -89,6 +92,12 @@ BATCHES = [  # 64 responses a step, but for one question: 8
     ("GRPO, 8 × 8", "grpo"),
     ("GRPO, 1 × 8, 800 steps, 3e-5", "grpo-Q1"),
 ]
+FORMS = [
+    ("GRPO + EDA, seed 1", "grpo-eda-seed1"),
+    ("Force-R & EDA, seed 1", "force-r-eda-seed1"),
+    ("Force-R & EDA, seed 2", "force-r-eda-seed2"),
+    ("EDGE-GRPO, seed 1", "edge-seed1"),
+]
 RATES = {  # label -> learning rate -> run
     "SFT": {"3e-4": "sft", "1e-3": "sft-1e-3"},
     "GRPO": {"3e-5": "grpo-3e-5", "1e-4": "grpo"},
@@ -105,6 +114,7 @@ RATES = {  # label -> learning rate -> run
     "A = −1 in all-wrong groups": {"3e-5": "nsr-3e-5", "1e-4": "nsr"},
     "SFT, then GRPO": {"1e-5": "sft-grpo-1e-5", "3e-5": "sft-grpo"},
 }
+GUESS = 30  # tokens: a bare guess has 10, with a reflection and another guess 26
 KINDS = ("right", "wrong", "reflect", "answer", "reference")
 Runs = dict[str, dict[int, dict]]  # run -> seed -> what is packed
 
@@ -245,6 +255,38 @@ def rates(runs: Runs) -> str:
     return markdown(["", *header], rows)
 
 
+def guesses_and_steps() -> str:
+    """What EDA does to a bare guess and to a response that works step by step: P/mean and share of
+    the sum of |A| and of |A^|. First 20 steps, responses whose advantage is not 0."""
+    with lzma.open(HERE / "samples.json.xz", "rt") as file:
+        packed = json.load(file)
+    rows = []
+    for label, run in FORMS:
+        samples = packed[run]
+        entropies: dict[tuple, list[float]] = {}
+        for step, question, P in zip(samples["step"], samples["question"], samples["P"]):
+            entropies.setdefault((step, question), []).append(P)
+        seen: dict[tuple, list[tuple]] = {}
+        columns = ("step", "question", "tokens", "P", "A", "A_hat")
+        for step, question, tokens, P, A, A_hat in zip(*map(samples.get, columns)):
+            if step <= 20 and A:
+                relative = P / statistics.fmean(entropies[step, question])
+                kind = (A > 0, tokens > GUESS)
+                seen.setdefault(kind, []).append((relative, abs(A), abs(A_hat)))
+        sums = [0.0, 0.0]
+        for values in seen.values():
+            sums[0] += sum(A for _, A, _ in values)
+            sums[1] += sum(A_hat for _, _, A_hat in values)
+        row = [label]
+        for kind in ((True, False), (True, True), (False, False), (False, True)):
+            relative, A, A_hat = map(list, zip(*seen[kind]))
+            shares = f"{sum(A) / sums[0]:.2f} → {sum(A_hat) / sums[1]:.2f}"
+            row.append(f"{statistics.fmean(relative):.2f}, {shares}")
+        rows.append(row)
+    header = ["P/mean, share of Σ\\|A\\| → Σ\\|Â\\|", "right, guess", "right, steps"]
+    return markdown([*header, "wrong, guess", "wrong, steps"], rows)
+
+
 def by_seed(runs: Runs) -> str:
     rows = []
     for name in sorted(runs):
@@ -260,6 +302,7 @@ def tables() -> dict[str, str]:
         "groups": groups(runs, METHODS),
         "controls": accuracies(runs, CONTROLS, "edge"),
         "sees": what_eda_sees(runs),
+        "form": guesses_and_steps(),
         "batches": accuracies(runs, BATCHES, "edge"),
         "rates": rates(runs),
         "cures": accuracies(runs, CURES, "grpo"),
