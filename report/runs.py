@@ -142,7 +142,7 @@ def read_packed(file: Path) -> list[dict]:
 
 
 def pack(file: Path, paths: list) -> None:
-    """Write all that `compare` and `plot` read to one file, metrics to four digits.
+    """Write all that `compare` and `plot` read to one file, metrics to three digits.
 
     Raises UserError for two runs of one name, or for a file name that is not NAME.jsonl.xz.
     """
@@ -165,7 +165,7 @@ def pack(file: Path, paths: list) -> None:
 
 
 def rounded(value: object) -> object:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def make_run(path: Path, content: dict) -> Run:

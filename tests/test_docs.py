@@ -51,9 +51,9 @@ def test_what_eda_sees_follows_from_the_packed_responses():
         metrics = runs[name][int(seed)]["metrics"]
         for (kind, step), (relative, share) in samples.what_eda_sees(packed).items():
             logged = metrics[f"relative_entropy_{kind}"][step - 1]
-            assert relative == pytest.approx(logged, rel=2e-3, abs=1e-4)
+            assert relative == pytest.approx(logged, rel=6e-3, abs=1e-4)
             logged = metrics[f"advantage_share_{kind}"][step - 1] or 0.0  # None: all A^ are 0
-            assert share == pytest.approx(logged, rel=2e-3, abs=1e-4)
+            assert share == pytest.approx(logged, rel=6e-3, abs=1e-4)
 
 
 def test_a_table_counts_right_responses_and_pairs_by_seed():
