@@ -68,7 +68,7 @@ def test_a_table_counts_right_responses_and_pairs_by_seed():
     assert tables.accuracy(runs["a"][1], tables.HARD, 8) == 100 * 6 / 32
     runs["b"][3]["summaries"][0]["results"]["0.6"]["tasks"][tables.HARD]["right"][1] = 1
     # b - a: 1, 1 and 2 of 32 responses
-    assert tables.paired(runs["b"], runs["a"], tables.HARD, 8) == "+4.2 ± 1.0 (t = 4.0)"
+    assert tables.paired(runs["b"], runs["a"], tables.HARD, 8) == "+4.2 ± 1.0 (4.0)"
 
 
 @pytest.mark.parametrize(
