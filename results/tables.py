@@ -44,10 +44,9 @@ CONTROLS = [
     ("reflections in place of answers (`--guided-probs .75 0 .25`)", "edge-reflect"),
     ("the same, no EDA ", "gec-reflect"),
     ("the same, no EDA, references × 5", "gec-reflect-ref5"),
+    ("the same, no EDA, references × 20", "gec-reflect-ref20"),
     ("Force-R & EDA", "force-r-eda"),
     ("Force-R", "force-r"),
-    ("Force-R, EDA on right rows", "force-r-eda-right"),
-    ("Force-R, EDA on wrong rows", "force-r-eda-wrong"),
     ("Force-R, right responses by steps × 9", "force-r-by-steps-9"),
     ("Force-R, all right responses × 9", "force-r-right-9"),
     ("Force-R & EDA, P shuffled within a group", "force-r-eda-shuffled"),
@@ -76,9 +75,9 @@ CURES = [
 ]
 BATCHES = [  # 64 responses a step, but for one question: 8
     ("EDGE-GRPO, 8 × 8", "edge"),
-    ("EDGE-GRPO, 16 × 4, shares of 2/G (`--guided-probs 0 .5 .5`)", "edge-G4"),
-    ("EDGE-GRPO, 16 × 4, shares as at 8", "edge-G4-half"),
-    ("EDGE-GRPO, 4 × 16, shares of 2/G (`--guided-probs .75 .125 .125`)", "edge-G16"),
+    ("EDGE-GRPO, 16 × 4 (`--guided-probs 0 .5 .5`)", "edge-G4"),
+    ("EDGE-GRPO, 16 × 4", "edge-G4-half"),
+    ("EDGE-GRPO, 4 × 16 (`--guided-probs .75 .125 .125`)", "edge-G16"),
     ("EDGE-GRPO, 1 × 8, 800 steps, 1e-4", "edge-Q1"),
     ("GRPO, 8 × 8", "grpo"),
     ("GRPO, 1 × 8, 800 steps, 3e-5", "grpo-Q1"),
@@ -290,7 +289,7 @@ def tables() -> dict[str, str]:
     runs = load(HERE / "tiny.jsonl.xz")
     return {
         "methods": accuracies(runs, METHODS, "grpo"),
-        "groups": groups(runs, METHODS[:8]),
+        "groups": groups(runs, METHODS[:7]),
         "controls": accuracies(runs, CONTROLS, "edge"),
         "sees": what_eda_sees(runs),
         "form": guesses_and_steps(),
