@@ -330,9 +330,9 @@ def conflicts(flags: Flags) -> list[tuple[bool, str]]:
         ),
         (
             flags.correction == "none" and flags.differing.keys() & NEEDS_CORRECTION,
-            "each of --guide, --guide-at-most, --correction-factors, --max-corrected-tokens, "
-            "--injected-shaping and --mask-injected does nothing with --correction none: choose "
-            "another --correction, or drop it",
+            "each of --guide, --guide-at-most, --correction-factors, --injected-shaping and "
+            "--mask-injected does nothing with --correction none: choose another --correction, or "
+            "drop it",
         ),
         (
             flags.drop_wrong_references and not flags.sft and flags.correction == "none",
@@ -378,7 +378,6 @@ NEEDS_CORRECTION = {
     "guide",
     "guide_at_most",
     "correction_factors",
-    "max_corrected_tokens",
     "injected_shaping",
     "mask_injected",
 }

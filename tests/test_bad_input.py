@@ -83,7 +83,6 @@ tiny => unrecognized arguments: tiny
 --method grpo --correction-factors 1 1 5 => does nothing
 --method grpo --mask-injected => does nothing
 --method grpo --injected-shaping .1 => does nothing
---method grpo --max-corrected-tokens 9 => does nothing
 --method grpo --drop-wrong-references => does nothing
 --injected-shaping .1 --mask-injected => one of the two
 --sft => --method sft
