@@ -364,7 +364,7 @@ def load_policy(
             f"--model {name}: neither its config nor its tokenizer names an end token; set "
             "eos_token_id in generation_config.json"
         )
-    for i in end_ids - {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+    for i in end_ids - tokenizer.added_tokens_decoder.keys():
         say(
             f"note: the ordinary token {tokenizer.decode([i])!r} ends every response, because "
             f"eos_token_id in config.json or generation_config.json is {i}"

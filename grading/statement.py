@@ -73,20 +73,31 @@ def _signed(node: Node, choice) -> Node:
     return part if is_plus or part == num(0) else ("neg", part)
 
 
+def _make_points(items: list[Node]) -> None:
+    """x < 0 or x = 1: the equation is a set, too."""
+    bounds = tuple(item for item in items if item[0] == "less")
+    for k, item in enumerate(items):
+        if item[0] == "assign" and item[1] in walk(bounds):
+            items[k] = ("set", (item[2],))
+
+
+def _shorten_before_dots(items: list[Node]) -> None:
+    """1, 2, 3, ... is 1, 2, ..."""
+    while _DOTS in items[3:]:
+        at = items.index(_DOTS, 3)
+        a, b, c = map(constant, items[at - 3 : at])
+        if None in (a, b, c) or b - a != c - b:
+            return
+        del items[at - 1]
+
+
 def _list(joiner: str, nodes) -> Node:
     items = []
     for node in nodes:
         items += elements(settle(node))
-    bounds = tuple(item for item in items if item[0] == "less")
-    for k, (kind, *sides) in enumerate(items if joiner == "or" else ()):
-        if kind == "assign" and sides[0] in walk(bounds):  # x < 0 or x = 1
-            items[k] = ("set", (sides[1],))
-    while _DOTS in items[3:]:  # 1, 2, 3, ... is 1, 2, ...
-        at = items.index(_DOTS, 3)
-        a, b, c = map(constant, items[at - 3 : at])
-        if None in (a, b, c) or b - a != c - b:
-            break
-        del items[at - 1]
+    if joiner == "or":
+        _make_points(items)
+    _shorten_before_dots(items)
     named = [item for item in items if item[0] == "assign"]
     distinct = {item[1] for item in named}
     if len(named) == len(items) == len(distinct) > 1:

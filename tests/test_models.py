@@ -638,12 +638,15 @@ def test_the_papers_prompt_and_end_tokens(tmp_path, own_template):
 
 
 def test_an_end_token_that_is_an_ordinary_token_is_told(tmp_path, capsys):
-    """As in configs that keep the eos_token_id of their class."""
+    """As in configs that keep the eos_token_id of their class. (This template names the system
+    turn.)"""
     folder = tiny(tmp_path, eos_token_id=2)
     change_json(folder / "generation_config.json", eos_token_id=[2, 257])
     policy = engine.load_policy(str(folder), "cpu")
     assert policy.end_ids == {2, 256, 257}
-    assert capsys.readouterr().out.count("ordinary token") == 1
+    out = capsys.readouterr().out
+    assert out.count("ordinary token") == 1
+    assert "system turn" not in out, "this template leaves it out on purpose"
 
 
 # --- prompts -----------------------------------------------------------------------------------

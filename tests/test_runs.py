@@ -397,6 +397,14 @@ def test_a_run_that_cannot_go_on_is_refused_and_nothing_is_touched(
     assert hashes(copy) == before
 
 
+def test_a_run_of_older_code_goes_on(copy):
+    """Its config.json has no fingerprint of the model and of the evaluation's problems."""
+    config = read_json(copy / "config.json")
+    del config["model_fingerprint"], config["tasks_fingerprint"]
+    write_config(json.dumps(config))(copy)
+    assert edge_grpo.main([*RUN, "--out", str(copy), "--resume"]) == 0
+
+
 def test_a_run_without_a_whole_checkpoint_is_refused(copy, capfd):
     for path in checkpoint_folders(copy / "checkpoints"):
         cut_off(path / "model.safetensors")
